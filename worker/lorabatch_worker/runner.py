@@ -1,8 +1,8 @@
 """What the queue side asks of an engine, so that either side can be tested without the other.
 
 A runner takes claimed jobs, runs them in micro-batches on a thread of its own, and reports
-each job's end exactly once. All methods may be called from any thread. Callbacks come on the
-runner's thread and must not block.
+each job's end exactly once. All methods may be called from any thread. Callbacks may come on any
+thread too, the caller's included, and must not block.
 """
 
 from __future__ import annotations

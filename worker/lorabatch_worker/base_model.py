@@ -1,0 +1,129 @@
+"""The base model: found by name, loaded once, shared by every adapter.
+
+`LORABATCH_BASE_MODEL` is a folder, or a Hub id with an optional @revision. A Hub id that an
+installed package ships is taken from there first, so that the default needs no network.
+No remote code is run. Raises UnsupportedModel, SettingsError.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorabatch.errors import SettingsError, UnsupportedModel
+from lorabatch.settings import Settings, is_path
+from lorabatch_worker.bundled import bundled_checkpoint, find_gguf
+
+__all__ = ["BaseModel", "load_base_model"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded causal language model, its tokenizer and the token ids that end a text."""
+
+    name: str
+    folder: Path
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+    eos_ids: frozenset[int]
+    max_context_tokens: int
+
+
+def load_base_model(settings: Settings) -> BaseModel:
+    """Load by name onto the device, in the dtype that settings ask for."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    quiet: Any = logging.disable_progress_bar
+    quiet()
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+    folder = locate(settings)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModel(
+            f"LORABATCH_BASE_MODEL: {settings.base_model!r} cannot be loaded: {reason}"
+        ) from None
+    model = model.to(device).eval().requires_grad_(False)
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return BaseModel(
+        name=settings.base_model,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+        eos_ids=_eos_ids(model, tokenizer),
+        max_context_tokens=min(settings.max_context_tokens, longest or settings.max_context_tokens),
+    )
+
+
+def locate(settings: Settings) -> Path:
+    """The folder with the base model's files, fetched from the Hub if need be."""
+    name, _, revision = settings.base_model.partition("@")
+    if is_path(settings.base_model):
+        folder = Path(settings.base_model).expanduser().resolve()
+        if not (folder / "config.json").is_file():
+            raise SettingsError(
+                f"LORABATCH_BASE_MODEL: no config.json in {settings.base_model!r}; "
+                "give a folder of a transformers checkpoint, or a Hub id"
+            )
+        return folder
+    if not revision and find_gguf(name) is not None:
+        return bundled_checkpoint(name, settings.home)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        path = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
+    except Exception as error:  # noqa: BLE001 - the hub raises from several trees
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModel(
+            f"LORABATCH_BASE_MODEL: {settings.base_model!r} is no folder here and cannot be had "
+            f"from the Hub: {reason}"
+        ) from None
+    return Path(path)
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise SettingsError(
+                f"LORABATCH_DEVICE: {wanted!r} asked for, but torch sees {count} CUDA devices; "
+                "set cpu or auto, or install torch with CUDA"
+            )
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[wanted]
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """End tokens by generation config, model config and tokenizer together."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update(ids if isinstance(ids, (list, tuple)) else [ids])
+    return frozenset(found)

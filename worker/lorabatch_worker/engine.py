@@ -1,0 +1,298 @@
+"""The engine: continuous batching of claimed jobs over one base model and many adapters.
+
+Jobs come in by `submit` from any thread, are prepared (adapter, chat template, tokens) on the
+adapter store's threads, and join the running micro-batch at the next step; they leave it the
+moment they end. Every submitted job is reported exactly once, unless it is dropped or handed
+back by `drain`. A job that cannot run ends as a failed outcome with a code of the error tree.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from concurrent.futures import Future
+from functools import partial
+
+import structlog
+import torch
+
+from lorabatch.errors import EngineFault, LoraBatchError
+from lorabatch.ledger import Claim, Outcome
+from lorabatch.result import ErrorInfo
+from lorabatch.settings import Settings
+from lorabatch_worker.adapters.catalog import AdapterCatalog
+from lorabatch_worker.adapters.slots import AdapterSlots
+from lorabatch_worker.adapters.store import AdapterStore
+from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
+from lorabatch_worker.base_model import BaseModel, load_base_model
+from lorabatch_worker.lora_layers import linear_shapes
+from lorabatch_worker.model_runner import ModelRunner
+from lorabatch_worker.outcome import aborted, failed, finished
+from lorabatch_worker.prompt import Preparer
+from lorabatch_worker.sampler import sample
+from lorabatch_worker.scheduler import Chunk, Scheduler
+from lorabatch_worker.sequence import Sequence
+
+__all__ = ["Engine", "build_engine"]
+
+log = structlog.get_logger(__name__)
+IDLE_WAIT_S = 0.5
+
+
+def build_engine(settings: Settings) -> Engine:
+    """Load the base model and make an engine of it. Takes seconds."""
+    base = load_base_model(settings)
+    shapes = linear_shapes(base.model)
+    modules = frozenset(name for name, _ in base.model.named_modules())
+    runner = ModelRunner(
+        base,
+        settings.kv_cache_tokens,
+        settings.block_size,
+        settings.adapter_slots,
+        settings.max_adapter_rank,
+    )
+    target = AdapterTarget(
+        base_names=frozenset({base.name.partition("@")[0], *settings.base_model_aliases}),
+        shapes=shapes,
+        modules=modules,
+        max_rank=settings.max_adapter_rank,
+        dtype=base.dtype,
+    )
+    store = AdapterStore(AdapterCatalog(settings), target, settings.adapter_cache_bytes)
+    scheduler = Scheduler(
+        runner.blocks,
+        AdapterSlots(runner.sites, settings.adapter_slots),
+        settings.max_seqs,
+        settings.max_step_tokens,
+        settings.age_cap_s,
+    )
+    return Engine(base, runner, scheduler, store)
+
+
+class Engine:
+    """A `Runner` that generates text."""
+
+    def __init__(
+        self, base: BaseModel, runner: ModelRunner, scheduler: Scheduler, store: AdapterStore
+    ) -> None:
+        self.base = base
+        self.runner = runner
+        self.scheduler = scheduler
+        self.store = store
+        self.preparer = Preparer(base)
+        self.steps = 0
+        self.mixed_steps = 0
+        self.generated_tokens = 0
+        self._progress_s = time.monotonic()
+        self._wake = threading.Condition()
+        self._arrived: list[Sequence] = []
+        self._aborts: dict[str, str | None] = {}  # job id -> reason; None: without an outcome
+        self._preparing: dict[str, Claim] = {}
+        self._stopping = False
+        self._deadline_s = float("inf")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._on_started: Callable[[List[str]], None] = lambda _: None
+        self._on_finished: Callable[[List[Outcome]], None] = lambda _: None
+
+    # -- Runner --------------------------------------------------------------
+
+    @property
+    def last_progress_s(self) -> float:
+        return self._progress_s
+
+    @property
+    def load(self) -> dict[str, int]:
+        with self._wake:
+            waiting = len(self._preparing) + len(self._arrived) + len(self.scheduler.waiting)
+        return {
+            "waiting": waiting,
+            "running": len(self.scheduler.running),
+            "steps": self.steps,
+            "mixed_steps": self.mixed_steps,
+            "generated_tokens": self.generated_tokens,
+            "adapters_resident": self.scheduler.slots.resident,
+            "adapter_loads": self.scheduler.slots.loads,
+        }
+
+    @property
+    def description(self) -> dict[str, str | list[str]]:
+        """What runs here, for logs and `inspect`."""
+        return {
+            "base_model": self.base.name,
+            "device": str(self.base.device),
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "adapters": self.store.catalog.names(),
+        }
+
+    def start(
+        self,
+        on_started: Callable[[List[str]], None],
+        on_finished: Callable[[List[Outcome]], None],
+    ) -> None:
+        self._on_started, self._on_finished = on_started, on_finished
+        self._thread.start()
+
+    def submit(self, claims: List[Claim]) -> None:
+        by_adapter: dict[str | None, list[Claim]] = defaultdict(list)
+        with self._wake:
+            for claim in claims:
+                self._preparing[claim.job.job_id] = claim
+                by_adapter[claim.job.adapter_id].append(claim)
+        for adapter_id, group in by_adapter.items():
+            if adapter_id is None:
+                self._prepare(group, None)
+            else:
+                future = self.store.request(adapter_id)
+                future.add_done_callback(partial(self._adapter_came, group))
+
+    def abort(self, job_id: str, reason: str) -> None:
+        self._withdraw([job_id], reason)
+
+    def drop(self, job_ids: List[str]) -> None:
+        self._withdraw(job_ids, None)
+
+    def _withdraw(self, job_ids: List[str], reason: str | None) -> None:
+        """End what has not reached the scheduler now, and the rest before the next step."""
+        ended = []
+        with self._wake:
+            arrived = {s.job_id: s for s in self._arrived}
+            for job_id in job_ids:
+                claim = self._preparing.pop(job_id, None)
+                if job_id in arrived:
+                    self._arrived.remove(arrived[job_id])
+                    claim = arrived[job_id].claim
+                if claim is None:
+                    self._aborts[job_id] = reason
+                elif reason is not None:
+                    ended.append(aborted(claim, reason, self.base.name))
+            self._wake.notify()
+        if ended:
+            self._on_finished(ended)
+
+    def drain(self, timeout_s: float) -> list[Claim]:
+        with self._wake:
+            self._stopping = True
+            self._deadline_s = time.monotonic() + timeout_s
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.store.close()
+        left = {s.job_id: s.claim for s in self.scheduler.running.values()}
+        left |= {s.job_id: s.claim for s in self.scheduler.waiting.values()}
+        with self._wake:
+            left |= {s.job_id: s.claim for s in self._arrived} | self._preparing
+        return list(left.values())
+
+    # -- preparation, on the store's threads ---------------------------------
+
+    def _adapter_came(self, claims: list[Claim], future: Future[Adapter]) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._prepare(claims, future.result())
+            return
+        if not isinstance(error, LoraBatchError):
+            log.error("adapter load failed", adapter_id=claims[0].job.adapter_id, exc_info=error)
+            error = EngineFault(
+                f"adapter {claims[0].job.adapter_id!r}: could not be loaded "
+                f"({type(error).__name__}); see the worker's log"
+            )
+        self._fail(claims, error)
+
+    def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
+        for claim in claims:
+            try:
+                sequence = self.preparer.prepare(claim, adapter)
+            except LoraBatchError as error:
+                self._fail([claim], error)
+                continue
+            with self._wake:
+                if self._preparing.get(claim.job.job_id) is claim:
+                    del self._preparing[claim.job.job_id]
+                    self._arrived.append(sequence)
+                    self._wake.notify()
+
+    def _fail(self, claims: list[Claim], error: LoraBatchError) -> None:
+        info = ErrorInfo(code=error.code, message=str(error))
+        with self._wake:
+            mine = [c for c in claims if self._preparing.get(c.job.job_id) is c]
+            for claim in mine:
+                del self._preparing[claim.job.job_id]
+        if mine:
+            self._on_finished([failed(c, info, self.base.name) for c in mine])
+
+    # -- the step loop -------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            self._take_arrivals()
+            if self._stopping and (
+                not self.scheduler.running or time.monotonic() > self._deadline_s
+            ):
+                return
+            chunks, admitted = self.scheduler.plan(admit=not self._stopping)
+            if admitted:
+                self._on_started([s.job_id for s in admitted])
+            self._progress_s = time.monotonic()
+            if not chunks:
+                with self._wake:
+                    if not (self._arrived or self._aborts or self._stopping):
+                        self._wake.wait(IDLE_WAIT_S)
+                continue
+            try:
+                self._step(chunks)
+            except Exception as error:  # noqa: BLE001 - a batch must not take the worker along
+                self._step_failed(chunks, error)
+
+    def _take_arrivals(self) -> None:
+        with self._wake:
+            arrived, self._arrived = self._arrived, []
+            aborts, self._aborts = self._aborts, {}
+        ended = []
+        for job_id, reason in aborts.items():
+            gone = self.scheduler.remove(job_id)
+            if gone is not None and reason is not None:
+                ended.append(finished(gone, self.base, reason))
+        # Aborts first: they were asked of what was here before these came.
+        for sequence in arrived:
+            self.scheduler.add(sequence)
+        if ended:
+            self._on_finished(ended)
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        logits = self.runner.forward(chunks)
+        sampling = [c.sequence for c in chunks if c.samples]
+        tokens = self._sample(logits, sampling)
+        for chunk in chunks:
+            chunk.sequence.computed = chunk.end
+        done = []
+        for sequence, token in zip(sampling, tokens, strict=True):
+            sequence.append(token, self.base.eos_ids)
+            if sequence.finish_reason is not None:
+                done.append(sequence)
+        self.steps += 1
+        self.mixed_steps += len({c.sequence.slot for c in chunks}) > 1
+        self.generated_tokens += len(tokens)
+        for sequence in done:
+            self.scheduler.remove(sequence.job_id)
+        if done:
+            self._on_finished([finished(s, self.base) for s in done])
+
+    @torch.inference_mode()
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+        return sample(logits, sequences)
+
+    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
+        """Nothing in the step can be trusted: its jobs fail, the engine goes on."""
+        log.error("step failed", jobs=len(chunks), exc_info=error)
+        info = ErrorInfo(
+            code=EngineFault.code,
+            message=f"the engine failed in a step ({type(error).__name__}); see the worker's log",
+        )
+        for chunk in chunks:
+            self.scheduler.remove(chunk.sequence.job_id)
+        self._on_finished([failed(c.sequence.claim, info, self.base.name) for c in chunks])

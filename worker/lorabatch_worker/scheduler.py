@@ -1,0 +1,130 @@
+"""What runs in the next step: every running sequence's next token, then prefill chunks.
+
+Admission goes by priority, then to jobs whose adapter is already on the device, then by age.
+A job that has waited longer than the age cap goes before resident ones; if it cannot get a
+slot or blocks, nothing that would keep them from it is admitted until it does, so that
+nothing starves. Not covered: fair shares between tenants, preemption, the prefix cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from lorabatch_worker.adapters.slots import AdapterSlots
+from lorabatch_worker.block_manager import BlockManager
+from lorabatch_worker.sequence import Sequence
+
+__all__ = ["Chunk", "Scheduler"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions [start, end) of one sequence, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step yields this sequence's next token."""
+        return self.end == self.sequence.length
+
+
+class Scheduler:
+    """Waiting and running sequences. Used from the engine's thread alone."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        slots: AdapterSlots,
+        max_seqs: int,
+        max_step_tokens: int,
+        age_cap_s: float,
+    ) -> None:
+        self.blocks = blocks
+        self.slots = slots
+        self.max_seqs = max_seqs
+        self.max_step_tokens = max_step_tokens
+        self.age_cap_s = age_cap_s
+        self.waiting: dict[str, Sequence] = {}
+        self.running: dict[str, Sequence] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting[sequence.job_id] = sequence
+
+    def remove(self, job_id: str) -> Sequence | None:
+        """Take a sequence out, wherever it is, and free what it holds."""
+        if job_id in self.waiting:
+            return self.waiting.pop(job_id)
+        sequence = self.running.pop(job_id, None)
+        if sequence is not None:
+            self.blocks.release(sequence)
+            self.slots.release(sequence.slot)
+            sequence.slot = -1
+        return sequence
+
+    def plan(self, admit: bool = True) -> tuple[list[Chunk], list[Sequence]]:
+        """The next step's chunks, decode first, and the sequences admitted just now."""
+        decode = [Chunk(s, s.computed, s.length) for s in self.running.values() if s.pending == 1]
+        budget = self.max_step_tokens - len(decode)
+        prefill: list[Chunk] = []
+        for sequence in [s for s in self.running.values() if s.pending > 1]:
+            budget -= _take(sequence, budget, prefill)
+        admitted = self._admit(budget, prefill) if admit else []
+        return decode + prefill, admitted
+
+    def _admit(self, budget: int, prefill: list[Chunk]) -> list[Sequence]:
+        admitted: list[Sequence] = []
+        if not self.waiting or budget <= 0 or len(self.running) >= self.max_seqs:
+            return admitted
+        old = time.monotonic() - self.age_cap_s
+        closed: set[str | None] = set()  # adapters that admit no more until an old job is in
+        for sequence in sorted(self.waiting.values(), key=lambda s: self._order(s, old)):
+            if budget <= 0 or len(self.running) >= self.max_seqs:
+                break
+            if sequence.adapter_version in closed:
+                continue
+            aged = sequence.waiting_since_s < old
+            if not self.blocks.can_hold(sequence):
+                if aged:
+                    break
+                continue
+            if not self.slots.acquire(sequence):
+                if aged:
+                    closed.add(self._soonest_free())
+                continue
+            self.blocks.allocate(sequence)
+            del self.waiting[sequence.job_id]
+            self.running[sequence.job_id] = sequence
+            admitted.append(sequence)
+            budget -= _take(sequence, budget, prefill)
+        return admitted
+
+    def _order(self, sequence: Sequence, old: float) -> tuple[int, bool, bool, float]:
+        aged = sequence.waiting_since_s < old
+        resident = self.slots.is_resident(sequence.adapter)
+        return (
+            -sequence.claim.job.priority,
+            not aged,
+            not (aged or resident),
+            sequence.waiting_since_s,
+        )
+
+    def _soonest_free(self) -> str | None:
+        """The adapter whose running sequences have the fewest tokens left to make."""
+        left: Counter[str] = Counter()
+        for s in self.running.values():
+            if s.adapter is not None:
+                left[s.adapter.version] += s.max_length - s.length
+        return min(left, key=lambda v: left[v], default=None)
+
+
+def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+    """Plan as much of a sequence's prefill as the budget allows: the tokens taken."""
+    count = min(sequence.pending, budget)
+    if count > 0:
+        chunks.append(Chunk(sequence, sequence.computed, sequence.computed + count))
+    return max(count, 0)

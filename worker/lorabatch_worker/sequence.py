@@ -1,0 +1,78 @@
+"""One job inside the engine: its tokens, how far they are computed, and where its KV lies.
+
+Token ids are the base model's. `computed` counts tokens whose keys and values are in the
+cache; a sequence is in prefill while more than its last token is missing there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from lorabatch.job import SamplingParams
+from lorabatch.ledger import Claim
+from lorabatch.result import FinishReason
+from lorabatch_worker.adapters.weights import Adapter
+from lorabatch_worker.stop import StopWatch
+
+__all__ = ["Sequence"]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State of one running or waiting job. `slot` -1 is the base model alone."""
+
+    claim: Claim
+    prompt: list[int]
+    adapter: Adapter | None
+    stop_watch: StopWatch | None = None
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    slot: int = -1
+    finish_reason: FinishReason | None = None
+    waiting_since_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def job_id(self) -> str:
+        return self.claim.job.job_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.claim.job.sampling_params
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def max_length(self) -> int:
+        return len(self.prompt) + self.params.max_new_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are still to be computed."""
+        return self.length - self.computed
+
+    @property
+    def adapter_version(self) -> str | None:
+        return self.adapter.version if self.adapter else None
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Token ids of positions [start, end)."""
+        split = len(self.prompt)
+        if start >= split:
+            return self.output[start - split : end - split]
+        if end <= split:
+            return self.prompt[start:end]
+        return self.prompt[start:] + self.output[: end - split]
+
+    def append(self, token: int, eos_ids: frozenset[int]) -> None:
+        """Take the next token and see whether it ends the sequence."""
+        self.output.append(token)
+        if token in eos_ids and not self.params.ignore_eos:
+            self.finish_reason = "eos_token"
+        elif self.stop_watch is not None and self.stop_watch.saw(token):
+            self.finish_reason = "stop_sequence"
+        elif len(self.output) >= self.params.max_new_tokens:
+            self.finish_reason = "length"
