@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lorabatch_kernels.site import lazy_zeros
 from lorabatch_worker.step import PrefillSpan, Step, StepContext
 
 __all__ = ["IMPLEMENTATION", "KVCache", "register"]
@@ -49,7 +50,7 @@ class KVCache:
     def _pool(self, like: Tensor) -> Tensor:
         heads, _, width = like.shape
         shape = (heads, self.num_blocks, self.block_size, width)
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return lazy_zeros(shape, like.dtype, like.device)
 
     @property
     def bytes(self) -> int:

@@ -1,0 +1,21 @@
+"""LoRA kernels: many adapters in one batch, on a GPU (Triton) or a CPU (torch).
+
+Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `add_lora` on each
+layer's output. Importing this package loads torch and never triton.
+"""
+
+from lorabatch_kernels.lora import add_lora, add_lora_reference
+from lorabatch_kernels.site import LoraSite
+from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
+from lorabatch_kernels.tiles import buffer_ints, tile_bound
+
+__all__ = [
+    "BASE_SLOT",
+    "LoraSite",
+    "StepMap",
+    "add_lora",
+    "add_lora_reference",
+    "buffer_ints",
+    "build_step_map",
+    "tile_bound",
+]

@@ -1,0 +1,74 @@
+"""The step map: which tokens of a step's flat batch belong to which adapter slot.
+
+It is built once a step on the host and shared by all layers and all sites. `slots[t]` is the slot
+of token t, or -1 for the base model alone: such a token is in no tile, at no place, and costs
+nothing. Slots may come in any order. On a GPU the map is a `TileMap`, on a CPU a `PaddedMap`.
+
+For CUDA graphs pass `max_tiles` and a `buffer` of `buffer_ints(tokens, max_tiles)` int32 on the
+device: shapes and addresses then stay the same from step to step and only contents change. Capture
+with at least one adapter token in the map.
+
+Raises ValueError for a slot below -1, a tile that is no power of two from 16 to 128, too few tiles,
+or a buffer of the wrong size.
+Does not cover: which adapter sits in which slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorabatch_kernels.padded import PaddedMap, build_padded
+from lorabatch_kernels.tiles import TileMap, build_tiles
+
+BASE_SLOT = -1
+TILE_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class StepMap:
+    """Tokens of one step by adapter slot; `active` holds the slots in use, ascending."""
+
+    tokens: int
+    device: torch.device
+    active: tuple[int, ...]
+    tiles: TileMap | None
+    padded: PaddedMap | None
+
+
+def group_tokens(slots: Sequence[int]) -> tuple[dict[int, list[int]], list[int]]:
+    """Token indices by slot (slots ascending, tokens in batch order), and those of the base."""
+    groups: dict[int, list[int]] = {}
+    for token, slot in enumerate(slots):
+        groups.setdefault(slot, []).append(token)
+    base = groups.pop(BASE_SLOT, [])
+    ordered = {slot: groups[slot] for slot in sorted(groups)}
+    if ordered and next(iter(ordered)) < BASE_SLOT:
+        slot = next(iter(ordered))
+        raise ValueError(f"token {ordered[slot][0]} has slot {slot}, wanted -1 (base) or above")
+    return ordered, base
+
+
+def build_step_map(
+    slots: Sequence[int],
+    device: torch.device | str,
+    *,
+    tile: int = 16,
+    max_tiles: int | None = None,
+    buffer: Tensor | None = None,
+) -> StepMap:
+    """Map one step's tokens. `tile`, `max_tiles` and `buffer` only matter on a GPU."""
+    if tile not in TILE_SIZES:
+        raise ValueError(f"tile is {tile}, wanted one of {TILE_SIZES}")
+    where = torch.device(device)
+    groups, base = group_tokens(slots)
+    tiles: TileMap | None = None
+    padded: PaddedMap | None = None
+    if where.type == "cpu":
+        padded = build_padded(groups, len(slots))
+    else:
+        tiles = build_tiles(groups, base, where, tile=tile, max_tiles=max_tiles, buffer=buffer)
+    return StepMap(len(slots), where, tuple(groups), tiles, padded)

@@ -1,0 +1,122 @@
+"""Tiles of tokens that share an adapter: the part of a step map that the Triton kernels read.
+
+Shapes and dtypes: all int32. `order` [tokens] lists token indices, tokens of one slot next to each
+other in batch order, base tokens last; `tile_slot`, `tile_start`, `tile_len` [tiles] say that tile
+i is order[start : start + len] and belongs to adapter slot `tile_slot[i]`. A tile of length 0 is
+padding. The four are views of one `buffer`, so that a GPU needs one copy a step; each begins at a
+multiple of 16 bytes, so that Triton never compiles a second variant for an odd address.
+
+Raises ValueError for too few tiles or a buffer that does not fit.
+Does not cover: grouping tokens by slot (see step_map.py).
+
+Source: the token permutation of vLLM's and SGLang's multi-LoRA kernels; tiles of length 0 instead
+of a grid over all slots are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ALIGN_INTS = 4  # 16 bytes of int32
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def tile_bound(tokens: int, slots: int, tile: int) -> int:
+    """The most tiles that `tokens` tokens of at most `slots` adapters can need."""
+    return min(tokens, (tokens + min(slots, tokens) * (tile - 1)) // tile)
+
+
+def buffer_ints(tokens: int, max_tiles: int) -> int:
+    """The length in int32 of the buffer that holds the tile map of one step."""
+    return round_up(tokens, ALIGN_INTS) + 3 * round_up(max_tiles, ALIGN_INTS)
+
+
+@dataclass(frozen=True, eq=False)
+class TileMap:
+    """Which tokens each program of the Triton kernels works on."""
+
+    tile: int
+    tokens: int
+    tiles: int
+    buffer: Tensor
+
+    def _view(self, table: int) -> Tensor:
+        start = round_up(self.tokens, ALIGN_INTS) + table * round_up(self.tiles, ALIGN_INTS)
+        return self.buffer[start : start + self.tiles]
+
+    @property
+    def order(self) -> Tensor:
+        return self.buffer[: self.tokens]
+
+    @property
+    def tile_slot(self) -> Tensor:
+        return self._view(0)
+
+    @property
+    def tile_start(self) -> Tensor:
+        return self._view(1)
+
+    @property
+    def tile_len(self) -> Tensor:
+        return self._view(2)
+
+
+def _cut(groups: Mapping[int, Sequence[int]], tile: int) -> tuple[list[int], list[list[int]]]:
+    order: list[int] = []
+    slots: list[int] = []
+    starts: list[int] = []
+    lens: list[int] = []
+    for slot, tokens in groups.items():
+        for first in range(0, len(tokens), tile):
+            slots.append(slot)
+            starts.append(len(order) + first)
+            lens.append(min(tile, len(tokens) - first))
+        order.extend(tokens)
+    return order, [slots, starts, lens]
+
+
+def build_tiles(
+    groups: Mapping[int, Sequence[int]],
+    base: Sequence[int],
+    device: torch.device,
+    *,
+    tile: int,
+    max_tiles: int | None = None,
+    buffer: Tensor | None = None,
+) -> TileMap:
+    """Cut `groups` (slot -> its token indices) into tiles; `base` tokens get none."""
+    order, tables = _cut(groups, tile)
+    needed = len(tables[0])
+    tiles = needed if max_tiles is None else max_tiles
+    if needed > tiles:
+        raise ValueError(
+            f"the batch needs {needed} tiles of {tile} tokens, max_tiles is {tiles}: "
+            f"size it with tile_bound(tokens, slots, tile)"
+        )
+    order.extend(base)
+    tokens = len(order)
+    ints = order + [0] * (round_up(tokens, ALIGN_INTS) - tokens)
+    for table in tables:
+        ints += table + [0] * (round_up(tiles, ALIGN_INTS) - needed)
+    return TileMap(tile, tokens, tiles, _to_device(ints, device, buffer))
+
+
+def _to_device(ints: list[int], device: torch.device, buffer: Tensor | None) -> Tensor:
+    """One copy; pinned, so that it does not wait for the GPU."""
+    on_gpu = device.type == "cuda"
+    host = torch.tensor(ints, dtype=torch.int32, pin_memory=on_gpu)
+    if buffer is None:
+        return host.to(device, non_blocking=True) if on_gpu else host
+    if buffer.dtype != torch.int32 or buffer.shape != host.shape:
+        raise ValueError(
+            f"buffer is {buffer.dtype} {list(buffer.shape)}, wanted torch.int32 "
+            f"{list(host.shape)}: size it with buffer_ints(tokens, max_tiles)"
+        )
+    return buffer.copy_(host, non_blocking=True)

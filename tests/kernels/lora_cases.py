@@ -1,0 +1,69 @@
+"""What the kernel tests share: a named tolerance, sites of odd ranks, and batches of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorabatch_kernels import LoraSite
+
+# Relative root-mean-square error allowed by dtype: rounding of inputs, v and y, not luck.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def assert_close(name: str, ref: Tensor, out: Tensor, ratio: float) -> None:
+    """The error's root mean square stays under `ratio` of the reference's; no NaN, no infinity."""
+    assert ref.shape == out.shape, f"{name}: {list(out.shape)}, wanted {list(ref.shape)}"
+    assert torch.isfinite(out).all(), (
+        f"{name}: {int((~torch.isfinite(out)).sum())} cells not finite"
+    )
+    error = (ref.double() - out.double()).square().mean().sqrt().item()
+    size = ref.double().square().mean().sqrt().item()
+    assert size > 0, f"{name}: the reference is zero, so this comparison proves nothing"
+    assert error <= ratio * size, f"{name}: error {error / size:.2e}, wanted {ratio:.0e} or less"
+
+
+def fill(site: LoraSite, ranks: Mapping[int, int], seed: int = 0) -> LoraSite:
+    """Load an adapter of the given rank into each slot; slots left out stay empty."""
+    draw = torch.Generator().manual_seed(seed)
+    for slot, rank in ranks.items():
+        a = torch.randn(rank, site.in_features, generator=draw) / math.sqrt(site.in_features)
+        b = torch.randn(site.out_features, rank, generator=draw)
+        site.load(slot, a, b, scale=0.5 + 0.25 * slot)
+    return site
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case: which slot each token has, the ranks, and the sizes of the linear layer."""
+
+    slots: Sequence[int]
+    ranks: Mapping[int, int]
+    in_features: int = 70
+    out_features: int = 50
+    max_rank: int = 64
+
+    def site(self, dtype: torch.dtype, device: str = "cpu") -> LoraSite:
+        sizes = (max(self.ranks) + 2, self.max_rank, self.in_features, self.out_features)
+        return fill(LoraSite.allocate(*sizes, dtype, device), self.ranks)
+
+    def x_y(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(1)
+        tokens = len(self.slots)
+        x = torch.randn(tokens, self.in_features, generator=draw)
+        y = torch.randn(tokens, self.out_features, generator=draw)
+        return x.to(device, dtype), y.to(device, dtype)
+
+
+def rows_of_base(slots: Sequence[int]) -> Tensor:
+    return torch.tensor([slot < 0 for slot in slots])
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal bit for bit, so that -0.0 differs from 0.0 and a NaN equals itself."""
+    whole = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    return torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))

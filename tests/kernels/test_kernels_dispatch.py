@@ -1,0 +1,98 @@
+"""The package's face: `__all__`, no triton on a CPU, mistakes named, dispatch by device."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lora_cases import Shape
+
+import lorabatch_kernels
+from lorabatch_kernels import LoraSite, add_lora, build_step_map
+from lorabatch_kernels.step_map import StepMap, group_tokens
+from lorabatch_kernels.tiles import build_tiles
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+import lorabatch_kernels as k
+site = k.LoraSite.allocate(1, 4, 6, 5, torch.float32, "cpu")
+site.load(0, torch.ones(2, 6), torch.ones(5, 2), 0.5)
+y = torch.zeros(3, 5)
+k.add_lora(y, torch.ones(3, 6), site, k.build_step_map([0, -1, 0], "cpu"))
+assert y.tolist() == [[6.0] * 5, [0.0] * 5, [6.0] * 5], y
+assert not any(name.startswith("triton") for name in sys.modules if sys.modules[name])
+"""
+
+
+def test_all_is_what_the_package_imports():
+    tree = ast.parse(Path(lorabatch_kernels.__file__).read_text())
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(lorabatch_kernels.__all__) == imported
+    assert lorabatch_kernels.__all__ == sorted(lorabatch_kernels.__all__)
+    for name in lorabatch_kernels.__all__:
+        assert getattr(lorabatch_kernels, name) is not None
+
+
+def test_a_cpu_process_needs_no_triton():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_device_of_the_map_decides(monkeypatch):
+    calls = []
+    monkeypatch.setattr(lorabatch_kernels.lora, "add_lora_cpu", lambda *args: calls.append("cpu"))
+    fake = type(sys)("lorabatch_kernels.lora_triton")
+    fake.add_lora_triton = lambda *args: calls.append("triton")
+    monkeypatch.setitem(sys.modules, "lorabatch_kernels.lora_triton", fake)
+    shape = Shape([0, -1], {0: 4})
+    x, y = shape.x_y(torch.float32)
+    site = shape.site(torch.float32)
+    on_cpu = build_step_map(shape.slots, "cpu")
+    add_lora(y, x, site, on_cpu)
+    tiles = build_tiles(*group_tokens(shape.slots), torch.device("cpu"), tile=16)
+    add_lora(y, x, site, StepMap(2, torch.device("cpu"), (0,), tiles, None))
+    add_lora(y, x, site, build_step_map([-1, -1], "cpu"))
+    assert calls == ["cpu", "triton"]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "slots", "message"),
+    [
+        ((3, 70), (2, 50), [0, 1], r"x is \[3, 70\], wanted \[2, 70\]"),
+        ((2, 71), (2, 50), [0, 1], r"x is \[2, 71\], wanted \[2, 70\]"),
+        ((2, 70), (2, 51), [0, 1], r"y is \[2, 51\], wanted \[2, 50\]"),
+        ((2, 70), (2, 50), [0, 9], r"slot is 9, wanted below 3"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(x, y, slots, message):
+    site = Shape([], {0: 4, 1: 4}).site(torch.float32)
+    with pytest.raises(ValueError, match=message):
+        add_lora(torch.zeros(y), torch.zeros(x), site, build_step_map(slots, "cpu"))
+
+
+def test_dtypes_strides_and_devices_that_do_not_fit_are_named():
+    shape = Shape([0, 1], {0: 4, 1: 4})
+    site, step_map = shape.site(torch.float32), build_step_map([0, 1], "cpu")
+    x, y = shape.x_y(torch.float32)
+    with pytest.raises(ValueError, match=r"y is torch.bfloat16, wanted that of x, torch.float32"):
+        add_lora(y.bfloat16(), x, site, step_map)
+    with pytest.raises(ValueError, match=r"the site is torch.bfloat16"):
+        add_lora(y, x, shape.site(torch.bfloat16), step_map)
+    with pytest.raises(ValueError, match=r"column strides are x 2, y 1"):
+        add_lora(y, x.t().contiguous().t(), site, step_map)
+    with pytest.raises(ValueError, match=r"y is on cpu, x on meta"):
+        add_lora(y, x.to("meta"), site, step_map)
+    assert isinstance(site, LoraSite)

@@ -1,0 +1,150 @@
+"""LoRA on a CPU against the per-token reference, and against PEFT's own layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_cases import TOLERANCE, Shape, assert_close, rows_of_base, same_bits
+from torch import nn
+
+from lorabatch_kernels import add_lora, add_lora_reference, build_step_map
+
+RANKS = {0: 1, 1: 3, 2: 64, 3: 8, 5: 16}  # slot 4 is empty
+CASES = {
+    "interleaved with base": [0, 1, -1, 2, 0, 0, 1, -1, 3, 5, 2] * 3,
+    "one token each": [0, 1, 2, 3],
+    "scattered slots": [5, 1, 3] * 4,
+    "one slot": [2] * 7,
+    "one scattered slot": [1, -1] * 9,
+    "an empty slot among them": [4, 3, 4, 2, 1],
+    "in order, no gather": [0, 0, 1, 1, 2, 2, 3, 3],
+    "long and short": [2] * 100 + [0, 1, 3, 5] * 2 + [-1],
+    "long and scattered": [3, 1] * 90 + [0, 2, 5],
+    "wide batch": [slot for slot in (0, 1, 2, 3) for _ in range(20)],
+    "wide scattered batch": [slot for slot in (1, 3, 5, 0) for _ in range(20)] + [-1],
+}
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+def run(shape: Shape, dtype: torch.dtype, site_dtype: torch.dtype):
+    site = shape.site(site_dtype)
+    x, y = shape.x_y(dtype)
+    ref = add_lora_reference(y, x, site, shape.slots)
+    out = y.clone()
+    add_lora(out, x, site, build_step_map(shape.slots, "cpu"))
+    return y, ref, out
+
+
+@pytest.mark.parametrize(("dtype", "site_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_against_reference(name, dtype, site_dtype):
+    shape = Shape(CASES[name], RANKS)
+    y, ref, out = run(shape, dtype, site_dtype)
+    assert_close("y", ref, out, TOLERANCE[dtype])
+    assert_close("delta", ref - y.float(), out.float() - y.float(), 3 * TOLERANCE[dtype])
+    base = rows_of_base(shape.slots)
+    assert same_bits(out[base], y[base])
+
+
+@pytest.mark.parametrize("odd", [(1, 1), (7, 129), (576, 192), (193, 1)])
+def test_odd_sizes(odd):
+    shape = Shape([0, 2, 1, -1, 2], RANKS, in_features=odd[0], out_features=odd[1])
+    _, ref, out = run(shape, torch.float32, torch.float32)
+    assert_close("y", ref, out, TOLERANCE[torch.float32])
+
+
+def test_a_module_that_no_adapter_changes_leaves_y_alone():
+    shape = Shape([4, 4, -1, 4] + [4] * 300, RANKS)
+    y, _, out = run(shape, torch.bfloat16, torch.bfloat16)
+    assert same_bits(out, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_base_tokens_is_unchanged_bit_for_bit(dtype):
+    y, _, out = run(Shape([-1] * 9, RANKS), dtype, dtype)
+    assert same_bits(out, y)
+
+
+@pytest.mark.parametrize("slots", [[0, 1, -1, 2], [1] * 300, [0, 2, 3], [1, 0] * 80])
+def test_stale_rows_of_a_bigger_adapter_do_not_leak(slots):
+    shape = Shape(slots, {0: 8, 1: 3, 2: 1, 3: 5})
+    site = shape.site(torch.float32)
+    rows = {s: (site.a[s, :r].clone(), site.b[s, :r].T.clone()) for s, r in shape.ranks.items()}
+    for slot, (a, b) in rows.items():
+        nan = float("nan")
+        site.load(slot, torch.full((64, 70), nan), torch.full((50, 64), nan), 1.0)
+        site.load(slot, a, b, 0.7)
+    x, y = shape.x_y(torch.float32)
+    ref = add_lora_reference(y, x, site, slots)
+    add_lora(y, x, site, build_step_map(slots, "cpu"))
+    assert_close("y", ref, y, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_an_adapter_full_of_nan_spoils_only_its_own_tokens(broken):
+    slots = [0, 1, -1, 2, 1, 1, 2, 3]
+    shape = Shape(slots, {0: 8, 1: 3, 2: 64, 3: 8})
+    site = shape.site(torch.float32)
+    x, y = shape.x_y(torch.float32)
+    ref = add_lora_reference(y, x, site, slots)
+    site.a[broken].fill_(float("nan"))
+    add_lora(y, x, site, build_step_map(slots, "cpu"))
+    own = torch.tensor([slot == broken for slot in slots])
+    assert y[own].isnan().all()
+    assert_close("y of the others", ref[~own], y[~own], TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("slots", [[0, 1, -1, 2, 0], [2] * 100, [0, 1, 2], [1, 2] * 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slice_of_a_fused_projection(slots, dtype):
+    shape = Shape(slots, RANKS)
+    site = shape.site(dtype)
+    x, y = shape.x_y(dtype)
+    wide_x, wide_y = torch.zeros(len(slots), 200, dtype=dtype), torch.full((len(slots), 99), 7.0)
+    wide_y = wide_y.to(dtype)
+    wide_x[:, 3:73], wide_y[:, 20:70] = x, y
+    add_lora(wide_y[:, 20:70], wide_x[:, 3:73], site, build_step_map(slots, "cpu"))
+    ref = add_lora_reference(y, x, site, slots)
+    assert_close("y", ref, wide_y[:, 20:70], TOLERANCE[dtype])
+    assert wide_y[:, :20].eq(7).all()
+    assert wide_y[:, 70:].eq(7).all()
+
+
+def test_one_map_serves_sites_of_different_shapes_and_ranks():
+    slots = [5, 1, -1, 3, 1]
+    step_map = build_step_map(slots, "cpu")
+    for in_features, out_features, max_rank in ((70, 50, 64), (33, 200, 16), (70, 50, 20)):
+        ranks = {slot: min(rank, max_rank) for slot, rank in RANKS.items()}
+        shape = Shape(slots, ranks, in_features, out_features, max_rank)
+        site = shape.site(torch.float32)
+        x, y = shape.x_y(torch.float32)
+        ref = add_lora_reference(y, x, site, slots)
+        add_lora(y, x, site, step_map)
+        assert_close(f"y of {in_features}", ref, y, TOLERANCE[torch.float32])
+
+
+def test_agrees_with_peft_to_fp32_rounding():
+    from peft.tuners.lora import Linear, LoraConfig
+
+    torch.manual_seed(3)
+    shape = Shape([0, -1, 2, 0, 1, 2, 2], {0: 8, 1: 3, 2: 64}, 576, 192)
+    site = shape.site(torch.float32)
+    base = nn.Linear(576, 192, bias=False)
+    x, _ = shape.x_y(torch.float32)
+    y = base(x).detach()
+    add_lora(y, x, site, build_step_map(shape.slots, "cpu"))
+    for slot, rank in shape.ranks.items():
+        config = LoraConfig(r=rank, lora_alpha=rank)
+        layer = Linear(base, adapter_name="it", config=config, r=rank, lora_alpha=rank)
+        layer.lora_A["it"].weight.data.copy_(site.a[slot, :rank])
+        layer.lora_B["it"].weight.data.copy_(site.b[slot, :rank].t())
+        layer.scaling["it"] = site.scales[slot]
+        own = torch.tensor([other == slot for other in shape.slots])
+        assert_close(f"y of slot {slot}", layer(x[own]).detach(), y[own], 1e-6)
+    base_rows = rows_of_base(shape.slots)
+    assert_close("y of base", base(x).detach()[base_rows], y[base_rows], 1e-9)

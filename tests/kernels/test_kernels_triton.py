@@ -1,0 +1,38 @@
+"""The Triton kernels without a GPU, each way in a process of its own.
+
+Whether triton interprets or compiles is settled when it is first imported, and other tests of the
+same session may have imported it. So the two files below run under pytest in fresh processes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def run_tests(file: str, at_least: int, **environment: str) -> None:
+    dropped = ("TRITON_", "PYTEST_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "--noconftest"]
+    command += ["-p", "no:cacheprovider", "--rootdir", str(HERE.parents[1])]
+    command += ["-c", str(HERE.parents[1] / "pyproject.toml")]
+    env |= {"OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0, report
+    counts = re.search(r"^(\d+) passed in [^,]*$", report, re.MULTILINE)
+    assert counts, f"something was skipped or warned about:\n{report}"
+    assert int(counts[1]) >= at_least, report
+
+
+def test_kernels_agree_with_their_references_in_the_interpreter():
+    run_tests("interpreted_kernels.py", at_least=56, TRITON_INTERPRET="1")
+
+
+def test_kernels_compile_ahead_of_time(tmp_path):
+    run_tests("compiled_kernels.py", at_least=53, TRITON_CACHE_DIR=str(tmp_path))
