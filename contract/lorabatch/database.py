@@ -87,7 +87,7 @@ def upgrade(url: str) -> tuple[str | None, str]:
     try:
         with engine.connect() as connection:
             before = MigrationContext.configure(connection).get_current_revision()
-    except sa.exc.OperationalError as error:
+    except sa.exc.DatabaseError as error:
         raise _not_reachable(engine, error) from None
     finally:
         engine.dispose()
@@ -101,7 +101,7 @@ def check_schema(engine: sa.Engine) -> None:
     try:
         with engine.connect() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
-    except sa.exc.OperationalError as error:
+    except sa.exc.DatabaseError as error:
         raise _not_reachable(engine, error) from None
     head = _head(alembic_config(str(engine.url)))
     if current != head:
@@ -119,7 +119,11 @@ def open_database(settings: Settings) -> sa.Engine:
         with file_lock(settings.home / "lorabatch.db.lock"):
             upgrade(url)
     engine = connect(url)
-    check_schema(engine)
+    try:
+        check_schema(engine)
+    except DatabaseNotReady:
+        engine.dispose()
+        raise
     return engine
 
 
@@ -129,7 +133,7 @@ def _head(config: Config) -> str:
     return head
 
 
-def _not_reachable(engine: sa.Engine, error: sa.exc.OperationalError) -> DatabaseNotReady:
+def _not_reachable(engine: sa.Engine, error: sa.exc.DatabaseError) -> DatabaseNotReady:
     reason = str(error.orig).strip().splitlines()[0]
     return DatabaseNotReady(
         f"database {engine.url!r} does not answer: {reason}; "

@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from lorabatch.errors import QueueNotReady
 
 __all__ = ["ensure_valkey", "file_lock", "stop_valkey", "valkey_running"]
 
 START_TIMEOUT_S = 30.0
+_children: list[subprocess.Popen[bytes]] = []
+"""Servers that this process started; kept, or Python warns that they still run."""
 
 
 @contextlib.contextmanager
@@ -72,6 +76,7 @@ def stop_valkey(home: Path) -> bool:
         deadline = time.monotonic() + START_TIMEOUT_S
         while _answers(known) and time.monotonic() < deadline:
             time.sleep(0.02)
+        _children[:] = [child for child in _children if child.poll() is None]
         return True
 
 
@@ -84,7 +89,13 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _client(server: dict[str, Any]) -> redis.Redis:
-    return redis.Redis("127.0.0.1", server["port"], password=server["password"], socket_timeout=5)
+    return redis.Redis(
+        "127.0.0.1",
+        server["port"],
+        password=server["password"],
+        socket_timeout=5,
+        retry=Retry(NoBackoff(), 0),  # the default one spends 8 s on a server that is down
+    )
 
 
 def _answers(server: dict[str, Any]) -> bool:
@@ -135,6 +146,7 @@ def _start(folder: Path) -> dict[str, Any]:
         env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"},
     )
     log.close()
+    _children.append(process)
     server["pid"] = process.pid
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _answers(server):

@@ -79,17 +79,17 @@ class SamplingParams(_Model):
     so that a retried job repeats itself; the result says which seed ran.
     """
 
-    max_new_tokens: int = Field(default=256, ge=1, le=131_072)
-    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
-    top_k: int = Field(default=0, ge=0, le=1_000_000, description="0: all tokens")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
-    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    max_new_tokens: int = Field(default=256, strict=True, ge=1, le=131_072)
+    temperature: float = Field(default=0.0, strict=True, ge=0.0, le=10.0)
+    top_k: int = Field(default=0, strict=True, ge=0, le=1_000_000, description="0: all tokens")
+    top_p: float = Field(default=1.0, strict=True, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, strict=True, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, strict=True, gt=0.0, le=10.0)
+    frequency_penalty: float = Field(default=0.0, strict=True, ge=-2.0, le=2.0)
+    presence_penalty: float = Field(default=0.0, strict=True, ge=-2.0, le=2.0)
     stop: Annotated[tuple[Stop, ...], BeforeValidator(_as_list)] = Field(default=(), max_length=16)
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
-    ignore_eos: bool = False
+    seed: int | None = Field(default=None, strict=True, ge=0, le=MAX_SEED)
+    ignore_eos: bool = Field(default=False, strict=True)
 
     @field_validator("stop")
     @classmethod
@@ -113,7 +113,7 @@ class Job(_Model):
     prompt: Text | None = None
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=1024)
     sampling_params: SamplingParams = SamplingParams()
-    priority: int = Field(default=0, ge=-100, le=100, description="higher runs first")
+    priority: int = Field(default=0, strict=True, ge=-100, le=100, description="higher runs first")
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
     batch_id: Identifier | None = None
     custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
@@ -178,4 +178,4 @@ class Job(_Model):
 
 def is_identifier(text: object) -> bool:
     """Whether text can be a job id or a tenant."""
-    return isinstance(text, str) and len(text) <= 64 and re.match(ID_PATTERN, text) is not None
+    return isinstance(text, str) and len(text) <= 64 and bool(re.fullmatch(ID_PATTERN, text))

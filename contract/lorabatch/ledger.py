@@ -78,7 +78,9 @@ class Ledger:
         with self.engine.begin() as connection:
             now = self._now(connection)
             statement = self._insert(jobs).on_conflict_do_nothing()
-            connection.execute(statement, [_job_row(job, now, publish_result) for job in accepted])
+            rows = [_job_row(job, now, publish_result) for job in accepted]
+            rows.sort(key=lambda row: (row["tenant"], row["idempotency_key"]))  # no deadlocks
+            connection.execute(statement, rows)
             known = _known(connection, accepted)
             return {job.job_id: _same_request(job, known) for job in accepted}
 
@@ -98,7 +100,8 @@ class Ledger:
     def mark_sent(self, job_ids: Sequence[str]) -> None:
         """Note that a message for each of these jobs is in the queue."""
         with self.engine.begin() as connection:
-            for chunk in _chunks(job_ids):
+            known = [row.job_id for row in _locked(connection, job_ids)]
+            for chunk in _chunks(known):
                 connection.execute(
                     sa.update(jobs).where(jobs.c.job_id.in_(chunk)).values(sent_us=now_us())
                 )

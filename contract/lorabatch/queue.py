@@ -15,6 +15,8 @@ import redis
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from lorabatch.embedded import ensure_valkey
 from lorabatch.errors import QueueNotReady
@@ -92,7 +94,8 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
 
 def check_broker(url: str) -> str:
     """The server's version. Raises QueueNotReady if it is not there or may drop messages."""
-    client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5)
+    once = Retry(NoBackoff(), 0)
+    client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, retry=once)
     try:
         info: Any = client.info()
         limit = int(info.get("maxmemory", 0))

@@ -205,7 +205,7 @@ class Settings(BaseSettings):
     @classmethod
     def _queue_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         names = (value,) if isinstance(value, str) else value
-        if not names or not all(re.match(QUEUE_PATTERN, name) for name in names):
+        if not names or not all(re.fullmatch(QUEUE_PATTERN, name) for name in names):
             raise ValueError("queue names of letters, digits, '_', '.', ':', '-', at most 64")
         return value
 
@@ -262,7 +262,7 @@ class Settings(BaseSettings):
 
 def explain_settings(error: ValidationError) -> str:
     """One line; fields carry the name of their environment variable."""
-    text = explain(error)
+    text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", explain(error))
     for name in sorted(Settings.model_fields, key=len, reverse=True):
         text = re.sub(rf"(^|; ){name}: ", rf"\1{PREFIX}{name.upper()}: ", text)
     return re.sub(r" \(got \{.*\}( *\.\.\. \(\d+ characters\))?\)", "", text)

@@ -57,7 +57,7 @@ def upgrade() -> None:
         sa.Column("finished_us", sa.BigInteger(), nullable=True),
         sa.CheckConstraint(
             "state IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')",
-            name="ck_jobs_state",
+            name=op.f("ck_jobs_state"),
         ),
         sa.PrimaryKeyConstraint("job_id", name="pk_jobs"),
         sa.UniqueConstraint("tenant", "idempotency_key", name="uq_jobs_tenant_idempotency_key"),

@@ -1,0 +1,148 @@
+"""A user's file as one batch: its identity, its submission and its status.
+
+The batch id follows from tenant and file content, a job's id from batch id and custom_id (or
+line number). So a file that is submitted again, after a crash or by mistake, finds its own
+jobs and is not billed twice; `new=True` forces another run. Raises NotSent, JobNotFound,
+IdempotencyConflict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import sqlalchemy as sa
+
+from lorabatch import Job, Ledger
+from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError
+from lorabatch.tables import batches
+from lorabatch_producer.bulk import BadLine, base_names, read_lines
+from lorabatch_producer.sending import NotSent, chunked
+
+if TYPE_CHECKING:
+    from lorabatch_producer.client import Producer
+
+__all__ = ["BatchStatus", "Submitted", "batch_id_for", "batch_status", "file_digest", "submit"]
+
+READ_BYTES = 1024 * 1024
+NAMESPACE = uuid.UUID("1f0f6c34-9a4d-5e0e-8c55-6d0a54f5a1b0")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What a submission came to. `not_sent`: accepted, but the broker was down."""
+
+    batch_id: str
+    accepted: int
+    rejected: int
+    not_sent: NotSent | None = None
+
+
+@dataclass(frozen=True)
+class BatchStatus:
+    """A batch and its jobs by state. Time: microseconds UTC."""
+
+    batch_id: str
+    tenant: str
+    source: str
+    created_us: int
+    rejected_lines: int
+    queued: int = 0
+    running: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.queued + self.running + self.ended
+
+    @property
+    def ended(self) -> int:
+        return self.succeeded + self.failed + self.cancelled
+
+
+def file_digest(file: BinaryIO) -> str:
+    """sha256 of the content, in hexadecimal; the file is at its start again afterwards."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while some := file.read(READ_BYTES):
+        digest.update(some)
+    file.seek(0)
+    return digest.hexdigest()
+
+
+def batch_id_for(tenant: str, digest: str, new: bool = False) -> str:
+    """The id of a tenant's file of that content; a random one if `new`."""
+    return str(uuid.uuid4() if new else uuid.uuid5(NAMESPACE, f"{tenant}\n{digest}"))
+
+
+def submit(
+    producer: Producer,
+    path: Path,
+    tenant: str = "default",
+    new: bool = False,
+    on_bad: Callable[[BadLine], None] = lambda line: None,
+) -> Submitted:
+    """Accept and send every good line of a file; `on_bad` is told of the others as they come."""
+    rejected = 0
+
+    def good(file: BinaryIO, batch_id: str) -> Iterator[Job]:
+        nonlocal rejected
+        for line in read_lines(file, batch_id, tenant, base_names(producer.settings)):
+            if isinstance(line, BadLine):
+                rejected += 1
+                on_bad(line)
+            else:
+                yield line.job
+
+    accepted, not_sent = 0, None
+    sender = producer.sender()
+    with path.open("rb") as file:
+        digest = file_digest(file)
+        batch_id = batch_id_for(tenant, digest, new)
+        for some in chunked(good(file, batch_id)):
+            try:
+                accepted += len(sender.chunk(some))
+            except IdempotencyConflict as error:
+                raise _read_otherwise(batch_id, error) from None
+        if file_digest(file) != digest:
+            raise LoraBatchError(
+                f"{path.name} changed while it was read; what was accepted belongs to batch "
+                f"{batch_id}: cancel that, and submit the finished file"
+            )
+    source = f"{path.name} sha256:{digest}"
+    producer.ledger.add_batch(batch_id, tenant, source, accepted, rejected)
+    try:
+        sender.finish()
+    except NotSent as error:
+        not_sent = error
+    return Submitted(batch_id, accepted, rejected, not_sent)
+
+
+def _read_otherwise(batch_id: str, error: IdempotencyConflict) -> IdempotencyConflict:
+    return IdempotencyConflict(
+        f"batch {batch_id}: this file was submitted before, and its lines meant something else "
+        f"then (another LORABATCH_BASE_MODEL or version); submit it as a new batch ({error})"
+    )
+
+
+def batch_status(ledger: Ledger, batch_id: str) -> BatchStatus:
+    """A batch's jobs by state. Raises JobNotFound."""
+    with ledger.engine.execution_options(read_only=True).begin() as connection:
+        query = sa.select(batches).where(batches.c.batch_id == batch_id)
+        row = connection.execute(query).one_or_none()
+    if row is None:
+        raise JobNotFound(f"batch {batch_id!r}: no such batch in this ledger")
+    return BatchStatus(
+        batch_id=row.batch_id,
+        tenant=row.tenant,
+        source=row.source,
+        created_us=row.created_us,
+        rejected_lines=row.rejected_lines,
+        **ledger.counts(batch_id),
+    )

@@ -1,0 +1,139 @@
+"""The client: put jobs into the queue, wait for them, read results, cancel.
+
+    with Producer() as producer:
+        job_id = producer.enqueue(adapter_id="sql", prompt="How many users?", max_new_tokens=32)
+        print(producer.wait(job_id).text)
+
+Accepted means committed to the ledger; the broker is only touched by enqueueing. One producer
+may be shared by threads. Raises InvalidJob, IdempotencyConflict, NotSent, JobNotFound,
+JobFailed, JobCancelled, WaitTimeout, DatabaseNotReady.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, overload
+
+from celery import Celery
+
+from lorabatch import Job, Ledger, Result, Settings
+from lorabatch.database import open_database
+from lorabatch.queue import make_app
+from lorabatch.result import JobState
+from lorabatch_producer.batch import BatchStatus, batch_status
+from lorabatch_producer.fields import make_job
+from lorabatch_producer.sending import CHUNK, Sender, chunked
+from lorabatch_producer.waiting import Watch, succeeded
+
+__all__ = ["Producer"]
+
+
+class Producer:
+    """Enqueues jobs and reads them back. Opens database and broker when first needed."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings if settings is not None else Settings.load()
+        self._lock = threading.Lock()
+        self._ledger: Ledger | None = None
+        self._app: Celery | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections; a later call opens new ones."""
+        with self._lock:
+            if self._ledger is not None:
+                self._ledger.engine.dispose()
+            if self._app is not None:
+                self._app.close()  # kombu's connection pools belong to the whole process
+            self._ledger = self._app = None
+
+    @property
+    def ledger(self) -> Ledger:
+        with self._lock:
+            if self._ledger is None:
+                self._ledger = Ledger(open_database(self.settings))
+            return self._ledger
+
+    def app(self) -> Celery:
+        """The Celery app that sends; starts the embedded Valkey where no broker is set."""
+        with self._lock:
+            if self._app is None:
+                self._app = make_app(self.settings)
+            return self._app
+
+    def sender(self) -> Sender:
+        """What accepts and sends chunks of checked jobs."""
+        return Sender(self.ledger, self.app, self.settings.queue)
+
+    def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
+        """Accept and send one job: its id, or the known one for a known idempotency key."""
+        sender = self.sender()
+        (job_id,) = sender.chunk([make_job(job, **fields)])
+        sender.finish()
+        return job_id
+
+    def enqueue_many(self, jobs: Iterable[Job | Mapping[str, Any]]) -> list[str]:
+        """Accept and send jobs in chunks of 1000: their ids, in order.
+
+        A job that is refused ends the call; the chunks before its own stay accepted.
+        """
+        sender = self.sender()
+        job_ids: list[str] = []
+        for some in chunked(jobs, CHUNK):
+            job_ids.extend(sender.chunk([make_job(job) for job in some]))
+        sender.finish()
+        return job_ids
+
+    def result(self, job_id: str) -> Result | None:
+        """The result; None while the job is open. Raises JobNotFound."""
+        found = Watch(self.ledger, [job_id], None).look()
+        return found[0] if found else None
+
+    @overload
+    def wait(  # type: ignore[overload-overlap]  # a str is an Iterable[str], and comes first
+        self, job_id: str, /, timeout_s: float | None = None
+    ) -> Result: ...
+    @overload
+    def wait(
+        self, job_ids: Iterable[str], /, timeout_s: float | None = None
+    ) -> Iterator[Result]: ...
+    def wait(
+        self, job_ids: str | Iterable[str], /, timeout_s: float | None = None
+    ) -> Result | Iterator[Result]:
+        """One id: its result; raises JobFailed, JobCancelled or WaitTimeout.
+
+        Many ids: the results as they come, failed and cancelled ones too; raises WaitTimeout
+        when `timeout_s` is over and some are still open. None waits for ever.
+        """
+        if isinstance(job_ids, str):
+            return succeeded(next(self._ended([job_ids], timeout_s)))
+        return self._ended(job_ids, timeout_s)
+
+    def _ended(self, job_ids: Iterable[str], timeout_s: float | None) -> Iterator[Result]:
+        watch = Watch(self.ledger, job_ids, timeout_s)
+        while not watch.over:
+            yield from watch.look()
+            if not watch.over:
+                time.sleep(watch.pause_s())
+
+    def cancel(self, job_ids: str | Iterable[str], /) -> dict[str, JobState]:
+        """Cancel jobs: the state each is in now; a running one ends at its next step."""
+        ids = [job_ids] if isinstance(job_ids, str) else list(job_ids)
+        return self.ledger.cancel(ids)
+
+    def status(self, batch_id: str) -> BatchStatus:
+        """A batch's job counts by state. Raises JobNotFound."""
+        return batch_status(self.ledger, batch_id)

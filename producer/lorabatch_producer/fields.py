@@ -1,0 +1,49 @@
+"""Jobs from keyword arguments or mappings, where sampling fields may be given flat.
+
+`{"prompt": "hi", "temperature": 0.7}` is the same as
+`{"prompt": "hi", "sampling_params": {"temperature": 0.7}}`. Raises InvalidJob.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorabatch import Job, SamplingParams
+from lorabatch.errors import InvalidJob, shown
+
+__all__ = ["SAMPLING_FIELDS", "make_job", "nest_sampling"]
+
+SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
+
+
+def make_job(job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> Job:
+    """A checked job from a Job, a mapping, keywords, or a mapping with keywords on top."""
+    if isinstance(job, Job):
+        if fields:
+            raise InvalidJob(
+                f"job {job.job_id!r}: give a Job or fields ({', '.join(sorted(fields))}), not both"
+            )
+        return job
+    if job is not None and not isinstance(job, Mapping):
+        raise InvalidJob(f"a job must be a Job or a mapping of its fields, got {shown(job)}")
+    return Job.parse(nest_sampling({**(job or {}), **fields}))
+
+
+def nest_sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields with the flat sampling ones moved into `sampling_params`."""
+    flat = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
+    if not flat:
+        return dict(fields)
+    nested = fields.get("sampling_params") or {}
+    if isinstance(nested, SamplingParams):
+        nested = nested.model_dump(exclude_unset=True)
+    if not isinstance(nested, Mapping):
+        raise InvalidJob(f"sampling_params: must be an object (got {shown(nested)})")
+    twice = sorted(set(flat) & set(nested))
+    if twice:
+        raise InvalidJob(
+            f"{', '.join(twice)}: given flat and in sampling_params; give it in one place"
+        )
+    rest = {name: value for name, value in fields.items() if name not in SAMPLING_FIELDS}
+    return {**rest, "sampling_params": {**nested, **flat}}

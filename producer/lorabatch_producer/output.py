@@ -1,0 +1,166 @@
+"""A batch's results as JSONL, in the order of its file, one line for each good line.
+
+OpenAI lines get OpenAI's shape, short lines a flat one. A job that failed or was cancelled has
+an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. Both files appear
+whole or not at all. Raises LoraBatchError if jobs are open (unless `partial`) or the file is
+not the batch's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorabatch import Result, Settings
+from lorabatch.errors import LoraBatchError
+from lorabatch.ledger import Ledger
+from lorabatch_producer.batch import batch_status, file_digest
+from lorabatch_producer.bulk import BadLine, GoodLine, base_names, read_lines
+from lorabatch_producer.sending import chunked
+
+__all__ = ["Written", "errors_path", "write_output"]
+
+FINISH_REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
+CHUNK = 500
+
+
+@dataclass(frozen=True)
+class Written:
+    """Lines of the output by what their jobs ended as, and bad lines of the input."""
+
+    succeeded: int
+    failed: int
+    cancelled: int
+    not_finished: int
+    bad: int
+
+
+def errors_path(out: Path) -> Path:
+    """Where bad lines go: `results.jsonl` -> `results.errors.jsonl`."""
+    return out.with_name(out.name.removesuffix(".jsonl") + ".errors.jsonl")
+
+
+def write_output(
+    ledger: Ledger, settings: Settings, batch_id: str, path: Path, out: Path, partial: bool = False
+) -> Written:
+    """Write the results of the batch that the file at `path` was submitted as."""
+    status = batch_status(ledger, batch_id)
+    if status.ended < status.total and not partial:
+        raise LoraBatchError(
+            f"batch {batch_id}: {status.total - status.ended} of {status.total} jobs are open; "
+            "wait for them, or take what is there with --partial"
+        )
+    if out.resolve() == path.resolve():
+        raise LoraBatchError(f"the output would replace its input {path}; give another name")
+    counts = Counter[str]()
+    errors = errors_path(out)
+    with path.open("rb") as file, atomic_file(out) as results, atomic_file(errors) as bad:
+        if not status.source.endswith(f"sha256:{file_digest(file)}"):
+            raise LoraBatchError(
+                f"batch {batch_id} was made from {status.source!r}, and {path} is not that file; "
+                "give the file that was submitted"
+            )
+        lines = read_lines(file, batch_id, status.tenant, base_names(settings))
+        for some in chunked(lines, CHUNK):
+            good = [line for line in some if isinstance(line, GoodLine)]
+            found = ledger.results([line.job.job_id for line in good])
+            for line in some:
+                if isinstance(line, BadLine):
+                    counts["bad"] += 1
+                    bad.write(line.as_json() + "\n")
+                else:
+                    result = found.get(line.job.job_id)
+                    counts[result.state if result else "not_finished"] += 1
+                    results.write(json.dumps(_line(line, result), ensure_ascii=False) + "\n")
+    if not counts["bad"]:
+        errors.unlink()
+    names = ("succeeded", "failed", "cancelled", "not_finished", "bad")
+    return Written(**{name: counts[name] for name in names})
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """A text file that appears under its name only once it is complete and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _line(line: GoodLine, result: Result | None) -> dict[str, Any]:
+    return _short_line(line, result) if line.form == "short" else _openai_line(line, result)
+
+
+def _error(result: Result | None) -> dict[str, str] | None:
+    if result is None:
+        return {"code": "not_finished", "message": "the job is still open"}
+    if result.state == "succeeded":
+        return None
+    if result.error is not None:
+        return {"code": result.error.code, "message": result.error.message}
+    return {"code": f"job_{result.state}", "message": f"the job {result.state}"}
+
+
+def _short_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
+    usage = None
+    if result is not None:
+        usage = {**result.usage.model_dump(), "total_tokens": result.usage.total_tokens}
+    return {
+        "line": line.number,
+        "custom_id": line.job.custom_id,
+        "job_id": line.job.job_id,
+        "tenant": line.job.tenant,
+        "adapter_id": line.job.adapter_id,
+        "text": result.text if result else None,
+        "finish_reason": result.finish_reason if result else None,
+        "usage": usage,
+        "error": _error(result),
+    }
+
+
+def _openai_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
+    job_id = line.job.job_id
+    response = None
+    if result is not None and result.state == "succeeded":
+        body = _openai_body(line, result)
+        response = {"status_code": 200, "request_id": job_id, "body": body}
+    return {
+        "id": f"batch_req_{job_id}",
+        "custom_id": line.job.custom_id,
+        "response": response,
+        "error": _error(result),
+    }
+
+
+def _openai_body(line: GoodLine, result: Result) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0}
+    if line.form == "chat":
+        choice["message"] = {"role": "assistant", "content": result.text}
+    else:
+        choice["text"] = result.text
+    choice["logprobs"] = None
+    choice["finish_reason"] = FINISH_REASONS[result.finish_reason or "eos_token"]
+    return {
+        "id": ("chatcmpl-" if line.form == "chat" else "cmpl-") + result.job_id,
+        "object": "chat.completion" if line.form == "chat" else "text_completion",
+        "created": (result.finished_us or 0) // 1_000_000,
+        "model": line.model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": result.usage.prompt_tokens,
+            "completion_tokens": result.usage.output_tokens,
+            "total_tokens": result.usage.total_tokens,
+            "prompt_tokens_details": {"cached_tokens": result.usage.cached_tokens},
+        },
+    }

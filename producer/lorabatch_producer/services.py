@@ -1,0 +1,74 @@
+"""A look at what runs: broker, queue lengths, workers. Starts nothing, changes nothing.
+
+Raises QueueNotReady where a broker was asked and does not answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from lorabatch import Settings
+from lorabatch.embedded import valkey_running
+from lorabatch.errors import QueueNotReady
+from lorabatch.queue import make_app
+
+__all__ = ["NO_WORKER", "answering", "masked", "queue_lengths", "running_broker", "workers"]
+
+PING_S = 1.0
+NO_WORKER = "no worker seems to run: start `lorabatch-worker`"
+
+
+def masked(text: str) -> str:
+    """A URL with its password as ***."""
+    text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", text)
+    return re.sub(r"([?&](?:password|pass)=)[^&\s]*", r"\1***", text)
+
+
+def running_broker(settings: Settings) -> str | None:
+    """The broker's URL; None if it is the embedded one and that does not run."""
+    return settings.broker_url or valkey_running(settings.home)
+
+
+def answering(app: Celery, timeout_s: float = PING_S) -> list[str]:
+    """Names of the workers that answer a ping within the time; none if the broker is down."""
+    try:
+        replies: Sequence[dict[str, Any]] = app.control.ping(timeout=timeout_s) or []
+    except (OperationalError, redis.RedisError):
+        return []
+    return sorted({name for reply in replies for name in reply})
+
+
+def workers(settings: Settings) -> list[str]:
+    """Workers that answer, without starting an embedded broker for the question."""
+    url = running_broker(settings)
+    if url is None:
+        return []
+    app = make_app(settings.model_copy(update={"broker_url": url}))
+    try:
+        return answering(app)
+    finally:
+        app.close()
+
+
+def queue_lengths(settings: Settings, url: str) -> dict[str, int]:
+    """Messages that no worker has taken, by queue: ours and those that workers drain."""
+    names = dict.fromkeys((settings.queue, *settings.consume))
+    once = Retry(NoBackoff(), 0)
+    client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, retry=once)
+    try:
+        lengths: list[Any] = [client.llen(name) for name in names]
+    except redis.RedisError as error:
+        raise QueueNotReady(
+            f"the broker does not answer: {error}; check LORABATCH_BROKER_URL"
+        ) from None
+    finally:
+        client.close()
+    return dict(zip(names, map(int, lengths), strict=True))

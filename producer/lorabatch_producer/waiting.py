@@ -1,0 +1,87 @@
+"""Waiting for jobs to end, by looking at the ledger with a gentle back-off.
+
+`Watch` makes one look at a time, so that the blocking and the awaitable client share it.
+Pauses grow from 20 ms to 1 s while nothing ends and are never shorter than a look took.
+Raises JobNotFound, WaitTimeout, and for a single job JobFailed and JobCancelled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from lorabatch import Ledger, Result
+from lorabatch.errors import JobCancelled, JobFailed, JobNotFound, WaitTimeout
+from lorabatch.result import TERMINAL_STATES
+
+__all__ = ["Watch", "succeeded"]
+
+FIRST_PAUSE_S = 0.02
+LAST_PAUSE_S = 1.0
+GROWTH = 1.5
+
+
+class Watch:
+    """Some jobs, those of them still open, and when to give up."""
+
+    def __init__(self, ledger: Ledger, job_ids: Iterable[str], timeout_s: float | None) -> None:
+        self._ledger = ledger
+        self._timeout_s = timeout_s
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._open = dict.fromkeys(job_ids)
+        self._pause_s = FIRST_PAUSE_S
+        self._took_s = 0.0
+
+    @property
+    def over(self) -> bool:
+        return not self._open
+
+    def look(self) -> list[Result]:
+        """Results of the jobs that have ended since the last look.
+
+        Raises JobNotFound for an unknown id and WaitTimeout when time is up.
+        """
+        started = time.monotonic()
+        states = self._ledger.states(list(self._open))
+        for job_id in self._open:
+            if job_id not in states:
+                raise JobNotFound(f"job {job_id!r}: no such job in this ledger")
+        ended = [job_id for job_id in self._open if states[job_id] in TERMINAL_STATES]
+        found = self._ledger.results(ended) if ended else {}
+        for job_id in found:
+            del self._open[job_id]
+        self._took_s = time.monotonic() - started
+        if found:
+            self._pause_s = FIRST_PAUSE_S
+        elif self._deadline is not None and time.monotonic() >= self._deadline:
+            raise self._timeout(states[next(iter(self._open))])
+        return [found[job_id] for job_id in ended if job_id in found]
+
+    def pause_s(self) -> float:
+        """Seconds until the next look."""
+        pause = max(self._pause_s, self._took_s)
+        self._pause_s = min(self._pause_s * GROWTH, LAST_PAUSE_S)
+        if self._deadline is not None:
+            pause = min(pause, max(0.0, self._deadline - time.monotonic()))
+        return pause
+
+    def _timeout(self, state: str) -> WaitTimeout:
+        job_id = next(iter(self._open))
+        who = f"job {job_id!r} is {state}"
+        if len(self._open) > 1:
+            who = f"{len(self._open)} jobs are open, the first {job_id!r} ({state})"
+        return WaitTimeout(
+            f"{who} after {self._timeout_s:g} s; nothing was cancelled: wait longer or ask again "
+            "later, and check that a worker runs"
+        )
+
+
+def succeeded(result: Result) -> Result:
+    """The same result, if its job succeeded. Raises JobFailed or JobCancelled."""
+    if result.state == "cancelled":
+        raise JobCancelled(f"job {result.job_id!r} was cancelled")
+    if result.state == "failed":
+        error = result.error
+        reason = f"{error.code}: {error.message}" if error else "no reason was recorded"
+        raise JobFailed(f"job {result.job_id!r} failed: {reason}")
+    return result

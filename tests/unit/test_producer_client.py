@@ -1,0 +1,328 @@
+"""The client, blocking and awaitable, by the same tests, against a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from tests.played_worker import by_adapter, fails, run_queued, working
+
+import lorabatch_producer
+from lorabatch import Job, Ledger, Settings
+from lorabatch.database import open_database
+from lorabatch.embedded import ensure_valkey, stop_valkey
+from lorabatch.errors import (
+    IdempotencyConflict,
+    InvalidJob,
+    JobCancelled,
+    JobFailed,
+    JobNotFound,
+    QueueNotReady,
+    WaitTimeout,
+)
+from lorabatch_producer import AsyncProducer, NotSent, Producer
+
+DOWN = "redis://127.0.0.1:1/0"
+
+
+class Blocking:
+    """An AsyncProducer that is called like a Producer."""
+
+    def __init__(self, producer: AsyncProducer) -> None:
+        self._producer = producer
+        self._runner = asyncio.Runner()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._producer, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = method(*args, **kwargs)
+            if inspect.isasyncgen(found):
+                return self._each(found)
+            return self._runner.run(found)
+
+        return call
+
+    def _each(self, found: Any) -> Iterator[Any]:
+        async def following() -> Any:
+            return await anext(found, None)
+
+        while (item := self._runner.run(following())) is not None:
+            yield item
+
+    def end(self) -> None:
+        self.close()
+        self._runner.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def make(request: pytest.FixtureRequest) -> Iterator[Any]:
+    made: list[Any] = []
+
+    def build(settings: Settings) -> Any:
+        sync = request.param == "sync"
+        made.append(Producer(settings) if sync else Blocking(AsyncProducer(settings)))
+        return made[-1]
+
+    yield build
+    for producer in made:
+        producer.close() if isinstance(producer, Producer) else producer.end()
+
+
+@pytest.fixture
+def producer(make: Any, settings: Settings) -> Any:
+    return make(settings)
+
+
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    engine = open_database(settings)
+    yield Ledger(engine)
+    engine.dispose()
+
+
+def queue_length(settings: Settings) -> int:
+    with redis.Redis.from_url(settings.broker_url or ensure_valkey(settings.home)) as client:
+        length: Any = client.llen(settings.queue)
+    return int(length)
+
+
+def test_a_job_is_accepted_sent_and_waited_for(
+    producer: Any, ledger: Ledger, settings: Settings
+) -> None:
+    job_id = producer.enqueue(
+        adapter_id="sql", tenant="acme", prompt="how many?", max_new_tokens=7, temperature=0.7
+    )
+    assert queue_length(settings) == 1
+    assert producer.result(job_id) is None
+    with working(ledger):
+        result = producer.wait(job_id)
+    assert (result.text, result.tenant, result.job_id) == ("sql: how many?", "acme", job_id)
+    assert producer.result(job_id) == result
+
+
+def test_sampling_fields_may_be_flat_or_nested(producer: Any, ledger: Ledger) -> None:
+    flat = producer.enqueue(prompt="a", temperature=0.5, stop="x", seed=3)
+    nested = producer.enqueue({"prompt": "a", "sampling_params": {"temperature": 0.5}}, seed=3)
+    ready = producer.enqueue(Job(prompt="a"))
+    claims = ledger.claim([flat, nested, ready], "me", 60)
+    params = {job_id: claim.job.sampling_params for job_id, claim in claims.items()}
+    assert (params[flat].temperature, params[flat].stop, params[flat].seed) == (0.5, ("x",), 3)
+    assert (params[nested].temperature, params[nested].seed) == (0.5, 3)
+    assert params[ready] == Job(prompt="a").sampling_params
+
+
+@pytest.mark.parametrize(
+    ("job", "fields", "message"),
+    [
+        (None, {"prompt": "a", "temprature": 1}, "temprature: no such field"),
+        (None, {"prompt": "a", "temperature": -1}, "sampling_params.temperature"),
+        (
+            {"prompt": "a", "sampling_params": {"seed": 1}},
+            {"seed": 2},
+            "seed: given flat and in sampling_params",
+        ),
+        ({"prompt": "a", "sampling_params": [1]}, {"seed": 2}, "sampling_params: must be an obj"),
+        (Job(job_id="j", prompt="a"), {"seed": 2}, r"job 'j': give a Job or fields \(seed\)"),
+        (["a"], {}, r"must be a Job or a mapping of its fields, got \['a'\]"),
+        (None, {}, "exactly one of prompt and messages"),
+    ],
+)
+def test_a_bad_job_is_refused_and_accepts_nothing(
+    producer: Any, ledger: Ledger, job: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidJob, match=message):
+        producer.enqueue(job, **fields)
+    assert ledger.counts() == {}
+
+
+def test_the_same_key_is_one_job_and_one_message(
+    producer: Any, ledger: Ledger, settings: Settings
+) -> None:
+    first = producer.enqueue(prompt="a", tenant="acme", idempotency_key="k")
+    assert producer.enqueue(prompt="a", tenant="acme", idempotency_key="k") == first
+    assert queue_length(settings) == 1
+    with pytest.raises(IdempotencyConflict, match="'k' of tenant 'acme'"):
+        producer.enqueue(prompt="b", tenant="acme", idempotency_key="k")
+    run_queued(ledger)
+    assert producer.enqueue(prompt="a", tenant="acme", idempotency_key="k") == first
+    assert (queue_length(settings), ledger.counts()) == (1, {"succeeded": 1})
+
+
+def test_many_jobs_are_sent_in_chunks_and_yielded_as_they_end(
+    producer: Any, ledger: Ledger, settings: Settings
+) -> None:
+    wanted = ({"prompt": f"p{i}", "adapter_id": "sql"} for i in range(1_050))
+    ids = producer.enqueue_many(wanted)
+    assert len(set(ids)) == 1_050
+    assert queue_length(settings) == 1_050
+    assert ledger.nowhere(3600) == []
+    with working(ledger):
+        texts = {result.job_id: result.text for result in producer.wait(ids)}
+    assert texts == {job_id: f"sql: p{i}" for i, job_id in enumerate(ids)}
+
+
+def test_no_jobs_at_all(producer: Any) -> None:
+    assert producer.enqueue_many([]) == []
+    assert list(producer.wait([])) == []
+
+
+def test_a_bad_job_among_many_keeps_the_chunks_before_it(producer: Any, ledger: Ledger) -> None:
+    asked = [{"prompt": "a"}] * 1000 + [{"prompt": "b"}, {"prompt": ""}]
+    with pytest.raises(InvalidJob, match="prompt is empty"):
+        producer.enqueue_many(asked)
+    assert ledger.counts() == {"queued": 1000}
+
+
+def test_the_same_key_within_one_call_is_one_job(producer: Any, settings: Settings) -> None:
+    ids = producer.enqueue_many([{"prompt": "a", "idempotency_key": "k"}] * 3)
+    assert len(ids) == 3
+    assert len(set(ids)) == queue_length(settings) == 1
+
+
+def test_a_broker_that_is_down_delays_jobs_and_loses_none(
+    make: Any, ledger: Ledger, settings: Settings
+) -> None:
+    down = make(settings.model_copy(update={"broker_url": DOWN}))
+    with pytest.raises(NotSent, match=r"is accepted, but not in the queue yet.*sweeper") as caught:
+        down.enqueue(prompt="a")
+    assert isinstance(caught.value, QueueNotReady)
+    with pytest.raises(NotSent, match="1050 jobs are accepted") as many:
+        down.enqueue_many({"prompt": "a", "job_id": f"j{i}"} for i in range(1050))
+    assert many.value.job_ids == [f"j{i}" for i in range(1050)]
+    assert ledger.counts() == {"queued": 1051}
+    assert {m.job_id for m in ledger.nowhere(-1, 2000)} == {
+        *caught.value.job_ids,
+        *many.value.job_ids,
+    }
+    up = make(settings)
+    up.enqueue(prompt="a", job_id="j0")
+    assert queue_length(settings) == 1
+
+
+def test_an_embedded_broker_that_cannot_start_is_a_broker_that_is_down(
+    producer: Any, ledger: Ledger, settings: Settings
+) -> None:
+    (settings.home / "valkey").mkdir()
+    (settings.home / "valkey" / "appendonlydir").write_text("in the way")
+    with pytest.raises(NotSent, match="embedded Valkey did not start"):
+        producer.enqueue(prompt="a")
+    assert ledger.counts() == {"queued": 1}
+
+
+def test_the_embedded_broker_may_be_restarted_under_a_producer(
+    producer: Any, settings: Settings
+) -> None:
+    producer.enqueue(prompt="a")
+    stop_valkey(settings.home)
+    ensure_valkey(settings.home)
+    producer.close()
+    producer.enqueue(prompt="b")
+    assert queue_length(settings) == 2
+
+
+def test_who_waits_is_told_how_it_failed(producer: Any, ledger: Ledger) -> None:
+    job_id = producer.enqueue(prompt="a", adapter_id="nope")
+    run_queued(ledger, fails)
+    with pytest.raises(JobFailed, match=f"{job_id}.*unknown_adapter: no adapter of that id"):
+        producer.wait(job_id)
+    assert producer.result(job_id).state == "failed"
+
+
+def test_many_are_yielded_failed_ones_too(producer: Any, ledger: Ledger) -> None:
+    ids = producer.enqueue_many(
+        [{"prompt": "a", "adapter_id": adapter} for adapter in ("sql", "broken")]
+    )
+    with working(ledger, by_adapter):
+        states = {result.job_id: result.state for result in producer.wait(ids)}
+    assert states == dict(zip(ids, ("succeeded", "failed"), strict=True))
+
+
+def test_cancelled_jobs(producer: Any, ledger: Ledger) -> None:
+    queued, running = producer.enqueue(prompt="a"), producer.enqueue(prompt="b")
+    ledger.claim([running], "me", 60)
+    assert producer.cancel([queued, running]) == {queued: "cancelled", running: "running"}
+    with pytest.raises(JobCancelled, match=queued):
+        producer.wait(queued)
+    one = producer.enqueue(prompt="c")
+    assert producer.cancel(one) == {one: "cancelled"}
+    with pytest.raises(JobNotFound, match="'nobody'"):
+        producer.cancel("nobody")
+
+
+def test_waiting_ends_when_time_is_up(producer: Any, ledger: Ledger) -> None:
+    first, second = producer.enqueue(prompt="a"), producer.enqueue(prompt="b")
+    with pytest.raises(WaitTimeout, match=rf"job '{first}' is queued after 0\.05 s"):
+        producer.wait(first, timeout_s=0.05)
+    ledger.claim([first], "me", 60)
+    with pytest.raises(WaitTimeout, match=rf"2 jobs are open, the first '{first}' \(running\)"):
+        list(producer.wait([first, second], timeout_s=0))
+    run_queued(ledger)
+    results = iter(producer.wait([first, second], timeout_s=0))
+    assert next(results).job_id == second
+    with pytest.raises(WaitTimeout, match=first):
+        next(results)
+
+
+def test_unknown_ids(producer: Any) -> None:
+    for ask in (
+        lambda: producer.result("nobody"),
+        lambda: producer.wait("nobody"),
+        lambda: list(producer.wait(["nobody"])),
+        lambda: producer.status("nobody"),
+    ):
+        with pytest.raises(JobNotFound, match="'nobody'"):
+            ask()
+
+
+def test_both_databases(make: Any, database: Any, home: Any) -> None:
+    url = database.url.render_as_string(hide_password=False)
+    producer = make(Settings.load(home=home, database_url=url))
+    asked = [{"prompt": f"naïve 🦜 {i}", "adapter_id": "sql"} for i in range(50)]
+    ids = producer.enqueue_many(asked)
+    with working(Ledger(database)):
+        texts = {result.job_id: result.text for result in producer.wait(ids)}
+    assert [texts[job_id] for job_id in ids] == [f"sql: naïve 🦜 {i}" for i in range(50)]
+
+
+def test_threads_may_share_a_producer(settings: Settings) -> None:
+    found: list[str] = []
+    with Producer(settings) as producer:
+
+        def work(thread: int) -> None:
+            keys = [f"{thread % 2}-{i}" for i in range(10)]
+            found.extend(producer.enqueue(prompt="a", idempotency_key=key) for key in keys)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(found), len(set(found))) == (40, 20)
+        assert producer.ledger.counts() == {"queued": 20}
+
+
+async def test_waits_do_not_hold_threads(settings: Settings, ledger: Ledger) -> None:
+    async with AsyncProducer(settings) as producer:
+        ids = await producer.enqueue_many({"prompt": "a"} for _ in range(50))
+        waits = asyncio.gather(*(producer.wait(job_id) for job_id in ids))
+        with working(ledger):
+            results = await waits
+    assert [result.job_id for result in results] == ids
+
+
+def test_the_package_exports_what_it_says() -> None:
+    assert lorabatch_producer.__all__ == ["AsyncProducer", "NotSent", "Producer"]
+    assert all(hasattr(lorabatch_producer, name) for name in lorabatch_producer.__all__)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(kind: type) -> set[str]:
+        return {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"}
+
+    assert methods(AsyncProducer) == methods(Producer) - {"app", "sender"}
