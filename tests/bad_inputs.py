@@ -12,7 +12,7 @@ MANY = "x" * 600
 
 # (what, fields on top of {"prompt": "hi"}, part of the message)
 BAD_JOBS: list[tuple[str, Any, str]] = [
-    ("a list instead of an object", [], "must be a JSON object, got []"),
+    ("a list instead of an object", [], "must be a JSON object, got a list"),
     ("a text instead of an object", "hi", "must be a JSON object"),
     ("a schema of tomorrow", {"schema_version": 2}, "schema_version 2 is not one"),
     ("a schema that is text", {"schema_version": "1"}, "schema_version '1' is not one"),

@@ -135,7 +135,11 @@ class WaitTimeout(LoraBatchError):
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: short, on one line, quotes and control bytes escaped."""
+    """A value as an error shows it: short, on one line; of a collection only its kind and size,
+    because it may hold a prompt."""
+    if isinstance(value, (dict, list, tuple)):
+        kind = "an object" if isinstance(value, dict) else "a list"
+        return f"{kind} of {len(value)}"
     text = repr(value)
     if len(text) <= SHOWN_VALUE_CHARS:
         return text
@@ -144,15 +148,21 @@ def shown(value: object) -> str:
 
 def explain(error: ValidationError, prefix: str = "") -> str:
     """One line for a pydantic error: each field, what is wanted, and the value seen."""
+    items = error.errors(include_url=False, include_context=False)
+    inner = {item["loc"][:n] for item in items for n in range(1, len(item["loc"]))}
     parts = []
-    for item in error.errors(include_url=False, include_context=False):
+    for item in items:
+        if item["loc"] in inner:
+            continue  # it is only wrong because of what is wrong inside it
         field = prefix + ".".join(str(x) for x in item["loc"])
+        where = f"{field}: " if field else ""
         wanted = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             parts.append(f"{field}: missing")
         elif item["type"] == "extra_forbidden":
             parts.append(f"{field}: no such field; remove it or check its spelling")
+        elif item["type"] == "value_error" and isinstance(item["input"], dict):
+            parts.append(where + wanted)
         else:
-            where = f"{field}: " if field else ""
             parts.append(f"{where}{wanted} (got {shown(item['input'])})")
     return "; ".join(parts)

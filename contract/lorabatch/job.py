@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from uuid import uuid4
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,7 +35,25 @@ MAX_SEED = 2**63 - 1
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$"
 ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$"
 
-Identifier = Annotated[str, StringConstraints(pattern=ID_PATTERN, min_length=1, max_length=64)]
+
+def _identifier(text: str) -> str:
+    if not re.fullmatch(ID_PATTERN, text):
+        raise ValueError("wanted letters, digits and _ . : @ -, the first one a letter or digit")
+    return text
+
+
+def _adapter_name(text: str) -> str:
+    if not re.fullmatch(ADAPTER_PATTERN, text):
+        raise ValueError("wanted NAME or OWNER/NAME of letters, digits and _ . -, no path")
+    return text
+
+
+Identifier = Annotated[
+    str, StringConstraints(min_length=1, max_length=64), AfterValidator(_identifier)
+]
+AdapterName = Annotated[
+    str, StringConstraints(min_length=1, max_length=128), AfterValidator(_adapter_name)
+]
 
 
 def _storable(text: str) -> str:
@@ -107,9 +126,7 @@ class Job(_Model):
     schema_version: Literal[1] = SCHEMA_VERSION
     job_id: Identifier = Field(default_factory=lambda: str(uuid4()))
     tenant: Identifier = "default"
-    adapter_id: (
-        Annotated[str, StringConstraints(pattern=ADAPTER_PATTERN, max_length=128)] | None
-    ) = None
+    adapter_id: AdapterName | None = None
     prompt: Text | None = None
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=1024)
     sampling_params: SamplingParams = SamplingParams()

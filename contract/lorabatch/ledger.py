@@ -245,7 +245,12 @@ class Ledger:
                 connection.execute(
                     sa.update(jobs)
                     .where(jobs.c.job_id == row.job_id)
-                    .values(state="queued", lease_owner=None, lease_expires_us=None)
+                    .values(
+                        state="queued",
+                        attempts=jobs.c.attempts - 1,  # it did not run, so it does not count
+                        lease_owner=None,
+                        lease_expires_us=None,
+                    )
                 )
                 _end_attempt(connection, row.job_id, row.lease_token, "released", now)
 

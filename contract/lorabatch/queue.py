@@ -55,7 +55,6 @@ def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
             "unacked_restore_throttle": 1,
             "unacked_mutex_expire": 30,
             "queue_order_strategy": "round_robin",
-            "priority_steps": [0],
             "socket_timeout": 10,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
@@ -95,7 +94,10 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
 def check_broker(url: str) -> str:
     """The server's version. Raises QueueNotReady if it is not there or may drop messages."""
     once = Retry(NoBackoff(), 0)
-    client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, retry=once)
+    plain = url.replace(
+        "redis+socket://", "unix://", 1
+    )  # kombu's name for what redis-py calls unix
+    client = redis.Redis.from_url(plain, socket_connect_timeout=5, socket_timeout=5, retry=once)
     try:
         info: Any = client.info()
         limit = int(info.get("maxmemory", 0))

@@ -265,7 +265,7 @@ def explain_settings(error: ValidationError) -> str:
     text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", explain(error))
     for name in sorted(Settings.model_fields, key=len, reverse=True):
         text = re.sub(rf"(^|; ){name}: ", rf"\1{PREFIX}{name.upper()}: ", text)
-    return re.sub(r" \(got \{.*\}( *\.\.\. \(\d+ characters\))?\)", "", text)
+    return text
 
 
 def _config_file() -> Path | None:

@@ -150,12 +150,13 @@ def test_a_failing_usage_row_takes_the_result_with_it(ledger: Ledger) -> None:
     assert ledger.counts() == {"running": 2}
 
 
-def test_released_jobs_can_be_claimed_at_once(ledger: Ledger) -> None:
+def test_released_jobs_can_be_claimed_at_once_and_lose_no_attempt(ledger: Ledger) -> None:
     one = job()
     ledger.accept([one])
     ledger.release(list(ledger.claim([one.job_id], "me", 30).values()))
     assert ledger.counts() == {"queued": 1}
-    assert ledger.claim([one.job_id], "you", 30)[one.job_id].attempt == 2
+    again = ledger.claim([one.job_id], "you", 30)[one.job_id]
+    assert (again.attempt, again.lease_token) == (1, 2)
 
 
 def test_cancel_ends_a_queued_job_and_asks_for_a_running_one(ledger: Ledger) -> None:

@@ -39,12 +39,15 @@ class KVCache:
         self.calls = 0
         self._pools: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def write(self, layer: int, key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key and value [Hkv, T, D] at flat positions index [T]: the layer's pools."""
+    def write(self, layer: int, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Store the step's key and value [Hkv, T, D]: the layer's pools."""
         if layer not in self._pools:
             self._pools[layer] = (self._pool(key), self._pool(value))
+        # Decode reads whole blocks. What is past a sequence's end has weight 0, but 0 * NaN is NaN:
+        # values that a broken adapter's job left behind must not reach the block's next owner.
+        self._pools[layer][1].index_fill_(1, step.fresh_blocks, 0.0)
         for pool, new in zip(self._pools[layer], (key, value), strict=True):
-            pool.view(pool.shape[0], -1, pool.shape[-1]).index_copy_(1, index, new)
+            pool.view(pool.shape[0], -1, pool.shape[-1]).index_copy_(1, step.kv_index, new)
         return self._pools[layer]
 
     def _pool(self, like: Tensor) -> Tensor:
@@ -76,21 +79,31 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
         cache.calls += 1
         step = cache.context.step
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        window = _window(module, layer) if sliding_window is None else sliding_window
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        keys, values = cache.write(layer, key[0], value[0], step.kv_index)
+        keys, values = cache.write(layer, key[0], value[0], step)
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         if step.decodes:
             q = query[0, :, : step.decodes] * scale
-            mask = _decode_mask(step, cache.block_size, sliding_window)
+            mask = _decode_mask(step, cache.block_size, window)
             out[: step.decodes] = _decode(q, keys, values, step, mask, softcap, s_aux)
         for span in step.prefill:
             q = query[0, :, span.start : span.end]
-            causal = _prefill_mask(step, span, sliding_window)
+            causal = _prefill_mask(step, span, window)
             k, v = (_gather(pool, span.blocks, span.length) for pool in (keys, values))
             out[span.start : span.end] = _prefill(q, k, v, causal, scale, softcap, s_aux)
         return out[None], None
 
     AttentionInterface.register(name, attention)
+
+
+def _window(module: nn.Module, layer: int) -> int | None:
+    """A layer's window where its class (qwen2_moe) leaves that to the mask that is not built."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
 
 
 def _gather(pool: Tensor, blocks: Tensor, length: int) -> Tensor:

@@ -50,14 +50,23 @@ def load_base_model(settings: Settings) -> BaseModel:
         torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     folder = locate(settings)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # noqa: BLE001 - files can be broken in any way
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModel(
             f"LORABATCH_BASE_MODEL: {settings.base_model!r} cannot be loaded: {reason}"
         ) from None
+    model, info = loaded
+    if info["missing_keys"]:
+        lacking = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UnsupportedModel(
+            f"LORABATCH_BASE_MODEL: {settings.base_model!r} lacks weights that "
+            f"{type(model).__name__} needs ({lacking}); wanted a complete causal language model"
+        )
     model = model.to(device).eval().requires_grad_(False)
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     return BaseModel(

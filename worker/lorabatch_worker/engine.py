@@ -16,10 +16,8 @@ from collections.abc import Sequence as List
 from concurrent.futures import Future
 from functools import partial
 
-import structlog
 import torch
 
-from lorabatch.errors import EngineFault, LoraBatchError
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
 from lorabatch.settings import Settings
@@ -30,7 +28,7 @@ from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
 from lorabatch_worker.base_model import BaseModel, load_base_model
 from lorabatch_worker.lora_layers import linear_shapes
 from lorabatch_worker.model_runner import ModelRunner
-from lorabatch_worker.outcome import aborted, failed, finished
+from lorabatch_worker.outcome import aborted, explained, failed, finished
 from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.sampler import sample
 from lorabatch_worker.scheduler import Chunk, Scheduler
@@ -38,7 +36,6 @@ from lorabatch_worker.sequence import Sequence
 
 __all__ = ["Engine", "build_engine"]
 
-log = structlog.get_logger(__name__)
 IDLE_WAIT_S = 0.5
 
 
@@ -184,6 +181,8 @@ class Engine:
         left |= {s.job_id: s.claim for s in self.scheduler.waiting.values()}
         with self._wake:
             left |= {s.job_id: s.claim for s in self._arrived} | self._preparing
+            # A load that ends after this reports nothing.
+            self._arrived, self._preparing = [], {}
         return list(left.values())
 
     # -- preparation, on the store's threads ---------------------------------
@@ -194,21 +193,17 @@ class Engine:
         error = future.exception()
         if error is None:
             self._prepare(claims, future.result())
-            return
-        if not isinstance(error, LoraBatchError):
-            log.error("adapter load failed", adapter_id=claims[0].job.adapter_id, exc_info=error)
-            error = EngineFault(
-                f"adapter {claims[0].job.adapter_id!r}: could not be loaded "
-                f"({type(error).__name__}); see the worker's log"
-            )
-        self._fail(claims, error)
+        else:
+            what = f"adapter {claims[0].job.adapter_id!r}: could not be loaded"
+            self._fail(claims, explained(error, what))
 
     def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
         for claim in claims:
             try:
                 sequence = self.preparer.prepare(claim, adapter)
-            except LoraBatchError as error:
-                self._fail([claim], error)
+            except Exception as error:  # noqa: BLE001 - no job may stay unreported
+                what = f"job {claim.job.job_id!r}: could not be prepared"
+                self._fail([claim], explained(error, what))
                 continue
             with self._wake:
                 if self._preparing.get(claim.job.job_id) is claim:
@@ -216,8 +211,7 @@ class Engine:
                     self._arrived.append(sequence)
                     self._wake.notify()
 
-    def _fail(self, claims: list[Claim], error: LoraBatchError) -> None:
-        info = ErrorInfo(code=error.code, message=str(error))
+    def _fail(self, claims: list[Claim], info: ErrorInfo) -> None:
         with self._wake:
             mine = [c for c in claims if self._preparing.get(c.job.job_id) is c]
             for claim in mine:
@@ -288,11 +282,7 @@ class Engine:
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         """Nothing in the step can be trusted: its jobs fail, the engine goes on."""
-        log.error("step failed", jobs=len(chunks), exc_info=error)
-        info = ErrorInfo(
-            code=EngineFault.code,
-            message=f"the engine failed in a step ({type(error).__name__}); see the worker's log",
-        )
+        info = explained(error, "the engine failed in a step")
         for chunk in chunks:
             self.scheduler.remove(chunk.sequence.job_id)
         self._on_finished([failed(c.sequence.claim, info, self.base.name) for c in chunks])

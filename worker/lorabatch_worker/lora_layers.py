@@ -45,7 +45,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             shapes[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             shapes[name] = (module.nx, module.nf)

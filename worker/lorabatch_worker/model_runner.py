@@ -17,7 +17,7 @@ from lorabatch_worker.attention import IMPLEMENTATION, KVCache, register
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.block_manager import BlockManager
 from lorabatch_worker.lora_layers import attach_sites
-from lorabatch_worker.probe import check_attention, check_config
+from lorabatch_worker.probe import PROBE_BLOCKS, check_attention, check_config
 from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.step import StepContext, build_step
 
@@ -40,7 +40,8 @@ class ModelRunner:
         self.model: Any = base.model
         self.device = base.device
         self.context = StepContext()
-        self.blocks = BlockManager(1 + -(-kv_cache_tokens // block_size), block_size)
+        blocks = max(-(-kv_cache_tokens // block_size), PROBE_BLOCKS)
+        self.blocks = BlockManager(1 + blocks, block_size)
         self.cache = KVCache(self.blocks.num_blocks, block_size, self.context)
         name = f"{IMPLEMENTATION}_{id(self.cache)}"
         register(self.cache, name)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lorabatch.errors import JobCancelled
+import structlog
+
+from lorabatch.errors import EngineFault, JobCancelled, LoraBatchError
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo, Result, Usage
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.sequence import Sequence
 from lorabatch_worker.stop import decode, trim
 
-__all__ = ["CANCELLED", "aborted", "failed", "finished"]
+__all__ = ["CANCELLED", "aborted", "explained", "failed", "finished"]
+
+log = structlog.get_logger(__name__)
 
 CANCELLED = "cancelled"
 
@@ -73,6 +77,16 @@ def failed(claim: Claim, error: ErrorInfo, base_model: str) -> Outcome:
 def aborted(claim: Claim, reason: str, base_model: str) -> Outcome:
     """A job that was ended for `reason` before it had a sequence."""
     return failed(claim, _ended(reason), base_model)
+
+
+def explained(error: BaseException, what: str) -> ErrorInfo:
+    """The error as the job's owner is told it; one that is not of our tree goes to the log."""
+    if isinstance(error, LoraBatchError):
+        return ErrorInfo(code=error.code, message=str(error))
+    log.error(what, exc_info=error)
+    return ErrorInfo(
+        code=EngineFault.code, message=f"{what} ({type(error).__name__}); see the worker's log"
+    )
 
 
 def _ended(reason: str) -> ErrorInfo:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorabatch.errors import UnsupportedModel
-from lorabatch.job import Job
+from lorabatch.job import Job, SamplingParams
 from lorabatch.ledger import Claim
 from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.sequence import Sequence
@@ -23,8 +23,9 @@ from lorabatch_worker.sequence import Sequence
 if TYPE_CHECKING:
     from lorabatch_worker.model_runner import ModelRunner
 
-__all__ = ["check_attention", "check_config"]
+__all__ = ["PROBE_BLOCKS", "check_attention", "check_config"]
 
+PROBE_BLOCKS = 4  # what the three sequences need, whatever the block size
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # Largest difference of a logit, as a share of the logits' standard deviation.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
@@ -35,6 +36,7 @@ def check_config(config: Any) -> None:
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name}: an encoder-decoder model; wanted a decoder-only one")
+    config = config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [v for v in rope.values() if isinstance(v, dict)] or [rope]
     for parameters in nested:
@@ -68,10 +70,16 @@ def check_attention(runner: ModelRunner, implementation: str) -> None:
         for n in (3, runner.blocks.block_size + 3, 7)
     ]
     runner.context.enter(None)
-    expected = _eager(runner, prompts)
-    model.set_attn_implementation(implementation)
-    runner.cache.calls = 0
-    got, steps = _packed(runner, prompts)
+    try:
+        expected = _eager(runner, prompts)
+        model.set_attn_implementation(implementation)
+        runner.cache.calls = 0
+        got, steps = _packed(runner, prompts)
+    except Exception as error:  # a class may fail in any way on a call that it is not made for
+        reason = str(error).strip().splitlines() or [""]
+        raise UnsupportedModel(
+            f"{name}: a first step failed: {type(error).__name__}: {reason[0]}"
+        ) from error
     layers = model.config.get_text_config().num_hidden_layers
     if runner.cache.calls != steps * layers:
         raise UnsupportedModel(
@@ -121,5 +129,5 @@ def _packed(runner: ModelRunner, prompts: list[list[int]]) -> tuple[Tensor, int]
 
 
 def _sequence(prompt: list[int]) -> Sequence:
-    job = Job(job_id="probe", prompt="-")
+    job = Job(job_id="probe", prompt="-", sampling_params=SamplingParams(max_new_tokens=1))
     return Sequence(Claim(job, 0, 0, 0, 0), list(prompt), None)

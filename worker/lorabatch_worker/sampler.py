@@ -59,15 +59,16 @@ def _draw(logits: Tensor, sequences: List[Sequence]) -> Tensor:
     device = logits.device
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
     params = [s.params for s in sequences]
-    logits = logits / column([p.temperature for p in params])
     vocabulary = logits.shape[-1]
     limits = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
     # Without top_p, no more than the largest top_k has to be sorted.
     width = max(limits)
-    values, order = logits.topk(width, dim=-1) if width < vocabulary else _sorted(logits)
+    values, order = _ranked(logits, width)
+    # In float64, so that neither the width nor a tiny temperature decides a token.
+    values = (values.double() - values[:, :1].double()) / column([p.temperature for p in params])
     rank = torch.arange(width, device=device)[None]
     values = values.masked_fill(rank >= torch.tensor(limits, device=device)[:, None], -torch.inf)
     probabilities = values.softmax(dim=-1)
@@ -76,14 +77,25 @@ def _draw(logits: Tensor, sequences: List[Sequence]) -> Tensor:
     dropped = before >= column([p.top_p for p in params])
     dropped |= probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
     dropped[:, 0] = False
-    probabilities = probabilities.masked_fill(dropped, 0.0).double()
-    cumulative = probabilities.cumsum(dim=-1)
+    cumulative = probabilities.masked_fill(dropped, 0.0).cumsum(dim=-1)
     draws = [uniform(s.claim.job.seed, len(s.output)) for s in sequences]
-    target = torch.tensor(draws, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
+    target = column(draws) * cumulative[:, -1:]
     picked = torch.searchsorted(cumulative, target, right=True).clamp_(max=width - 1)
     return order.gather(-1, picked)[:, 0]
 
 
-def _sorted(logits: Tensor) -> tuple[Tensor, Tensor]:
-    values, order = logits.sort(dim=-1, descending=True, stable=True)
-    return values, order
+def _ranked(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The highest values and their ids [n, width]; of equal values the lower id comes first, which
+    topk leaves open, so that a row's order does not depend on the other rows' widths."""
+    if width == logits.shape[-1]:
+        values, order = logits.sort(dim=-1, descending=True, stable=True)
+        return values, order
+    values, order = logits.topk(width + 1, dim=-1)
+    if bool((values[:, -2] == values[:, -1]).any()):
+        bits = (logits + 0.0).view(torch.int32)  # float bits that sort as whole numbers do
+        ordered = (bits ^ ((bits >> 31) & 0x7FFF_FFFF)).long() << 32
+        keys = ordered - torch.arange(logits.shape[-1], device=logits.device)
+        order = keys.topk(width, dim=-1).indices
+    order = order[:, :width].sort(dim=-1).values
+    values, at = logits.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values, order.gather(-1, at)

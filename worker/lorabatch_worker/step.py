@@ -40,6 +40,7 @@ class Step:
 
     input_ids, position_ids, kv_index [T]: kv_index is block * block_size + offset.
     decode_blocks [D, blocks of the longest], padded with block 0; decode_lengths [D].
+    fresh_blocks: those that get their first token in this step.
     sample_index: the flat positions whose logits are needed.
     """
 
@@ -48,6 +49,7 @@ class Step:
     kv_index: Tensor
     decode_blocks: Tensor
     decode_lengths: Tensor
+    fresh_blocks: Tensor
     prefill: tuple[PrefillSpan, ...]
     sample_index: Tensor
     step_map: StepMap
@@ -86,6 +88,7 @@ def build_step(chunks: list[Chunk], block_size: int, device: torch.device) -> St
     samples: list[int] = []
     tables: list[list[int]] = []
     lengths: list[int] = []
+    fresh: list[int] = []
     spans: list[PrefillSpan] = []
     for chunk in chunks:
         sequence, start = chunk.sequence, len(ids)
@@ -97,6 +100,7 @@ def build_step(chunks: list[Chunk], block_size: int, device: torch.device) -> St
         ]
         slots += [sequence.slot] * (chunk.end - chunk.start)
         used = sequence.blocks[: -(-chunk.end // block_size)]
+        fresh += used[-(-chunk.start // block_size) :]
         if chunk.end - chunk.start == 1 and not spans:
             tables.append(used)
             lengths.append(chunk.end)
@@ -117,6 +121,7 @@ def build_step(chunks: list[Chunk], block_size: int, device: torch.device) -> St
         kv_index=tensor(kv_index),
         decode_blocks=tensor(padded),
         decode_lengths=tensor(lengths),
+        fresh_blocks=tensor(fresh),
         prefill=tuple(spans),
         sample_index=tensor(samples),
         step_map=build_step_map(slots, device),

@@ -32,7 +32,8 @@ class StopWatch:
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._special = frozenset(tokenizer.all_special_ids)
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(i for i, token in added.items() if token.special)
         self._ids: list[int] = []
         # A token that is not special has at least one byte, so a match that ends in the newest
         # one lies in this many; one more, because some tokenizers trim the first one's space.
@@ -40,8 +41,8 @@ class StopWatch:
 
     def saw(self, token: int) -> bool:
         """Take the next token: whether it completed a stop string."""
-        if token in self._special:
-            return False
+        if token in self._special or self._tokenizer.convert_ids_to_tokens(token) is None:
+            return False  # no text: special, or an id of the model that the tokenizer lacks
         self._ids.append(token)
         text = decode(self._tokenizer, self._ids[-self._window :])
         if not any(s in text for s in self._stop):

@@ -22,6 +22,12 @@ class AdapterCatalog:
     def __init__(self, settings: Settings) -> None:
         self._root = settings.home / "adapters"
         self._sources = {source.name: source for source in settings.adapters}
+        # Now, so that a folder that goes away later is not looked for on the Hub.
+        self._folders = {
+            source.name: Path(source.location).expanduser().resolve()
+            for source in settings.adapters
+            if is_path(source.location)
+        }
 
     def names(self) -> list[str]:
         """Every name that a job may ask for just now."""
@@ -35,8 +41,8 @@ class AdapterCatalog:
         source = self._sources.get(adapter_id)
         if source is None:
             return self._in_root(adapter_id)
-        if is_path(source.location):
-            folder = Path(source.location).expanduser().resolve()
+        folder = self._folders.get(adapter_id)
+        if folder is not None:
             if not folder.is_dir():
                 raise AdapterUnavailable(
                     f"adapter {adapter_id!r}: its folder is not there; check LORABATCH_ADAPTERS"
@@ -46,7 +52,8 @@ class AdapterCatalog:
 
     def _in_root(self, adapter_id: str) -> Path:
         folder = (self._root / adapter_id).resolve()
-        inside = folder.parent == self._root.resolve()
+        plain = Path(adapter_id).name == adapter_id
+        inside = plain and folder.parent == self._root.resolve()
         if not inside or not (folder / CONFIG).is_file():
             names = ", ".join(self.names()) or "none"
             raise UnknownAdapter(

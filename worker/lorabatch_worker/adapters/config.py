@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ __all__ = ["AdapterConfig", "read_config"]
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERN_CHARS = 200
+MAX_PATTERNS = 32  # that are more than a module's name
+MAX_NUMBER = 1e30
 
 # Honoured here or by the loader.
 READ = {
@@ -88,7 +91,9 @@ def read_config(path: Path) -> AdapterConfig:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InvalidAdapter(f"{path.name} is missing: not a PEFT adapter") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InvalidAdapter(f"{path.name} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise InvalidAdapter(f"{path.name} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise InvalidAdapter(f"{path.name} holds {shown(raw)}, wanted an object")
@@ -98,10 +103,13 @@ def read_config(path: Path) -> AdapterConfig:
     base = raw.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise InvalidAdapter(f"base_model_name_or_path is {shown(base)}, wanted a string or null")
+    rslora = raw.get("use_rslora") or False
+    if rslora is not True and rslora is not False:
+        raise InvalidAdapter(f"use_rslora is {shown(rslora)}, wanted true or false")
     return AdapterConfig(
         rank=_number(raw, "r", whole=True),
         alpha=_number(raw, "lora_alpha"),
-        use_rslora=bool(raw.get("use_rslora", False)),
+        use_rslora=rslora,
         rank_pattern=_pattern(raw, "rank_pattern", whole=True),
         alpha_pattern=_pattern(raw, "alpha_pattern"),
         base_model=base or None,
@@ -131,9 +139,9 @@ def _number(raw: dict[str, Any], name: str, whole: bool = False) -> Any:
 
 def _checked(value: Any, name: str, whole: bool) -> Any:
     right = isinstance(value, int) if whole else isinstance(value, (int, float))
-    if not right or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        kind = "a positive whole number" if whole else "a positive number"
-        raise InvalidAdapter(f"{name} is {shown(value)}, wanted {kind}")
+    if not right or isinstance(value, bool) or not 0 < value < MAX_NUMBER:
+        kind = "whole number" if whole else "number"
+        raise InvalidAdapter(f"{name} is {shown(value)}, wanted a positive {kind} below 1e30")
     return value
 
 
@@ -142,29 +150,45 @@ def _pattern(raw: dict[str, Any], name: str, whole: bool = False) -> dict[str, A
     if not isinstance(given, dict):
         raise InvalidAdapter(f"{name} is {shown(given)}, wanted an object")
     for key, value in given.items():
-        _checked(value, f"{name}[{key!r}]", whole)
+        _checked(value, f"{name}[{shown(key)}]", whole)
         _check_pattern(key, name)
+    involved = sum(1 for key in given if re.search(r"[*+?{(|]", key))
+    if involved > MAX_PATTERNS:
+        raise UnsupportedAdapter(
+            f"{name}: {involved} patterns that are no plain names, allowed {MAX_PATTERNS}; "
+            "wanted module names"
+        )
     return given
 
 
 def _check_pattern(key: str, name: str) -> None:
-    """Keys are regular expressions to PEFT. One from a stranger must not run for ever: nothing
-    repeated may hold a repetition, and at most two parts may repeat."""
-    repeats = re.findall(r"(?<!\\)[*+{]", key)
-    if len(key) > MAX_PATTERN_CHARS or len(repeats) > 2 or re.search(r"\)\s*[*+?{]", key):
+    """Keys are regular expressions to PEFT. One from a stranger must not run for ever: at most two
+    parts may repeat, and the one group allowed, which may hold alternatives, may not."""
+    repeats, groups = (len(re.findall(kind, key)) for kind in (r"[*+?{]", r"\("))
+    if (
+        len(key) > MAX_PATTERN_CHARS
+        or repeats > 2
+        or groups > 1
+        or re.search(r"\(\?|\)\s*[*+?{]", key)
+    ):
         raise UnsupportedAdapter(
-            f"{name}: {shown(key)} is too involved a pattern; wanted a module name, or at most "
-            "two plain repetitions"
+            f"{name}: {shown(key)} is too involved a pattern; wanted a module name, at most two "
+            "plain repetitions and one group"
         )
     try:
-        re.compile(key)
-    except re.error as error:
+        _tail(key)
+    except (re.error, OverflowError) as error:
         raise InvalidAdapter(f"{name}: {shown(key)} is no regular expression: {error}") from None
+
+
+@lru_cache(maxsize=1 << 14)
+def _tail(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
     """PEFT's rule: the first key that matches a whole tail of the module's name."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _tail(key).match(module):
             return value
     return default

@@ -17,7 +17,7 @@ from lorabatch_worker.adapters.weights import FILES, Adapter, AdapterTarget, rea
 
 __all__ = ["AdapterStore"]
 
-LOADERS = 4
+LOADERS = 8
 Signature = tuple[tuple[str, int, int], ...]
 
 
@@ -35,6 +35,11 @@ class AdapterStore:
 
     def request(self, adapter_id: str) -> Future[Adapter]:
         """The adapter, now or when it is loaded; its failure is the future's exception."""
+        known = self._known(adapter_id)
+        if known is not None:  # at once: all threads may be busy with slow ones
+            ready: Future[Adapter] = Future()
+            ready.set_result(known)
+            return ready
         with self._lock:
             future = self._loading.get(adapter_id)
             if future is None:
@@ -43,14 +48,21 @@ class AdapterStore:
                 future.add_done_callback(lambda _: self._loading.pop(adapter_id, None))
             return future
 
-    def _load(self, adapter_id: str) -> Adapter:
+    def _known(self, adapter_id: str) -> Adapter | None:
+        """The adapter if it is in memory and its files are as they were."""
         with self._lock:
             known = self._loaded.get(adapter_id)
-        if known is not None and _signature(known[0]) == known[1]:
-            with self._lock:
-                if adapter_id in self._loaded:
-                    self._loaded.move_to_end(adapter_id)
-            return known[2]
+        if known is None or _signature(known[0]) != known[1]:
+            return None
+        with self._lock:
+            if adapter_id in self._loaded:
+                self._loaded.move_to_end(adapter_id)
+        return known[2]
+
+    def _load(self, adapter_id: str) -> Adapter:
+        known = self._known(adapter_id)  # loaded while this waited for its thread
+        if known is not None:
+            return known
         folder = self.catalog.locate(adapter_id)
         signature = _signature(folder)
         adapter = read_adapter(adapter_id, folder, self._target)

@@ -114,9 +114,9 @@ def _digest(folder: Path) -> str:
     for name in FILES:
         path = folder / name
         if path.is_file():
-            content = path.read_bytes()
-            digest.update(f"{name}\0{len(content)}\0".encode())
-            digest.update(content)
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256")
+            digest.update(f"{name}\0{content.hexdigest()}\0".encode())
     return digest.hexdigest()
 
 
@@ -218,13 +218,16 @@ def _chat_template(folder: Path) -> str | None:
     if path.is_file():
         if path.stat().st_size > MAX_TEMPLATE_BYTES:
             raise InvalidAdapter(f"{TEMPLATE} is over {MAX_TEMPLATE_BYTES} bytes")
-        return path.read_text("utf-8")
+        try:
+            return path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidAdapter(f"{TEMPLATE} is not UTF-8 text: {error}") from None
     path = folder / TOKENIZER
     if not path.is_file():
         return None
     try:
         template = json.loads(path.read_text("utf-8")).get("chat_template")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         raise InvalidAdapter(f"{TOKENIZER} is not a valid JSON object") from None
     if template is not None and not isinstance(template, str):
         raise UnsupportedAdapter(f"chat_template is {shown(template)}, wanted one string")

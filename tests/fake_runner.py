@@ -1,0 +1,189 @@
+"""A runner without a model, and a worker process around it: `python tests/fake_runner.py`.
+
+Every job takes max_new_tokens steps of FAKE_STEP_S. Its text is adapter and prompt hash, so that
+an output that got swapped with another job's shows. A prompt that starts with "fail" fails.
+FAKE_HANG names a file: while it exists the engine makes no step. FAKE_RUNS names a file that
+gets the id of every job that starts to run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorabatch import Job, Result, Settings, Usage
+from lorabatch.ledger import Claim, Outcome
+from lorabatch.result import ErrorInfo
+
+
+def fake_text(job: Job) -> str:
+    prompt = job.prompt or "".join(m.content for m in job.messages or ())
+    return f"{job.adapter_id}|{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
+
+
+@dataclass
+class _Running:
+    claim: Claim
+    left: int
+
+
+class FakeRunner:
+    """Implements `lorabatch_worker.runner.Runner`."""
+
+    description = "fake engine"
+
+    def __init__(
+        self,
+        slots: int = 8,
+        step_s: float = 0.005,
+        hang: Path | None = None,
+        runs: Path | None = None,
+    ) -> None:
+        self.slots, self.step_s, self.hang, self.runs = slots, step_s, hang, runs
+        self.last_progress_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._waiting: deque[Claim] = deque()
+        self._running: dict[str, _Running] = {}
+        self._aborts: dict[str, str] = {}
+        self._draining = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
+
+    @property
+    def load(self) -> dict[str, int]:
+        return {"waiting": len(self._waiting), "running": len(self._running)}
+
+    def start(
+        self,
+        on_started: Callable[[Sequence[str]], None],
+        on_finished: Callable[[Sequence[Outcome]], None],
+    ) -> None:
+        self._on_started, self._on_finished = on_started, on_finished
+        self._thread.start()
+
+    def submit(self, claims: Sequence[Claim]) -> None:
+        with self._lock:
+            self._waiting.extend(claims)
+
+    def abort(self, job_id: str, reason: str) -> None:
+        with self._lock:
+            if job_id in self._running or any(c.job.job_id == job_id for c in self._waiting):
+                self._aborts.setdefault(job_id, reason)
+
+    def drop(self, job_ids: Sequence[str]) -> None:
+        with self._lock:
+            self._waiting = deque(c for c in self._waiting if c.job.job_id not in job_ids)
+            for job_id in job_ids:
+                self._running.pop(job_id, None)
+
+    def drain(self, timeout_s: float) -> list[Claim]:
+        self._draining = True
+        end_s = time.monotonic() + timeout_s
+        while self._running and time.monotonic() < end_s:
+            time.sleep(0.005)
+        self._stop.set()
+        self._thread.join()
+        return [*(r.claim for r in self._running.values()), *self._waiting]
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            if self.hang is not None and self.hang.exists():
+                time.sleep(0.05)
+                continue
+            with self._lock:
+                started = self._admit()
+            if started:
+                self._on_started(started)
+            time.sleep(self.step_s)
+            with self._lock:
+                ended = self._step()
+            self.last_progress_s = time.monotonic()
+            if ended:
+                self._on_finished(ended)
+
+    def _admit(self) -> list[str]:
+        started = []
+        while self._waiting and len(self._running) < self.slots and not self._draining:
+            claim = self._waiting.popleft()
+            job_id = claim.job.job_id
+            assert job_id not in self._running, f"{job_id} runs twice at once"
+            self._running[job_id] = _Running(claim, claim.job.sampling_params.max_new_tokens)
+            started.append(job_id)
+        if started and self.runs is not None:
+            with self.runs.open("a") as file:
+                file.write("".join(f"{job_id}\n" for job_id in started))
+        return started
+
+    def _step(self) -> list[Outcome]:
+        ended = []
+        for claim in [c for c in self._waiting if c.job.job_id in self._aborts]:
+            self._waiting.remove(claim)
+            ended.append(self._outcome(claim, self._aborts.pop(claim.job.job_id)))
+        for job_id, running in list(self._running.items()):
+            running.left -= 1
+            code = self._aborts.pop(job_id, None)
+            if code is None and (running.claim.job.prompt or "").startswith("fail"):
+                code = "engine_fault"
+            if code is not None or running.left <= 0:
+                del self._running[job_id]
+                ended.append(self._outcome(running.claim, code))
+        return ended
+
+    @staticmethod
+    def _outcome(claim: Claim, code: str | None) -> Outcome:
+        job = claim.job
+        result = Result(
+            job_id=job.job_id,
+            tenant=job.tenant,
+            adapter_id=job.adapter_id,
+            state="failed",
+            attempt=claim.attempt,
+        )
+        if code is not None:
+            state = "cancelled" if code == "cancelled" else "failed"
+            error = ErrorInfo(code="job_cancelled" if state == "cancelled" else code, message=code)
+            return Outcome(claim, result.model_copy(update={"state": state, "error": error}))
+        tokens = tuple(range(job.sampling_params.max_new_tokens))
+        done = {
+            "state": "succeeded",
+            "text": fake_text(job),
+            "token_ids": tokens,
+            "finish_reason": "length",
+            "seed": job.seed,
+            "usage": Usage(
+                prompt_tokens=len((job.prompt or "").split()), output_tokens=len(tokens)
+            ),
+        }
+        return Outcome(claim, result.model_copy(update=done))
+
+
+def fake_runner(settings: Settings) -> FakeRunner:
+    files = [os.environ.get(name) for name in ("FAKE_HANG", "FAKE_RUNS")]
+    step_s = float(os.environ.get("FAKE_STEP_S", "0.005"))
+    return FakeRunner(settings.max_seqs, step_s, *(Path(f) if f else None for f in files))
+
+
+def main() -> int:
+    from lorabatch_worker.app import make_worker_app
+    from lorabatch_worker.logs import own_logging
+    from lorabatch_worker.main import run_worker
+
+    settings = Settings.load()
+    own_logging(settings)
+    app = make_worker_app(settings, fake_runner)
+
+    @app.task(name="tests.add")
+    def add(x: int, y: int) -> int:
+        return x + y
+
+    return run_worker(app, settings, without_mingle=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

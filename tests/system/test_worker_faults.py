@@ -1,0 +1,75 @@
+"""Broker and database faults in mid-run: nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+from shop import Shop, check_exactly_once, wait_until
+
+from lorabatch.database import now_us
+from lorabatch.tables import results
+
+
+def some_ended(shop: Shop, count: int) -> None:
+    wait_until(f"{count} ended", lambda: shop.ledger.counts().get("succeeded", 0) >= count)
+
+
+def test_flushall_in_mid_run_loses_nothing(any_shop: Shop) -> None:
+    shop = any_shop
+    shop.start().wait_ready()
+    accepted = shop.accept(300, tokens=10)
+    some_ended(shop, 60)
+    shop.broker.flushall()
+    shop.wait_ended(300)
+    check_exactly_once(shop, accepted)
+    assert '"jobs sent again"' in shop.workers[0].text()
+    shop.wait_broker_empty()
+
+
+def test_a_lost_broker_connection_runs_nothing_twice(shop: Shop) -> None:
+    worker = shop.start(LORABATCH_LEASE_S="30").wait_ready()
+    accepted = shop.accept(150, tokens=40)
+    for ended in (20, 60, 100):
+        some_ended(shop, ended)
+        shop.broker.client_kill_filter(_type="normal", skipme=True)
+    shop.wait_ended(150)
+    check_exactly_once(shop, accepted)
+    assert set(shop.executions().values()) == {1}
+    shop.wait_broker_empty()
+    assert "Connection to broker lost" in worker.text()
+    assert "Unrecoverable" not in worker.text()
+
+
+@pytest.fixture
+def admin(postgres_server: str) -> Iterator[sa.Connection]:
+    engine = sa.create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def test_a_database_outage_at_commit_acknowledges_nothing(
+    postgres_shop: Shop, admin: sa.Connection
+) -> None:
+    shop = postgres_shop
+    name = shop.ledger.engine.url.database
+    worker = shop.start(LORABATCH_LEASE_S="60").wait_ready()
+    accepted = shop.accept(40, tokens=60)
+    some_ended(shop, 5)
+    admin.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    admin.exec_driver_sql(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    )
+    began_us = admin.scalar(sa.select(now_us()))
+    wait_until("outage noticed", lambda: '"doing": "record"' in worker.text())
+    acknowledged = {job.job_id for job in accepted} - shop.ids_in_broker()
+    admin.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    shop.ledger.engine.dispose()
+    shop.wait_ended(40)
+    before = {row.job_id for row in shop.rows(results) if row.recorded_us <= began_us}
+    assert acknowledged <= before < {job.job_id for job in accepted}
+    check_exactly_once(shop, accepted)
+    assert set(shop.executions().values()) == {1}
+    shop.wait_broker_empty()

@@ -1,0 +1,64 @@
+"""Celery's consumer, made to survive the messages that stop it.
+
+In celery 5.7 an exception that is no connection error, raised while a message is taken apart or
+while an acknowledgement runs on the hub, ends the worker; the message is given out again and
+ends the next one. Here a generate message that cannot be read becomes a recorded failure, any
+other is rejected, and an acknowledgement on a channel that is gone is logged: the broker gives
+that message out again. Raises the broker's connection errors, on which Celery reconnects.
+Not covered: bytes in the queue that are no kombu message, which fail inside the transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from celery.utils.log import get_logger
+from celery.worker.consumer import Consumer
+
+from lorabatch.queue import TASK_NAME
+from lorabatch_worker.delivery import unreadable
+
+__all__ = ["JobConsumer"]
+
+log = structlog.get_logger(__name__)
+celery_log = get_logger(__name__)
+
+
+class JobConsumer(Consumer):
+    """`worker_consumer` of our worker app."""
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        receive = super().create_task_handler(*args, **kwargs)
+        fatal = tuple(error for error in self.connection_errors if error is not KeyError)
+
+        def on_message(message: Any) -> None:
+            try:
+                if message.headers.get("task") == TASK_NAME and (why := unreadable(message)):
+                    self.pool.refuse(message.headers, why, lambda: self._acknowledge(message))
+                else:
+                    receive(message)
+            except fatal:
+                raise
+            except Exception as error:  # noqa: BLE001 - a message must not stop the worker
+                log.error("message rejected: it cannot be taken", error=type(error).__name__)
+                self.call_soon_ack(message.reject_log_error, celery_log, self.connection_errors)
+
+        return on_message
+
+    def call_soon(self, p: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run on the hub's thread; a failure is logged and stops nothing."""
+
+        def guarded() -> None:
+            try:
+                p(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - the hub does not guard its callbacks
+                log.warning("call on the hub failed", error=type(error).__name__)
+
+        return self.hub.call_soon(guarded)
+
+    call_soon_ack = call_soon
+
+    def _acknowledge(self, message: Any) -> None:
+        self.call_soon_ack(message.ack_log_error, celery_log, self.connection_errors)

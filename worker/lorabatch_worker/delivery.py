@@ -1,0 +1,123 @@
+"""A delivery: one message in this worker's hands, from the broker to its acknowledgement.
+
+Also how a message is read. Our own producer sends a pointer (schema_version, tenant,
+adapter_id) to a row that is in the ledger already; a plain Celery client sends the job's fields
+as keyword arguments, and its task id is the job id. `read` raises InvalidJob, whose text names
+the job and the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from celery.utils.time import maybe_iso8601
+
+from lorabatch.errors import InvalidJob, JobFailed, shown
+from lorabatch.job import SCHEMA_VERSION, Job, is_identifier
+from lorabatch.result import ErrorInfo, Result
+
+__all__ = ["Delivery", "failed_result", "failure", "read", "tenant_of", "unreadable"]
+
+POINTER_FIELDS = frozenset({"schema_version", "tenant", "adapter_id"})
+WORKFLOW_FIELDS = ("callbacks", "errbacks", "chain", "chord")
+
+
+@dataclass(eq=False)
+class Delivery:
+    """A message and what to do at its end. `on_started` and `on_ended` run on the hub's thread;
+    `on_ended` acknowledges, so it may only be called once the ledger has the outcome."""
+
+    task_id: str
+    on_ended: Callable[[Result], None]
+    on_started: Callable[[], None] = lambda: None
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    publish: bool = True
+    time_limit_s: float | None = None
+    revoked: bool = False
+    refusal: str | None = None
+    job_id: str | None = None
+    """The job it turned out to be for; not the task id if an idempotency key was known."""
+
+
+def read(delivery: Delivery) -> Job | None:
+    """The job that a message carries; None for a pointer to a row of the ledger."""
+    name = shown(delivery.task_id)
+    if delivery.refusal is not None:
+        raise InvalidJob(f"job {name}: {delivery.refusal}")
+    if not is_identifier(delivery.task_id):
+        raise InvalidJob(
+            f"job {name}: the task id is the job id, so it must be 1 to 64 letters, digits, "
+            "'_', '.', ':', '@' or '-'"
+        )
+    if delivery.args:
+        raise InvalidJob(
+            f"job {name}: {len(delivery.args)} positional arguments; give keyword arguments only"
+        )
+    fields = dict(delivery.kwargs)
+    if fields.keys() <= POINTER_FIELDS and fields.get("schema_version") == SCHEMA_VERSION:
+        return None
+    if fields.get("job_id", delivery.task_id) != delivery.task_id:
+        raise InvalidJob(
+            f"job {name}: job_id {shown(fields['job_id'])} is not the task id; leave it out"
+        )
+    return Job.parse({**fields, "job_id": delivery.task_id})
+
+
+def unreadable(message: Any) -> str | None:
+    """Why a message of ours cannot even be taken apart; None if it can.
+
+    Celery and kombu raise on these, and a raise there either drops the message or stops the
+    worker, so it is looked at first.
+    """
+    try:
+        payload = message.payload
+    except Exception as error:  # noqa: BLE001 - whatever a decoder raises, it is the message's fault
+        return f"the body cannot be read ({type(error).__name__}); send JSON"
+    if isinstance(payload, dict) and "args" in payload:  # protocol 1
+        payload = (payload["args"], payload.get("kwargs", {}), payload)
+    if not isinstance(payload, list | tuple) or len(payload) != 3:
+        return "the body is not [args, kwargs, options]"
+    args, kwargs, options = payload
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict):
+        return "the body is not [args, kwargs, options] with a list and an object"
+    used = [name for name in WORKFLOW_FIELDS if isinstance(options, dict) and options.get(name)]
+    if used:
+        return f"{used[0]} is not supported: link, chain and chord do not work with this task"
+    return _bad_header(message.headers)
+
+
+def _bad_header(headers: Mapping[str, Any]) -> str | None:
+    if not isinstance(headers.get("id"), str):
+        return "the header id is not a text"
+    limits = headers.get("timelimit") or (None, None)
+    if not isinstance(limits, list | tuple) or len(limits) != 2:
+        return "the header timelimit is not a pair"
+    if not all(limit is None or isinstance(limit, int | float) for limit in limits):
+        return "the header timelimit is not a pair of numbers"
+    for name in ("eta", "expires"):
+        try:
+            maybe_iso8601(headers.get(name))
+        except (AttributeError, ValueError, TypeError):
+            return f"the header {name} is not an ISO 8601 time: {shown(headers.get(name))}"
+    return None
+
+
+def tenant_of(delivery: Delivery) -> str:
+    """Whom to count a message to that is no job."""
+    tenant = delivery.kwargs.get("tenant")
+    return str(tenant) if is_identifier(tenant) else "default"
+
+
+def failed_result(job_id: str, tenant: str, code: str, message: str) -> Result:
+    """The outcome of a message that never became a job."""
+    error = ErrorInfo(code=code, message=message)
+    return Result(job_id=job_id, tenant=tenant, adapter_id=None, state="failed", error=error)
+
+
+def failure(result: Result) -> JobFailed:
+    """What a client that waits is told: readable without our package, with the stable code."""
+    error = result.error or ErrorInfo(code="error", message="no reason was recorded")
+    return JobFailed(f"{error.code}: {error.message}")

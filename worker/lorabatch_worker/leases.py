@@ -1,0 +1,98 @@
+"""The leases thread: what the clock does to live jobs.
+
+Renews all claims every lease_s / 3 while the engine makes steps; a hung engine's leases run
+out (after `Pulse.limit_s`), so that other workers take its jobs over. Jobs whose lease was lost
+leave the engine without an outcome and their messages are held. Ends jobs that were cancelled
+in the ledger, revoked while they waited, or ran past their time limit. Raises nothing; a
+database that is away is asked again at the next tick.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import structlog
+
+from lorabatch.ledger import Ledger
+from lorabatch.settings import Settings
+from lorabatch_worker.live import LiveJobs
+from lorabatch_worker.pulse import Pulse
+from lorabatch_worker.retry import OUTAGES, reason
+from lorabatch_worker.runner import Runner
+
+__all__ = ["Leases"]
+
+log = structlog.get_logger(__name__)
+
+TICK_S = 0.2
+
+
+class Leases:
+    """A thread that looks at all live jobs every TICK_S."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        live: LiveJobs,
+        runner: Runner,
+        pulse: Pulse,
+        is_revoked: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        self._lease_s = settings.lease_s
+        self._ledger = ledger
+        self._live = live
+        self._runner = runner
+        self._pulse = pulse
+        self._is_revoked = is_revoked
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _run(self) -> None:
+        renew_s = time.monotonic() + self._lease_s / 3
+        stalled = False
+        while not self._stop.wait(TICK_S):
+            try:
+                self._end_what_must_end()
+                if not self._pulse.beating:
+                    if not stalled:
+                        log.error("the engine makes no steps: its leases are left to run out")
+                    stalled = True
+                elif time.monotonic() >= renew_s:
+                    stalled = False
+                    self._renew()
+                    renew_s = time.monotonic() + self._lease_s / 3
+            except OUTAGES as error:
+                log.warning("leases not renewed", error=reason(error))
+            except Exception as error:  # noqa: BLE001 - the thread must outlive any one tick
+                log.error("leases: unexpected", error=reason(error))
+
+    def _end_what_must_end(self) -> None:
+        now_s = time.monotonic()
+        for claim in self._live.claims(lambda job: not job.ended and job.overdue(now_s)):
+            self._runner.abort(claim.job.job_id, "time_limit")
+        for claim in self._live.claims(lambda job: not job.ended and job.started_s is None):
+            if self._is_revoked(claim.job.job_id):
+                self._runner.abort(claim.job.job_id, "cancelled")
+
+    def _renew(self) -> None:
+        claims = self._live.claims()
+        if not claims:
+            return
+        lost, cancelled = self._ledger.renew(claims, self._lease_s)
+        for job_id in cancelled:
+            self._runner.abort(job_id, "cancelled")
+        gone = self._live.lose([claim for claim in claims if claim.job.job_id in lost])
+        if gone:
+            log.warning("leases lost to other workers", jobs=len(gone))
+            self._runner.drop(list(gone))
+        for job_id, deliveries in gone.items():
+            self._live.hold(job_id, deliveries, self._lease_s / 3)

@@ -1,0 +1,139 @@
+"""The recorder: outcomes go into the ledger in groups, one transaction each.
+
+A group is up to GROUP_MAX outcomes or what comes within GROUP_WAIT_S. An outage is waited out
+and nothing is acknowledged meanwhile. An outcome whose lease was lost is not ours any more: its
+messages are held until the ledger says what became of the job. Raises nothing; an outcome that
+the database refuses ends as a failed one, alone, and never takes its group with it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+import sqlalchemy as sa
+import structlog
+
+from lorabatch.ledger import Ledger, Outcome
+from lorabatch.result import ErrorInfo, Usage
+from lorabatch_worker.live import LiveJobs
+from lorabatch_worker.publisher import Publisher
+from lorabatch_worker.retry import Stopped, reason, until_it_works
+
+__all__ = ["Recorder"]
+
+log = structlog.get_logger(__name__)
+
+GROUP_MAX = 256
+GROUP_WAIT_S = 0.005
+REFUSED = "the database refused the result; nothing of it is stored"
+
+
+class Recorder:
+    """A thread between the runner and the publisher."""
+
+    def __init__(self, ledger: Ledger, live: LiveJobs, publisher: Publisher) -> None:
+        self._ledger = ledger
+        self._live = live
+        self._publisher = publisher
+        self._stop = threading.Event()
+        self._queue: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._spare: Outcome | None = None
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            self._live.ended(outcome.claim)
+            self._queue.put(outcome)
+
+    def close(self) -> None:
+        """Record what is queued, then stop."""
+        self._queue.put(None)
+
+    def abandon(self) -> None:
+        """Stop waiting for a database that is away."""
+        self._stop.set()
+        self._queue.put(None)
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            group, last = self._next_group()
+            try:
+                self._record(group)
+            except Stopped:
+                return
+            except Exception as error:  # noqa: BLE001 - the thread must outlive any one group
+                log.error("outcomes not recorded", jobs=len(group), error=reason(error))
+
+    def _next_group(self) -> tuple[list[Outcome], bool]:
+        """Outcomes of distinct jobs, and whether they are the last ones."""
+        group: dict[str, Outcome] = {}
+        item = self._spare or self._queue.get()
+        self._spare = None
+        end_s = time.monotonic() + GROUP_WAIT_S
+        while item is not None:
+            if item.claim.job.job_id in group:
+                self._spare = item
+                break
+            group[item.claim.job.job_id] = item
+            if len(group) == GROUP_MAX:
+                break
+            try:
+                item = self._queue.get(timeout=max(0.0, end_s - time.monotonic()))
+            except queue.Empty:
+                break
+        return list(group.values()), item is None
+
+    def _record(self, group: Sequence[Outcome]) -> None:
+        if not group:
+            return
+        try:
+            written = until_it_works("record", self._stop, lambda: self._ledger.record(group))
+        except Stopped:
+            raise
+        except Exception as error:  # noqa: BLE001 - one bad outcome must not stop its group
+            if len(group) == 1:
+                self._refused(group[0], error)
+            else:
+                for outcome in group:
+                    self._record([outcome])
+            return
+        self._settle(group, written)
+
+    def _refused(self, outcome: Outcome, error: Exception) -> None:
+        job_id = outcome.claim.job.job_id
+        log.error("the database refused an outcome", job_id=job_id, error=type(error).__name__)
+        info = ErrorInfo(code="engine_fault", message=REFUSED)
+        empty = {"text": None, "token_ids": (), "seed": None, "usage": Usage()}
+        result = outcome.result.model_copy(update={"state": "failed", "error": info, **empty})
+        failed = Outcome(outcome.claim, result)
+        try:
+            written = until_it_works("record", self._stop, lambda: self._ledger.record([failed]))
+        except sa.exc.SQLAlchemyError as again:
+            log.error("the lease of this job will run out", job_id=job_id, error=reason(again))
+            written = set()
+        self._settle([failed], written)
+
+    def _settle(self, group: Sequence[Outcome], written: set[str]) -> None:
+        """The committed are published and acknowledged; the stale are asked about again."""
+        ids = sorted(written)
+        stored = until_it_works("read", self._stop, lambda: self._ledger.results(ids))
+        for outcome in group:
+            job_id = outcome.claim.job.job_id
+            deliveries = self._live.pop(outcome.claim)
+            if job_id in written:
+                extra = [job_id] if outcome.claim.publish_result else []
+                self._publisher.put(stored.get(job_id, outcome.result), deliveries, extra)
+            else:
+                log.info("outcome came too late", job_id=job_id)
+                self._live.hold(job_id, deliveries, 0.0)

@@ -1,0 +1,139 @@
+"""The service: everything between the Celery pool and the engine, started and stopped together.
+
+Threads: intake, recorder, publisher, leases, sweeper, and the runner's own. Stopping goes
+along the same road as a job: take nothing more, let the engine drain, record what ended,
+release the rest (so that another worker can claim it at once), publish. Raises LoraBatchError
+when database, broker or engine are not ready; what fails while stopping is logged, because
+leases and the visibility timeout bring such jobs back.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import structlog
+from celery import Celery
+from celery.worker import state as worker_state
+
+from lorabatch.database import open_database
+from lorabatch.ledger import Ledger
+from lorabatch.queue import check_broker, resolve_broker
+from lorabatch.settings import Settings
+from lorabatch_worker.delivery import Delivery
+from lorabatch_worker.intake import Intake, IntakeParts
+from lorabatch_worker.leases import Leases
+from lorabatch_worker.live import LiveJobs
+from lorabatch_worker.publisher import Publisher
+from lorabatch_worker.pulse import Pulse
+from lorabatch_worker.recorder import Recorder
+from lorabatch_worker.retry import OUTAGES, reason
+from lorabatch_worker.runner import Runner
+from lorabatch_worker.sweeper import Sweeper
+
+__all__ = ["Pump", "Service"]
+
+log = structlog.get_logger(__name__)
+
+Post = Callable[[Callable[[], None]], None]
+SETTLE_S = 10.0
+RELEASE_TRIES = 5
+RELEASE_PAUSE_S = 0.5
+
+
+class Pump(Protocol):
+    """Run the hub's callbacks while `busy()`, at most `limit_s`; `hurry` may cut it short."""
+
+    def __call__(self, busy: Callable[[], bool], limit_s: float, hurry: bool = False) -> None: ...
+
+
+class Service:
+    """One worker process's jobs. `post` runs a call on the hub's thread."""
+
+    def __init__(
+        self, app: Celery, settings: Settings, factory: Callable[[Settings], Runner], post: Post
+    ) -> None:
+        self._settings = settings
+        self._post = post
+        self._engine = open_database(settings)
+        self._engine.hide_parameters = True  # prompts are parameters
+        self.broker = check_broker(resolve_broker(settings))
+        self.runner = factory(settings)
+        self.pulse = Pulse(self.runner, settings.lease_s)
+        self.owner = f"{socket.gethostname()[:80]}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.ledger = Ledger(self._engine)
+        self.live = LiveJobs()
+        self.publisher = Publisher(app, post)
+        self.recorder = Recorder(self.ledger, self.live, self.publisher)
+        revoked = worker_state.revoked.__contains__
+        self.leases = Leases(settings, self.ledger, self.live, self.runner, self.pulse, revoked)
+        self.sweeper = Sweeper(app, settings, self.ledger, self.live)
+        self.intake = Intake(
+            IntakeParts(
+                settings=settings,
+                owner=self.owner,
+                ledger=self.ledger,
+                live=self.live,
+                runner=self.runner,
+                pulse=self.pulse,
+                recorder=self.recorder,
+                publisher=self.publisher,
+                is_revoked=revoked,
+            )
+        )
+
+    def start(self) -> None:
+        self.runner.start(self._started, self.recorder.put)
+        for part in (self.publisher, self.recorder, self.leases, self.intake, self.sweeper):
+            part.start()
+
+    def take(self, delivery: Delivery) -> None:
+        self.intake.put(delivery)
+
+    def abort(self, job_id: str) -> None:
+        """End a live job as cancelled."""
+        self.runner.abort(job_id, "cancelled")
+
+    def counts(self) -> dict[str, int]:
+        return {**self.runner.load, **self.live.counts()}
+
+    def stop(self, drain_s: float, pump: Pump) -> None:
+        """Hand everything back or finish it. Called once, on the hub's thread."""
+        self.sweeper.close()
+        self.intake.close()
+        pump(lambda: self.intake.running, SETTLE_S)
+        drain = threading.Thread(target=self._drain, args=(drain_s,), name="drain", daemon=True)
+        drain.start()
+        pump(drain.is_alive, drain_s + SETTLE_S, hurry=True)
+        self.recorder.close()
+        pump(lambda: self.recorder.running, SETTLE_S)
+        self.recorder.abandon()
+        self._release()
+        self.leases.close()
+        self.publisher.close()
+        pump(lambda: self.publisher.running, SETTLE_S)
+        self._engine.dispose()
+
+    def _started(self, job_ids: Sequence[str]) -> None:
+        for delivery in self.live.started(job_ids):
+            self._post(delivery.on_started)
+
+    def _drain(self, drain_s: float) -> None:
+        left = self.runner.drain(drain_s)
+        log.info("engine drained", not_ended=len(left))
+
+    def _release(self) -> None:
+        claims = self.live.claims()
+        for _ in range(RELEASE_TRIES if claims else 0):
+            try:
+                self.ledger.release(claims)
+                log.info("jobs handed back", jobs=len(claims))
+                return
+            except OUTAGES as error:
+                log.warning("jobs not handed back yet", jobs=len(claims), error=reason(error))
+                time.sleep(RELEASE_PAUSE_S)

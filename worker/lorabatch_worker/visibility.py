@@ -1,0 +1,58 @@
+"""The visibility heartbeat: messages in our hands stay ours while the engine makes steps.
+
+Redis gives a message out again when it was not acknowledged within visibility_timeout_s. Jobs
+wait and run longer than that, so this consumer step notes the time of every message that was
+delivered to us and not acknowledged, four times a visibility timeout. While the engine hangs it
+does not. Knows kombu's Redis transport (`unacked_index`, `QoS._delivered`). Raises what the
+broker's connection raises, which makes the consumer reconnect.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from celery import bootsteps
+
+__all__ = ["VisibilityHeartbeat"]
+
+
+class VisibilityHeartbeat(bootsteps.StartStopStep):
+    """Runs on the hub's thread; goes on while a warm shutdown drains."""
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+
+    def __init__(self, consumer: Any, **kwargs: Any) -> None:
+        self._timer: Any = None
+        super().__init__(consumer, **kwargs)
+
+    def start(self, consumer: Any) -> None:
+        self._cancel()
+        options = consumer.app.conf.broker_transport_options
+        interval_s = float(options["visibility_timeout"]) / 4
+        self._timer = consumer.timer.call_repeatedly(interval_s, self.beat, (consumer,))
+
+    def stop(self, consumer: Any) -> None:
+        """Called on connection loss, where `start` follows, and when the worker stops, where
+        messages are still in hand until `shutdown`."""
+        if consumer.blueprint.state == bootsteps.RUN:
+            self._cancel()
+
+    def shutdown(self, consumer: Any) -> None:
+        self._cancel()
+
+    def beat(self, consumer: Any) -> None:
+        if consumer.task_consumer is None or not consumer.pool.beating:
+            return
+        channel = consumer.task_consumer.channel
+        qos = channel.qos
+        tags = [tag for tag in list(qos._delivered) if tag not in qos._dirty]
+        if tags:
+            now = time.time()
+            with channel.conn_or_acquire() as client:
+                client.zadd(channel.unacked_index_key, dict.fromkeys(tags, now), xx=True)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
