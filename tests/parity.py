@@ -35,7 +35,7 @@ RANDOM: dict[str, dict[str, Any]] = {
     "rank-pattern": {
         "r": 4,
         "lora_alpha": 8,
-        "target_modules": ATTENTION + ["down_proj"],
+        "target_modules": [*ATTENTION, "down_proj"],
         "rank_pattern": {"q_proj": 12, "layers.3.mlp.down_proj": 1, r"layers\.2\d.*v_proj": 7},
         "alpha_pattern": {"v_proj": 3, r"layers\.1\..*": 20},
     },
@@ -141,7 +141,9 @@ def run_engine(engine: Any, jobs: Sequence[Job]) -> dict[str, Result]:
     return done
 
 
-def compare(engine: Any, model: Any, names: Sequence[str | None], count: int, new: int) -> dict[str, Any]:
+def compare(
+    engine: Any, model: Any, names: Sequence[str | None], count: int, new: int
+) -> dict[str, Any]:
     """Run everything both ways and count mismatches."""
     asked = [(name, p) for p in prompts(count) for name in names]
     jobs = [
@@ -168,7 +170,8 @@ def compare(engine: Any, model: Any, names: Sequence[str | None], count: int, ne
         if list(result.token_ids) == wanted:
             continue
         mismatched += 1
-        at = next(i for i, (x, y) in enumerate(zip(result.token_ids, wanted, strict=True)) if x != y)
+        pairs = zip(result.token_ids, wanted, strict=True)
+        at = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
         gap = (logits[at, wanted[at]] - logits[at, result.token_ids[at]]).item()
         worst = max(worst, gap)
         explained += gap < EXPLAINED_GAP

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from tests.bad_inputs import CHAT, line, short
-from tests.played_worker import by_adapter, fails, run_queued, working
 from typer.testing import CliRunner, Result
 
 from lorabatch import Ledger, Settings
@@ -27,6 +25,8 @@ from lorabatch_producer.checks import ADAPTER_FILES
 from lorabatch_producer.cli import app
 from lorabatch_producer.commands import jobs
 from lorabatch_producer.console import printable
+from tests.bad_inputs import CHAT, line, short
+from tests.played_worker import by_adapter, fails, run_queued, working
 
 PROGRAM = [sys.executable, "-W", "error", "-m", "lorabatch_producer.cli"]
 Cli = Callable[..., Result]
@@ -143,6 +143,16 @@ def test_result_and_cancel(cli: Cli, ledger: Ledger) -> None:
     assert "nobody: no such job" in found.stderr
     assert "was cancelled" in cli("result", waiting, code=2).stderr
     assert "'nobody': no such job" in cli("result", "nobody", code=2).stderr
+
+
+def test_an_empty_prompt_is_refused(cli: Cli, ledger: Ledger) -> None:
+    assert "the prompt is empty" in cli("enqueue", "  ", code=2).output
+    assert ledger.counts() == {}
+
+
+def test_status_tells_the_whole_urls_only_when_asked(cli: Cli, home: Path, valkey_url: str) -> None:
+    assert f"LORABATCH_BROKER_URL={valkey_url}" in cli("status", "--urls").output
+    assert valkey_url not in cli("status").output
 
 
 def test_status(cli: Cli, ledger: Ledger, home: Path, file: Path) -> None:

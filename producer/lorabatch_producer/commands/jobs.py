@@ -50,6 +50,8 @@ def enqueue(
     """Enqueue one prompt; print the job's id, or with --wait the text."""
     if raw and system is not None:
         raise typer.BadParameter("--system needs a chat: leave --raw out")
+    if not prompt.strip():
+        raise typer.BadParameter("the prompt is empty; give it some text")
     asked = {
         **_prompt(prompt, system, raw),
         "adapter_id": adapter,

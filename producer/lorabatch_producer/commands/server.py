@@ -11,6 +11,7 @@ from rich.text import Text
 from lorabatch import Settings
 from lorabatch.embedded import stop_valkey
 from lorabatch.errors import JobNotFound
+from lorabatch.queue import resolve_broker
 from lorabatch.settings import PREFIX, AdapterSource
 from lorabatch_producer.client import Producer
 from lorabatch_producer.commands.batch import show_batch
@@ -30,8 +31,16 @@ STATES = ("queued", "running", "succeeded", "failed", "cancelled")
 
 def status(
     job_or_batch: Annotated[str | None, typer.Argument(metavar="[JOB_ID|BATCH_ID]")] = None,
+    urls: Annotated[
+        bool, typer.Option("--urls", help="Print broker and database URLs with passwords.")
+    ] = False,
 ) -> None:
     """Jobs by state, queue lengths, workers, servers; or one job or batch."""
+    if urls:
+        loaded = Settings.load()
+        typer.echo(f"LORABATCH_BROKER_URL={resolve_broker(loaded)}")
+        typer.echo(f"LORABATCH_DATABASE_URL={loaded.resolved_database_url}")
+        return
     with Producer() as producer:
         if job_or_batch is None:
             counts = producer.ledger.counts()

