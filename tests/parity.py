@@ -79,7 +79,8 @@ def write_random_adapters(base: Any, folder: Path) -> dict[str, Path]:
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.05 / parameter.shape[1] ** 0.5)
         model.peft_config["default"].base_model_name_or_path = BASE_ID
-        model.save_pretrained(folder / name)
+        # "auto" would ask the Hub whether the vocabulary was resized.
+        model.save_pretrained(folder / name, save_embedding_layers=False)
         base = model.unload()
         made[name] = folder / name
     return made

@@ -14,8 +14,6 @@ import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.bad_inputs import BAD_LINES, CHAT, chat, line, short
-from tests.played_worker import by_adapter, run_queued
 
 from lorabatch import Ledger, Settings
 from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError
@@ -23,6 +21,8 @@ from lorabatch_producer import Producer
 from lorabatch_producer.batch import batch_id_for, submit
 from lorabatch_producer.bulk import MAX_LINE_BYTES, BadLine, GoodLine, base_names, read_lines
 from lorabatch_producer.output import errors_path, write_output
+from tests.bad_inputs import BAD_LINES, CHAT, chat, line, short
+from tests.played_worker import by_adapter, run_queued
 
 patient = hypothesis.settings(
     deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

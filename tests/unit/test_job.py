@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.bad_inputs import BAD_JOBS
 
 from lorabatch import Job, SamplingParams
 from lorabatch.errors import InvalidJob
 from lorabatch.job import MAX_SEED, is_identifier
+from tests.bad_inputs import BAD_JOBS
 
 
 @pytest.mark.parametrize(

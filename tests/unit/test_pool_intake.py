@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import redis
 import sqlalchemy as sa
-from tests.fake_runner import FakeRunner
 
 from lorabatch import Job, Ledger, Result, Settings
 from lorabatch.ledger import Message
@@ -25,6 +24,7 @@ from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.pulse import Pulse
 from lorabatch_worker.recorder import Recorder
 from lorabatch_worker.sweeper import Sweeper, task_id_of
+from tests.fake_runner import FakeRunner
 
 POINTER = {"schema_version": 1, "tenant": "default", "adapter_id": None}
 LONG = {"max_new_tokens": 100_000}

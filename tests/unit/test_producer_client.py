@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import redis
-from tests.played_worker import by_adapter, fails, run_queued, working
 
 import lorabatch_producer
 from lorabatch import Job, Ledger, Settings
@@ -26,6 +25,7 @@ from lorabatch.errors import (
     WaitTimeout,
 )
 from lorabatch_producer import AsyncProducer, NotSent, Producer
+from tests.played_worker import by_adapter, fails, run_queued, working
 
 DOWN = "redis://127.0.0.1:1/0"
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from rich.console import Console
-from tests.played_worker import succeeds
 
 from lorabatch import ErrorInfo, Job, Ledger, Usage
 from lorabatch.ledger import Claim, Outcome
@@ -20,6 +19,7 @@ from lorabatch.tables import jobs, results, usage_events
 from lorabatch_producer.audit import audit
 from lorabatch_producer.usage import FIGURES, UsageRow, parse_time, total, usage_report
 from lorabatch_producer.usage_format import safe_cell, usage_table, write_csv, write_json
+from tests.played_worker import succeeds
 
 DAY_1 = datetime(2026, 1, 30, tzinfo=UTC)
 DAY_2 = datetime(2026, 1, 31, tzinfo=UTC)

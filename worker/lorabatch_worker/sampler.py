@@ -55,47 +55,50 @@ def _penalize(logits: Tensor, sequences: List[Sequence]) -> None:
 
 
 def _draw(logits: Tensor, sequences: List[Sequence]) -> Tensor:
-    """Tokens of rows with a temperature. logits [n, vocabulary] -> [n]."""
-    device = logits.device
+    """Tokens of rows with a temperature. logits [n, vocabulary] -> [n].
+
+    In float64, so that neither the batch's shape nor a tiny temperature decides a token.
+    """
+    params = [s.params for s in sequences]
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
-    params = [s.params for s in sequences]
+    highest = logits.max(dim=-1, keepdim=True).values
+    scaled = (logits.double() - highest) / column([p.temperature for p in params])
+    scaled.masked_fill_(_below_top_k(logits, [p.top_k for p in params]), -torch.inf)
+    p = scaled.softmax(dim=-1)
+    least = column([q.min_p for q in params]) * p.max(dim=-1, keepdim=True).values
+    p.masked_fill_((p < least) | _past_top_p(p, [q.top_p for q in params]), 0.0)
+    cumulative = p.cumsum(dim=-1)
+    draws = column([uniform(s.claim.job.seed, len(s.output)) for s in sequences])
+    picked = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    return picked.clamp_(max=logits.shape[-1] - 1)[:, 0]
+
+
+def _below_top_k(logits: Tensor, top_k: List[int]) -> Tensor:
+    """True where a logit is below its row's k-th highest; of equal ones all stay."""
     vocabulary = logits.shape[-1]
-    limits = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
-    # Without top_p, no more than the largest top_k has to be sorted.
-    width = max(limits)
-    values, order = _ranked(logits, width)
-    # In float64, so that neither the width nor a tiny temperature decides a token.
-    values = (values.double() - values[:, :1].double()) / column([p.temperature for p in params])
-    rank = torch.arange(width, device=device)[None]
-    values = values.masked_fill(rank >= torch.tensor(limits, device=device)[:, None], -torch.inf)
-    probabilities = values.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # The most likely token always stays.
-    dropped = before >= column([p.top_p for p in params])
-    dropped |= probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
-    dropped[:, 0] = False
-    cumulative = probabilities.masked_fill(dropped, 0.0).cumsum(dim=-1)
-    draws = [uniform(s.claim.job.seed, len(s.output)) for s in sequences]
-    target = column(draws) * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, target, right=True).clamp_(max=width - 1)
-    return order.gather(-1, picked)[:, 0]
+    limits = [min(k, vocabulary) if k else 0 for k in top_k]
+    dropped = torch.zeros_like(logits, dtype=torch.bool)
+    if any(limits):
+        values = logits.topk(max(limits), dim=-1).values
+        index = torch.tensor([max(k - 1, 0) for k in limits], device=logits.device)[:, None]
+        rows = torch.tensor([k > 0 for k in limits], device=logits.device)[:, None]
+        dropped = rows & (logits < values.gather(-1, index))
+    return dropped
 
 
-def _ranked(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The highest values and their ids [n, width]; of equal values the lower id comes first, which
-    topk leaves open, so that a row's order does not depend on the other rows' widths."""
-    if width == logits.shape[-1]:
-        values, order = logits.sort(dim=-1, descending=True, stable=True)
-        return values, order
-    values, order = logits.topk(width + 1, dim=-1)
-    if bool((values[:, -2] == values[:, -1]).any()):
-        bits = (logits + 0.0).view(torch.int32)  # float bits that sort as whole numbers do
-        ordered = (bits ^ ((bits >> 31) & 0x7FFF_FFFF)).long() << 32
-        keys = ordered - torch.arange(logits.shape[-1], device=logits.device)
-        order = keys.topk(width, dim=-1).indices
-    order = order[:, :width].sort(dim=-1).values
-    values, at = logits.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return values, order.gather(-1, at)
+def _past_top_p(p: Tensor, top_p: List[float]) -> Tensor:
+    """True for tokens that the more likely ones make superfluous; of equal ones the lower id
+    counts as the more likely, and the most likely token always stays."""
+    dropped = torch.zeros_like(p, dtype=torch.bool)
+    rows = [i for i, limit in enumerate(top_p) if limit < 1.0]
+    if rows:
+        index = torch.tensor(rows, device=p.device)
+        values, order = p[index].sort(dim=-1, descending=True, stable=True)
+        limits = torch.tensor([top_p[i] for i in rows], dtype=p.dtype, device=p.device)
+        past = values.cumsum(dim=-1) - values >= limits[:, None]
+        past[:, 0] = False
+        dropped[index] = torch.zeros_like(past).scatter(-1, order, past)
+    return dropped

@@ -1,0 +1,306 @@
+"""Tiny random models, and how tests run jobs on them.
+
+`tiny_config(kind)` makes a configuration of any architecture small enough to build in
+milliseconds; `checkpoint` saves one as a folder with the bundled model's tokenizer.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from lorabatch import Job, Result, Settings
+from lorabatch.ledger import Claim, Outcome
+from lorabatch_worker.base_model import BaseModel
+from lorabatch_worker.bundled import bundled_checkpoint
+from lorabatch_worker.engine import Engine, build_engine
+from lorabatch_worker.model_runner import ModelRunner
+from lorabatch_worker.scheduler import Chunk
+from lorabatch_worker.sequence import Sequence as Running
+
+ROOT = Path(__file__).parents[1]
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WAIT_S = 120.0
+
+logging.disable_progress_bar()
+
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "sliding_window": 6,
+    "use_sliding_window": True,
+    "max_window_layers": 2,
+    "query_pre_attn_scalar": 16,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_layer": 4,
+    "n_inner": 96,
+    "d_model": 64,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "rotary_dim": 16,
+}
+
+
+def bundled_folder() -> Path:
+    """The bundled model's checkpoint, made once and kept in the repository's data folder."""
+    return bundled_checkpoint(BUNDLED_ID, ROOT / ".lorabatch")
+
+
+def tiny_config(kind: str, **fields: Any) -> Any:
+    """A small configuration: those of COMMON that the class knows, then `fields`."""
+    known = type(AutoConfig.for_model(kind))().to_dict()
+    return AutoConfig.for_model(kind, **{k: v for k, v in COMMON.items() if k in known} | fields)
+
+
+def tiny_model(config: Any, seed: int = 0) -> Any:
+    """A random model in fp32 whose norms and biases are not the identity."""
+    torch.manual_seed(seed)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+                parameter.normal_(centre, 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def as_base(model: Any, tokenizer: Any = None) -> BaseModel:
+    return BaseModel(
+        name="acme/tiny",
+        folder=Path(),
+        model=model,
+        tokenizer=tokenizer,
+        device=torch.device("cpu"),
+        dtype=next(model.parameters()).dtype,
+        eos_ids=frozenset(),
+        max_context_tokens=256,
+    )
+
+
+def runner_of(model: Any, slots: int = 4, rank: int = 8, block_size: int = 8) -> ModelRunner:
+    """A ModelRunner on a model; the model is changed by it."""
+    torch.set_num_threads(1)
+    return ModelRunner(as_base(model), 1024, block_size, slots, rank)
+
+
+def checkpoint(folder: Path, kind: str = "llama", **fields: Any) -> Path:
+    """Save a tiny random model with the bundled tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder())
+    config = tiny_config(
+        kind,
+        **{
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "intermediate_size": 64,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": True,
+            **{f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")},
+            **fields,
+        },
+    )
+    model = tiny_model(config)
+    if kind == "llama":
+        # Far from uniform: where thousands of tokens are about as likely, rounding picks one.
+        model.model.norm.weight.mul_(4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def old_names() -> Iterator[None]:
+    """PEFT asks transformers for a property under its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
+
+
+def load_with_peft(model: nn.Module, folder: Path) -> Any:
+    from peft import PeftModel
+
+    with old_names():
+        return PeftModel.from_pretrained(model, folder).eval()
+
+
+def with_lora(model: nn.Module, **fields: Any) -> Any:
+    """PEFT's own model around this one, which is changed by it."""
+    from peft import LoraConfig, get_peft_model
+
+    conv = any(isinstance(m, Conv1D) for m in model.modules())
+    config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=conv, **fields)
+    with old_names():
+        tuned: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    tuned.peft_config["default"].base_model_name_or_path = "acme/tiny"
+    return tuned.eval()
+
+
+def random_adapter(model: nn.Module, folder: Path, seed: int = 0, **fields: Any) -> Path:
+    """An adapter with random A and B, written by PEFT; all linear layers unless said otherwise."""
+    torch.manual_seed(seed)
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    tuned = with_lora(copy.deepcopy(model), **defaults | fields)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    tuned.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the Hub
+    return folder
+
+
+def settings_for(folder: Path, home: Path, **fields: Any) -> Settings:
+    """Small, on one thread."""
+    return Settings.load(
+        home=home,
+        **{
+            "base_model": str(folder),
+            "base_model_aliases": ("acme/tiny",),
+            "device": "cpu",
+            "threads": 1,
+            "max_seqs": 8,
+            "max_step_tokens": 256,
+            "max_context_tokens": 256,
+            "kv_cache_tokens": 4096,
+            "block_size": 8,
+            "adapter_slots": 3,
+            "max_adapter_rank": 8,
+            **fields,
+        },
+    )
+
+
+def engine_for(folder: Path, home: Path, **fields: Any) -> Engine:
+    return build_engine(settings_for(folder, home, **fields))
+
+
+def claim(job: Job, attempt: int = 1) -> Claim:
+    return Claim(job, attempt, attempt, 1, 2)
+
+
+class Desk:
+    """Submits to an engine and keeps what is reported, in order."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.started: list[str] = []
+        self.outcomes: list[Outcome] = []
+        self._changed = threading.Condition()
+        engine.start(self._on_started, self._on_finished)
+
+    def _on_started(self, job_ids: Sequence[str]) -> None:
+        with self._changed:
+            self.started.extend(job_ids)
+            self._changed.notify_all()
+
+    def _on_finished(self, outcomes: Sequence[Outcome]) -> None:
+        with self._changed:
+            self.outcomes.extend(outcomes)
+            self._changed.notify_all()
+
+    def submit(self, *jobs: Job) -> None:
+        self.engine.submit([claim(job) for job in jobs])
+
+    def reported(self) -> list[str]:
+        with self._changed:
+            return [o.claim.job.job_id for o in self.outcomes]
+
+    def wait(self, job_ids: Iterable[str]) -> dict[str, Result]:
+        """Results of these jobs, once all are in."""
+        wanted = set(job_ids)
+        with self._changed:
+            found = self._changed.wait_for(lambda: wanted <= self._done().keys(), WAIT_S)
+            assert found, f"no outcome for {sorted(wanted - self._done().keys())}"
+            return {i: r for i, r in self._done().items() if i in wanted}
+
+    def wait_started(self, job_id: str) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: job_id in self.started, WAIT_S)
+
+    def _done(self) -> dict[str, Result]:
+        return {o.claim.job.job_id: o.result for o in self.outcomes}
+
+    def run(self, *jobs: Job) -> dict[str, Result]:
+        self.submit(*jobs)
+        return self.wait(job.job_id for job in jobs)
+
+
+def generate(
+    runner: ModelRunner, prompts: Sequence[list[int]], slots: Sequence[int], new: int, chunk: int
+) -> Tensor:
+    """Logits [prompts, new, vocabulary] of greedy decoding, all prompts mixed in every step."""
+    job = Job(prompt="-", sampling_params={"max_new_tokens": new})
+    running = [Running(claim(job), list(p), None) for p in prompts]
+    for sequence, slot in zip(running, slots, strict=True):
+        sequence.slot = slot
+        runner.blocks.allocate(sequence)
+    found: list[list[Tensor]] = [[] for _ in running]
+    while any(len(rows) < new for rows in found):
+        chunks = [
+            Chunk(s, s.computed, min(s.length, s.computed + chunk))
+            for s, rows in zip(running, found, strict=True)
+            if len(rows) < new
+        ]
+        chunks.sort(key=lambda c: c.end - c.start > 1)
+        rows = iter(runner.forward(chunks))
+        for c in chunks:
+            c.sequence.computed = c.end
+            if c.samples:
+                row = next(rows)
+                found[running.index(c.sequence)].append(row)
+                c.sequence.output.append(int(row.argmax()))
+    for sequence in running:
+        runner.blocks.release(sequence)
+    return torch.stack([torch.stack(rows) for rows in found])
+
+
+@torch.no_grad()
+def eager(model: Any, prompt: list[int], tokens: Sequence[int]) -> Tensor:
+    """Logits [n, vocabulary] that the model alone gives before each of `tokens`."""
+    ids = torch.tensor([[*prompt, *tokens[:-1]]])
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits[len(prompt) - 1 :]
+
+
+@functools.cache
+def real_desk() -> Desk:
+    """The bundled model with the shipped adapters and PEFT's random ones; one for all tests."""
+    from tests.parity import SHIPPED, load_reference, write_random_adapters
+
+    home = ROOT / ".lorabatch"
+    adapters = {p.parent.name: p.parent for p in sorted(SHIPPED.glob("*/adapter_config.json"))}
+    with old_names():
+        random = write_random_adapters(load_reference(bundled_folder()), home / "parity-adapters")
+    settings = Settings.load(
+        home=home,
+        adapters=",".join(f"{name}={path}" for name, path in {**adapters, **random}.items()),
+        device="cpu",
+        threads=1,
+        max_seqs=64,
+    )
+    return Desk(build_engine(settings))

@@ -1,0 +1,316 @@
+"""The scheduler and its blocks: limits that always hold, order, chunks, and no starvation."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lorabatch import Job
+from lorabatch_worker.adapters.slots import AdapterSlots
+from lorabatch_worker.adapters.weights import Adapter
+from lorabatch_worker.block_manager import BlockManager
+from lorabatch_worker.scheduler import Chunk, Scheduler
+from lorabatch_worker.sequence import Sequence
+from tests.models import claim
+
+BLOCK = 4
+EOS = frozenset({-1})
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that moves when told to."""
+    now = SimpleNamespace(s=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now.s)
+    return now
+
+
+def adapter(name: str | None) -> Adapter | None:
+    return None if name is None else Adapter(name, f"version of {name}", {}, None)
+
+
+def sequence(
+    job_id: str, prompt: int = 3, new: int = 4, name: str | None = None, priority: int = 0
+) -> Sequence:
+    job = Job(job_id=job_id, prompt="-", priority=priority, sampling_params={"max_new_tokens": new})
+    return Sequence(
+        claim(job), list(range(prompt)), adapter(name), waiting_since_s=time.monotonic()
+    )
+
+
+def scheduler(
+    max_seqs: int = 4,
+    step_tokens: int = 16,
+    blocks: int = 33,
+    slots: int = 2,
+    age_cap_s: float = 5.0,
+) -> Scheduler:
+    return Scheduler(
+        BlockManager(blocks, BLOCK), AdapterSlots({}, slots), max_seqs, step_tokens, age_cap_s
+    )
+
+
+def play(s: Scheduler, chunks: list[Chunk]) -> list[Sequence]:
+    """Do what the engine does after a step: the sequences that ended."""
+    for chunk in chunks:
+        chunk.sequence.computed = chunk.end
+        if chunk.samples:
+            chunk.sequence.append(7, EOS)
+    done = [c.sequence for c in chunks if c.sequence.finish_reason is not None]
+    for ended in done:
+        s.remove(ended.job_id)
+    return done
+
+
+def run(s: Scheduler, steps: int = 10_000) -> list[str]:
+    """Job ids in the order in which they were admitted."""
+    order: list[str] = []
+    for _ in range(steps):
+        chunks, admitted = s.plan()
+        order += [a.job_id for a in admitted]
+        play(s, chunks)
+        if not (s.running or s.waiting):
+            return order
+    raise AssertionError(f"still there after {steps} steps: {list(s.waiting)} {list(s.running)}")
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random submits, steps and removals; what must always hold is checked after each."""
+
+    @initialize(
+        max_seqs=st.integers(1, 5),
+        extra=st.integers(0, 20),
+        blocks=st.integers(9, 30),
+        slots=st.integers(1, 3),
+        age=st.sampled_from([1e-9, 1e9]),
+    )
+    def begin(self, max_seqs: int, extra: int, blocks: int, slots: int, age: float) -> None:
+        self.s = scheduler(max_seqs, max_seqs + extra, blocks, slots, age)
+        self.all: dict[str, Sequence] = {}
+        self.covered: dict[str, list[int]] = defaultdict(list)
+        self.done: set[str] = set()
+
+    @rule(
+        prompt=st.integers(1, 24),
+        new=st.integers(1, 8),
+        name=st.sampled_from([None, "a", "b", "c", "d"]),
+        priority=st.integers(-1, 1),
+    )
+    def add(self, prompt: int, new: int, name: str | None, priority: int) -> None:
+        job_id = f"j{len(self.all)}"
+        self.all[job_id] = sequence(job_id, prompt, new, name, priority)
+        self.s.add(self.all[job_id])
+
+    @rule(data=st.data())
+    @precondition(lambda self: bool(self.s.waiting or self.s.running))
+    def remove(self, data: st.DataObject) -> None:
+        job_id = data.draw(st.sampled_from([*self.s.waiting, *self.s.running]))
+        assert self.s.remove(job_id) is self.all[job_id]
+        assert self.s.remove(job_id) is None
+        self.done.add(job_id)
+
+    @rule(admit=st.booleans())
+    def step(self, admit: bool) -> None:
+        chunks, admitted = self.s.plan(admit)
+        assert admit or not admitted
+        assert sum(c.end - c.start for c in chunks) <= self.s.max_step_tokens
+        decodes = [c.sequence.pending == 1 for c in chunks if c.sequence not in admitted]
+        assert decodes == sorted(decodes, reverse=True)
+        assert len({id(c.sequence) for c in chunks}) == len(chunks)
+        planned = {c.sequence.job_id for c in chunks}
+        for s in self.s.running.values():
+            assert s.pending > 1 or s.job_id in planned
+        for c in chunks:
+            assert c.start == c.sequence.computed
+            assert c.start < c.end <= c.sequence.length
+            self.covered[c.sequence.job_id] += range(c.start, c.end)
+        for ended in play(self.s, chunks):
+            self.done.add(ended.job_id)
+            assert self.covered[ended.job_id] == list(range(ended.length - 1))
+
+    @rule()
+    def finish_everything(self) -> None:
+        for _ in range(5000):
+            if not (self.s.running or self.s.waiting):
+                break
+            self.step(True)
+        assert not self.s.running
+        assert not self.s.waiting
+        assert self.done == set(self.all)
+
+    @invariant()
+    def limits_hold(self) -> None:
+        running = list(self.s.running.values())
+        owned = [b for s in running for b in s.blocks]
+        assert len(owned) == len(set(owned))
+        assert 0 not in owned
+        assert len(owned) + self.s.blocks.free == self.s.blocks.num_blocks - 1
+        assert len(running) <= self.s.max_seqs
+        assert all(len(s.blocks) * BLOCK >= s.max_length for s in running)
+        assert not any(s.blocks or s.slot >= 0 for s in self.s.waiting.values())
+        by_slot: dict[int, set[str]] = defaultdict(set)
+        for s in running:
+            assert (s.slot >= 0) == (s.adapter is not None)
+            if s.adapter_version is not None:
+                by_slot[s.slot].add(s.adapter_version)
+        assert all(len(versions) == 1 for versions in by_slot.values())
+        assert all(slot < len(self.s.slots._users) for slot in by_slot)
+        users = [sum(s.slot == i for s in running) for i in range(len(self.s.slots._users))]
+        assert self.s.slots._users == users
+
+    def teardown(self) -> None:
+        if not hasattr(self, "s"):
+            return
+        for job_id in [*self.s.waiting, *self.s.running]:
+            self.s.remove(job_id)
+        assert self.s.blocks.free == self.s.blocks.num_blocks - 1
+        assert not any(self.s.slots._users)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@given(prompt=st.integers(1, 60), step_tokens=st.integers(1, 17))
+@settings(max_examples=50, deadline=None)
+def test_a_long_prompt_is_computed_in_chunks_that_fill_the_budget(
+    prompt: int, step_tokens: int
+) -> None:
+    s = scheduler(max_seqs=1, step_tokens=step_tokens)
+    s.add(sequence("long", prompt, new=1))
+    sizes = []
+    while s.running or s.waiting:
+        chunks, _ = s.plan()
+        sizes += [c.end - c.start for c in chunks]
+        assert [c.samples for c in chunks] == [sum(sizes) == prompt]
+        play(s, chunks)
+    full, rest = divmod(prompt, step_tokens)
+    assert sizes == [step_tokens] * full + ([rest] if rest else [])
+
+
+def test_decode_goes_on_while_a_long_prompt_is_prefilled() -> None:
+    s = scheduler(step_tokens=8)
+    s.add(sequence("short", 2, new=9))
+    play(s, s.plan()[0])
+    s.add(sequence("long", 40, new=1))
+    for _ in range(3):
+        chunks, _ = s.plan()
+        assert [(c.sequence.job_id, c.end - c.start) for c in chunks] == [("short", 1), ("long", 7)]
+        play(s, chunks)
+
+
+def test_nothing_is_admitted_when_told_so() -> None:
+    s = scheduler()
+    s.add(sequence("a"))
+    assert s.plan(admit=False) == ([], [])
+    assert list(s.waiting) == ["a"]
+
+
+def test_priority_goes_before_residency_and_age(clock: SimpleNamespace) -> None:
+    s = scheduler(max_seqs=1, slots=1)
+    for job_id, name, priority in [("old", "a", 0), ("low", "a", -5), ("high", "b", 5)]:
+        s.add(sequence(job_id, name=name, priority=priority))
+        clock.s += 20
+    assert run(s) == ["high", "old", "low"]
+
+
+def test_jobs_of_a_resident_adapter_go_first_until_others_are_old(clock: SimpleNamespace) -> None:
+    s = scheduler(max_seqs=1, slots=1)
+    for job_id, name in [("a1", "a"), ("b1", "b"), ("a2", "a"), ("base", None)]:
+        s.add(sequence(job_id, name=name))
+        clock.s += 0.01
+    assert run(s) == ["base", "a1", "a2", "b1"]
+    assert s.slots.loads == 2
+    for job_id, name in [("a3", "a"), ("b2", "b"), ("a4", "a")]:
+        s.add(sequence(job_id, name=name))
+        clock.s += 0.01
+    clock.s += 10
+    assert run(s) == ["a3", "b2", "a4"]
+
+
+def test_more_adapters_than_slots_starve_nobody(clock: SimpleNamespace) -> None:
+    """Two adapters could keep both slots for ever; eight others must get their turn."""
+    s = scheduler(max_seqs=8, slots=2, age_cap_s=5.0, blocks=100)
+    rng = random.Random(0)
+    serial = iter(range(10**6))
+    submitted: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    for step in range(2000):
+        clock.s += 0.1
+        for greedy in ("x0", "x1"):
+            version = f"version of {greedy}"
+            while sum(w.adapter_version == version for w in s.waiting.values()) < 4:
+                s.add(sequence(f"greedy-{next(serial)}", new=rng.randrange(5, 30), name=greedy))
+        if step % 100 == 0:
+            job_id = f"rare-{next(serial)}"
+            submitted[job_id] = clock.s
+            s.add(sequence(job_id, new=5, name=f"y{step // 100 % 8}"))
+        chunks, admitted = s.plan()
+        rare = [a.job_id for a in admitted if a.job_id in submitted]
+        waited |= {job_id: clock.s - submitted[job_id] for job_id in rare}
+        play(s, chunks)
+    assert {j for j, t in submitted.items() if t < clock.s - 15} <= set(waited)
+    assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
+
+
+def test_a_big_old_job_gets_its_blocks(clock: SimpleNamespace) -> None:
+    """Small jobs keep coming and always fit; the one that needs all blocks must run too."""
+    s = scheduler(max_seqs=4, blocks=9, step_tokens=64)
+    s.add(sequence("small-0", new=5))
+    play(s, s.plan()[0])
+    s.add(sequence("big", prompt=20, new=12))
+    for step in range(400):
+        clock.s += 0.1
+        if len(s.waiting) < 4:
+            s.add(sequence(f"small-{step + 1}", new=5))
+        chunks, admitted = s.plan()
+        play(s, chunks)
+        if "big" in [a.job_id for a in admitted]:
+            return
+    pytest.fail("the big job was never admitted")
+
+
+def test_jobs_that_need_no_slot_go_on_while_an_old_one_waits_for_its_slot(
+    clock: SimpleNamespace,
+) -> None:
+    s = scheduler(max_seqs=4, slots=1)
+    s.add(sequence("a1", new=30, name="a"))
+    play(s, s.plan()[0])
+    s.add(sequence("b1", new=2, name="b"))
+    clock.s += 10
+    s.add(sequence("base", new=2))
+    s.add(sequence("a2", new=2, name="a"))
+    _, admitted = s.plan()
+    assert [a.job_id for a in admitted] == ["base"]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_removing_a_sequence_anywhere_frees_all_it_holds(steps: int) -> None:
+    s = scheduler(step_tokens=4)
+    target = sequence("target", prompt=10, new=6, name="a")
+    s.add(target)
+    for _ in range(steps):
+        play(s, s.plan()[0])
+    assert s.remove("target") is target
+    assert (target.blocks, target.slot) == ([], -1)
+    assert s.blocks.free == s.blocks.num_blocks - 1
+    assert s.slots._users == [0, 0]
+    assert s.plan() == ([], [])
+    assert s.remove("target") is None
+
+
+def test_sequence_tokens_span_prompt_and_output() -> None:
+    s: Any = sequence("j", prompt=3, new=4)
+    s.output = [10, 11]
+    whole = [0, 1, 2, 10, 11]
+    for start in range(5):
+        for end in range(start, 6):
+            assert s.tokens(start, end) == whole[start:end]

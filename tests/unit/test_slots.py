@@ -1,0 +1,128 @@
+"""Adapter slots: least recently used goes, one in use never does, nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+from lorabatch import Job
+from lorabatch_kernels import LoraSite
+from lorabatch_worker.adapters.slots import AdapterSlots
+from lorabatch_worker.adapters.weights import Adapter, SiteWeights
+from lorabatch_worker.sequence import Sequence
+from tests.models import claim
+
+SITES = ("q", "v", "up")
+WIDTH = 6
+
+
+@pytest.fixture
+def sites() -> dict[str, LoraSite]:
+    return {n: LoraSite.allocate(2, 4, WIDTH, WIDTH, torch.float32, "cpu") for n in SITES}
+
+
+def adapter(name: str, ranks: Mapping[str, int]) -> Adapter:
+    torch.manual_seed(len(name))
+    weights = {
+        site: SiteWeights(torch.randn(rank, WIDTH), torch.randn(WIDTH, rank), 0.5 * rank)
+        for site, rank in ranks.items()
+    }
+    return Adapter(name, f"version-{name}", weights, None)
+
+
+def sequence(of: Adapter | None) -> Sequence:
+    return Sequence(claim(Job(prompt="-")), [1], of)
+
+
+def use(slots: AdapterSlots, of: Adapter) -> int:
+    """Acquire and release at once: the slot."""
+    user = sequence(of)
+    assert slots.acquire(user)
+    slots.release(user.slot)
+    return user.slot
+
+
+def test_the_base_model_needs_no_slot(sites: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(sites, 2)
+    user = sequence(None)
+    assert slots.acquire(user)
+    assert (user.slot, slots.resident, slots.loads) == (-1, 0, 0)
+    assert slots.is_resident(None)
+
+
+def test_an_adapter_is_loaded_once_and_shared(sites: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(sites, 2)
+    a = adapter("a", {"q": 2})
+    one, other = sequence(a), sequence(a)
+    assert slots.acquire(one)
+    assert slots.acquire(other)
+    assert (one.slot == other.slot, slots.loads, slots.resident) == (True, 1, 1)
+    assert slots.is_resident(a)
+
+
+def test_the_least_recently_used_goes(sites: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(sites, 2)
+    a, b, c = (adapter(n, {"q": 1}) for n in "abc")
+    place = {n.adapter_id: use(slots, n) for n in (a, b)}
+    use(slots, a)
+    assert use(slots, c) == place["b"]
+    assert [slots.is_resident(x) for x in (a, b, c)] == [True, False, True]
+    assert slots.loads == 3
+
+
+def test_one_in_use_is_never_taken(sites: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(sites, 2)
+    a, b, c = (adapter(n, {"q": 1}) for n in "abc")
+    users = [sequence(a), sequence(a), sequence(b)]
+    assert all(slots.acquire(u) for u in users)
+    waiting = sequence(c)
+    assert not slots.acquire(waiting)
+    assert waiting.slot == -1
+    slots.release(users[0].slot)
+    assert not slots.acquire(waiting)
+    slots.release(users[1].slot)
+    assert slots.acquire(waiting)
+    assert waiting.slot == users[0].slot
+    assert torch.equal(sites["q"].a[users[2].slot, :1], b.sites["q"].a)
+
+
+def test_a_smaller_adapter_leaves_nothing_of_a_bigger_one(sites: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(sites, 1)
+    use(slots, adapter("big", {"q": 4, "v": 4, "up": 2}))
+    small = adapter("small", {"q": 1})
+    slot = use(slots, small)
+    site = sites["q"]
+    assert (site.ranks[slot], site.scales[slot]) == (1, 0.5)
+    assert torch.equal(site.a[slot, :1], small.sites["q"].a)
+    assert torch.equal(site.b[slot, :1], small.sites["q"].b.t())
+    assert not site.a[slot, 1:].any()
+    assert not site.b[slot, 1:].any()
+    for name in ("v", "up"):
+        assert sites[name].ranks[slot] == 0
+        assert not sites[name].a[slot].any()
+        assert not sites[name].b[slot].any()
+
+
+def test_a_new_version_of_the_same_name_is_another_adapter(sites: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(sites, 2)
+    old = adapter("a", {"q": 1})
+    new = Adapter("a", "another version", adapter("aa", {"q": 1}).sites, None)
+    running = sequence(old)
+    assert slots.acquire(running)
+    assert use(slots, new) != running.slot
+    assert torch.equal(sites["q"].a[running.slot, :1], old.sites["q"].a)
+
+
+def test_the_same_files_under_two_names_share_a_slot(sites: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(sites, 2)
+    a = adapter("a", {"q": 1})
+    assert use(slots, a) == use(slots, Adapter("alias", a.version, a.sites, None))
+    assert slots.loads == 1
+
+
+def test_adapter_tells_size_and_rank() -> None:
+    a = adapter("a", {"q": 3, "v": 1})
+    assert a.rank == 3
+    assert a.nbytes == (3 + 1) * 2 * WIDTH * 4

@@ -1,0 +1,70 @@
+"""A step's tensors: where each token's keys go, which blocks decode reads, what is sampled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorabatch import Job
+from lorabatch_worker.scheduler import Chunk
+from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.step import StepContext, build_step
+from tests.models import claim, generate, runner_of, tiny_config, tiny_model
+
+CPU = torch.device("cpu")
+
+
+def sequence(prompt: int, output: int, blocks: list[int], slot: int = -1) -> Sequence:
+    made = Sequence(claim(Job(prompt="-")), list(range(100, 100 + prompt)), None, blocks=blocks)
+    made.output = list(range(500, 500 + output))
+    made.slot = slot
+    return made
+
+
+def test_decode_and_prefill_in_one_flat_batch() -> None:
+    chunks = [
+        Chunk(sequence(3, 2, [7, 2], slot=1), 4, 5),
+        Chunk(sequence(1, 0, [5]), 0, 1),
+        Chunk(sequence(9, 0, [3, 1, 6], slot=0), 3, 6),
+        Chunk(sequence(2, 0, [4]), 0, 2),
+    ]
+    step = build_step(chunks, 4, CPU)
+    assert step.tokens == 7
+    assert step.input_ids.tolist() == [501, 100, 103, 104, 105, 100, 101]
+    assert step.position_ids.tolist() == [4, 0, 3, 4, 5, 0, 1]
+    assert step.kv_index.tolist() == [8, 20, 15, 4, 5, 16, 17]
+    assert step.decode_blocks.tolist() == [[7, 2], [5, 0]]
+    assert step.decode_lengths.tolist() == [5, 1]
+    assert step.decodes == 2
+    assert step.fresh_blocks.tolist() == [2, 5, 1, 4]
+    assert [(s.start, s.end, s.past, s.length) for s in step.prefill] == [
+        (2, 5, 3, 6),
+        (5, 7, 0, 2),
+    ]
+    assert [s.blocks.tolist() for s in step.prefill] == [[3, 1], [4]]
+    assert step.sample_index.tolist() == [0, 1, 6]
+    assert step.step_map.active == (0, 1)
+
+
+def test_a_chunk_that_ends_before_the_prompt_does_samples_nothing() -> None:
+    step = build_step([Chunk(sequence(8, 0, [1, 2]), 0, 4)], 4, CPU)
+    assert step.sample_index.tolist() == []
+    assert step.decodes == 0
+
+
+def test_a_layer_outside_of_a_step_is_a_bug_that_shows() -> None:
+    with pytest.raises(AssertionError, match="outside of a step"):
+        _ = StepContext().step
+
+
+def test_blocks_of_a_job_that_made_nan_are_clean_for_the_next() -> None:
+    """An adapter with huge weights gives NaN for its own job, and for nobody else's."""
+    runner = runner_of(tiny_model(tiny_config("llama")))
+    clean = generate(runner, [[5, 6, 7]], [-1], 6, 9)
+    for site in runner.sites.values():
+        one = torch.full((1, site.in_features), 1e30)
+        site.load(0, one, torch.full((site.out_features, 1), 1e30), 1.0)
+    mixed = generate(runner, [[5] * 40, [5, 6, 7]], [0, -1], 6, 99)
+    assert torch.isnan(mixed[0]).all()
+    torch.testing.assert_close(mixed[1], clean[0])
+    torch.testing.assert_close(generate(runner, [[5, 6, 7]], [-1], 6, 9), clean)
