@@ -38,6 +38,7 @@ ADAPTERS = ROOT / "examples" / "adapters"
 SUBJECTS = "moon tea bridge honey chess winter map glass salt clock".split()
 READY_TIMEOUT_S = 120
 END_TIMEOUT_S = 1200
+LONGEST_LIFE_S = 12.0
 
 
 def start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
@@ -127,7 +128,7 @@ def main() -> int:
             producer.enqueue_many(jobs)
             for kill in range(args.kills):
                 worker = start_worker(settings, home / f"worker-{kill}.log")
-                time.sleep(dice.uniform(0.0, 3.0))
+                time.sleep(dice.uniform(0.0, LONGEST_LIFE_S))
                 worker.kill()
                 worker.wait()
                 done = producer.ledger.counts().get("succeeded", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorabatch import Job
@@ -545,3 +547,22 @@ def test_the_smallest_settings_start_and_run(
     results = desk.run(*(job(f"j{i}", "a b", max_new_tokens=5) for i in range(3)))
     assert {r.state for r in results.values()} == {"succeeded"}
     assert [c.job.job_id for c in desk.engine.drain(0)] == []
+
+
+def test_nan_logits_end_that_job_alone_and_are_not_billed_as_a_success(
+    tiny_folder: Path, tiny_adapters: dict[str, Path], home: Path, tmp_path: Path
+) -> None:
+    name, folder = next(iter(tiny_adapters.items()))
+    shutil.copytree(folder, tmp_path / "wild")
+    weights = tmp_path / "wild" / "adapter_model.safetensors"
+    save_file({k: t * 1e25 for k, t in load_file(weights).items()}, weights)
+    desk = start(tiny_folder, home, f"{name}={folder},wild={tmp_path / 'wild'}")
+    alone = desk.run(job("alone", adapter=name))["alone"]
+    results = desk.run(job("wild", adapter="wild"), job("tame", adapter=name), job("base"))
+    assert results["wild"].state == "failed"
+    assert results["wild"].error is not None
+    assert results["wild"].error.code == "nonfinite_logits"
+    assert results["tame"].token_ids == alone.token_ids
+    assert results["base"].state == "succeeded"
+    leave_nothing(desk.engine)
+    desk.engine.drain(0)

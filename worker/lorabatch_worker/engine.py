@@ -260,25 +260,33 @@ class Engine:
     def _step(self, chunks: list[Chunk]) -> None:
         logits = self.runner.forward(chunks)
         sampling = [c.sequence for c in chunks if c.samples]
-        tokens = self._sample(logits, sampling)
+        tokens, sound = self._sample(logits, sampling)
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
-        done = []
-        for sequence, token in zip(sampling, tokens, strict=True):
+        done: dict[Sequence, str | None] = {}
+        for sequence, token, is_sound in zip(sampling, tokens, sound, strict=True):
+            if not is_sound:
+                done[sequence] = "nonfinite_logits"
+                continue
             sequence.append(token, self.base.eos_ids)
             if sequence.finish_reason is not None:
-                done.append(sequence)
+                done[sequence] = None
         self.steps += 1
         self.mixed_steps += len({c.sequence.slot for c in chunks}) > 1
         self.generated_tokens += len(tokens)
         for sequence in done:
             self.scheduler.remove(sequence.job_id)
         if done:
-            self._on_finished([finished(s, self.base) for s in done])
+            self._on_finished([finished(s, self.base, reason) for s, reason in done.items()])
 
     @torch.inference_mode()
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-        return sample(logits, sequences)
+    def _sample(
+        self, logits: torch.Tensor, sequences: list[Sequence]
+    ) -> tuple[list[int], list[bool]]:
+        """Next tokens, and which rows they can be believed of: NaN or infinity in a row's logits
+        ends that job alone."""
+        sound: list[bool] = logits.amax(dim=-1).isfinite().tolist()
+        return sample(logits, sequences), sound
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         """Nothing in the step can be trusted: its jobs fail, the engine goes on."""
