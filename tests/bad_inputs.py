@@ -112,7 +112,7 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [
     ("deep nesting", b"[" * 200_000, "not_json", ""),
     ("a number of 5000 digits", b"1" * 5000, "not_json", "not valid JSON"),
     ("a field twice", b'{"prompt": "a", "prompt": "b"}', "not_json", "'prompt' is given twice"),
-    ("an array", b"[1]", "not_object", "must be a JSON object (got [1])"),
+    ("an array", b"[1]", "not_object", "must be a JSON object (got a list of 1)"),
     ("null", b"null", "not_object", "must be a JSON object (got None)"),
     ("a misspelled field", short(temprature=1), "invalid_job", "temprature: no such field"),
     ("a job id of one's own", short(job_id="x"), "invalid_job", "job_id: no such field"),
