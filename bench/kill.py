@@ -54,6 +54,7 @@ def start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
         "LORABATCH_SWEEP_INTERVAL_S": "1",
         "LORABATCH_RESEND_AFTER_S": "3",
         "LORABATCH_MAX_SEQS": "16",
+        "LORABATCH_MAX_ATTEMPTS": "1000",  # this asks about exactly once, not about poison
     }
     with log.open("wb") as file:
         command = [str(Path(sys.executable).parent / "lorabatch-worker")]
@@ -94,7 +95,8 @@ def check(producer: Producer, jobs: list[Job], broker: redis.Redis) -> dict[str,
     for row in stored:
         job = by_id[row.job_id]
         assert job.messages is not None
-        outputs[job.adapter_id, job.messages[0].content].add(tuple(row.token_ids))
+        if row.state == "succeeded":
+            outputs[job.adapter_id, job.messages[0].content].add(tuple(row.token_ids))
     return {
         "accepted": len(jobs),
         "succeeded": sum(row.state == "succeeded" for row in stored),

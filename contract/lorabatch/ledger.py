@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run one attempt of a job until the lease runs out."""
+    """The right to run a job until the lease runs out; `attempt` is the number of this run."""
 
     job: Job
     lease_token: int
@@ -182,7 +182,6 @@ class Ledger:
                 .where(jobs.c.job_id == sa.bindparam("id"))
                 .values(
                     state="running",
-                    attempts=jobs.c.attempts + 1,
                     lease_owner=owner,
                     lease_token=jobs.c.lease_token + 1,
                     lease_expires_us=expires,
@@ -210,6 +209,25 @@ class Ledger:
                 )
             connection.execute(job_attempts.insert(), attempts)
         return claims
+
+    def mark_started(self, claims: Sequence[Claim]) -> None:
+        """Count an attempt for claimed jobs that begin to run now: what was only fetched ahead
+        when a worker died has lost nothing."""
+        tokens = {claim.job.job_id: claim.lease_token for claim in claims}
+        with self.engine.begin() as connection:
+            now = self._now(connection)
+            begun = [
+                {"id": row.job_id}
+                for row in _locked(connection, list(tokens))
+                if row.state == "running" and row.lease_token == tokens[row.job_id]
+            ]
+            if begun:
+                connection.execute(
+                    sa.update(jobs)
+                    .where(jobs.c.job_id == sa.bindparam("id"))
+                    .values(attempts=jobs.c.attempts + 1, started_us=now),
+                    begun,
+                )
 
     def renew(self, claims: Sequence[Claim], lease_s: float) -> tuple[set[str], set[str]]:
         """Extend leases: (jobs whose lease is no longer ours, jobs asked to be cancelled)."""
@@ -247,7 +265,6 @@ class Ledger:
                     .where(jobs.c.job_id == row.job_id)
                     .values(
                         state="queued",
-                        attempts=jobs.c.attempts - 1,  # it did not run, so it does not count
                         lease_owner=None,
                         lease_expires_us=None,
                     )

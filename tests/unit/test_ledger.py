@@ -91,7 +91,18 @@ def test_a_leased_job_cannot_be_claimed_until_the_lease_runs_out(ledger: Ledger)
     assert ledger.claim([one.job_id], "second", 30) == {}
     ledger.renew([first], -1)
     second = ledger.claim([one.job_id], "second", 30)[one.job_id]
-    assert (second.lease_token, second.attempt) == (2, 2)
+    assert (second.lease_token, second.attempt) == (2, 1)
+
+
+def test_only_runs_count_as_attempts(ledger: Ledger) -> None:
+    one = job()
+    ledger.accept([one])
+    stale = ledger.claim([one.job_id], "first", -1)[one.job_id]
+    ledger.mark_started([stale])
+    fresh = ledger.claim([one.job_id], "second", -1)[one.job_id]
+    assert fresh.attempt == 2
+    ledger.mark_started([stale])
+    assert ledger.claim([one.job_id], "third", 30)[one.job_id].attempt == 2
 
 
 def test_a_stale_worker_cannot_record(ledger: Ledger) -> None:
@@ -150,7 +161,7 @@ def test_a_failing_usage_row_takes_the_result_with_it(ledger: Ledger) -> None:
     assert ledger.counts() == {"running": 2}
 
 
-def test_released_jobs_can_be_claimed_at_once_and_lose_no_attempt(ledger: Ledger) -> None:
+def test_released_jobs_can_be_claimed_at_once(ledger: Ledger) -> None:
     one = job()
     ledger.accept([one])
     ledger.release(list(ledger.claim([one.job_id], "me", 30).values()))

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result, Usage
 from lorabatch.ledger import Claim, Outcome
+from lorabatch.tables import jobs
 from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.publisher import Publisher
@@ -107,6 +108,18 @@ def test_the_order_is_commit_publish_end(bench: Bench, monkeypatch: pytest.Monke
     wait_until(bench.ends)
     assert bench.log == ["commit", "publish a", "end a succeeded"]
     assert bench.live.counts() == {"live": 0, "held": 0}
+
+
+def test_a_start_is_counted_without_waiting_for_an_outcome(bench: Bench) -> None:
+    (claim,) = bench.claim("a", lease_s=-1)
+    bench.recorder.started([claim])
+
+    def counted() -> bool:
+        with bench.ledger.engine.connect() as connection:
+            return connection.scalar(sa.select(jobs.c.attempts)) == 1
+
+    wait_until(counted)
+    assert bench.ledger.claim(["a"], "next", 30)["a"].attempt == 2
 
 
 def test_an_outage_is_waited_out_and_ends_nothing(

@@ -1,4 +1,4 @@
-"""The recorder: outcomes go into the ledger in groups, one transaction each.
+"""The recorder: starts and outcomes go into the ledger in groups, one transaction each.
 
 A group is up to GROUP_MAX outcomes or what comes within GROUP_WAIT_S. An outage is waited out
 and nothing is acknowledged meanwhile. An outcome whose lease was lost is not ours any more: its
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import sqlalchemy as sa
 import structlog
 
-from lorabatch.ledger import Ledger, Outcome
+from lorabatch.ledger import Claim, Ledger, Outcome
 from lorabatch.result import ErrorInfo, Usage
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.publisher import Publisher
@@ -39,8 +39,9 @@ class Recorder:
         self._live = live
         self._publisher = publisher
         self._stop = threading.Event()
-        self._queue: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Outcome | Claim | None] = queue.SimpleQueue()
         self._spare: Outcome | None = None
+        self._started: list[Claim] = []
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
     def start(self) -> None:
@@ -50,6 +51,11 @@ class Recorder:
         for outcome in outcomes:
             self._live.ended(outcome.claim)
             self._queue.put(outcome)
+
+    def started(self, claims: Sequence[Claim]) -> None:
+        """Count an attempt of each, before any outcome that comes later."""
+        for claim in claims:
+            self._queue.put(claim)
 
     def close(self) -> None:
         """Record what is queued, then stop."""
@@ -69,6 +75,7 @@ class Recorder:
         while not last:
             group, last = self._next_group()
             try:
+                self._count_starts()
                 self._record(group)
             except Stopped:
                 return
@@ -82,17 +89,25 @@ class Recorder:
         self._spare = None
         end_s = time.monotonic() + GROUP_WAIT_S
         while item is not None:
-            if item.claim.job.job_id in group:
+            if isinstance(item, Claim):
+                self._started.append(item)
+            elif item.claim.job.job_id in group:
                 self._spare = item
                 break
-            group[item.claim.job.job_id] = item
-            if len(group) == GROUP_MAX:
+            else:
+                group[item.claim.job.job_id] = item
+            if len(group) + len(self._started) >= GROUP_MAX:
                 break
             try:
                 item = self._queue.get(timeout=max(0.0, end_s - time.monotonic()))
             except queue.Empty:
                 break
         return list(group.values()), item is None
+
+    def _count_starts(self) -> None:
+        started, self._started = self._started, []
+        if started:
+            until_it_works("start", self._stop, lambda: self._ledger.mark_started(started))
 
     def _record(self, group: Sequence[Outcome]) -> None:
         if not group:

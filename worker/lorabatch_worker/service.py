@@ -120,6 +120,8 @@ class Service:
         self._engine.dispose()
 
     def _started(self, job_ids: Sequence[str]) -> None:
+        begun = frozenset(job_ids)
+        self.recorder.started(self.live.claims(lambda job: job.claim.job.job_id in begun))
         for delivery in self.live.started(job_ids):
             self._post(delivery.on_started)
 
