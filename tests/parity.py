@@ -1,6 +1,6 @@
 """Parity with transformers + PEFT: the same tokens, one job at a time there, mixed here.
 
-    python -m tests.parity [--prompts 32] [--new 24] [--threads 0]
+    python -m tests.parity [--prompts 32] [--new 24] [--threads 0] [--adapters NAME ...]
 
 fp32, greedy, end token ignored. Prints one JSON line: jobs, tokens, mismatches and how many of
 them a logit gap below 1e-4 explains. Adapters: the shipped ones, and random ones that PEFT
@@ -194,6 +194,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new", type=int, default=24)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--adapters", nargs="*", help="only these (default: all)")
     parser.add_argument("--home", type=Path, default=ROOT / ".lorabatch")
     args = parser.parse_args()
     from lorabatch_worker.bundled import bundled_checkpoint
@@ -205,6 +206,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     adapters = {p.parent.name: p.parent for p in sorted(SHIPPED.glob("*/adapter_config.json"))}
     adapters |= write_random_adapters(load_reference(folder), args.home / "parity-adapters")
+    adapters = {n: p for n, p in adapters.items() if not args.adapters or n in args.adapters}
     model = with_adapters(load_reference(folder), adapters)
     settings = Settings.load(
         home=args.home,
@@ -213,7 +215,8 @@ def main() -> None:
     )
     engine = build_engine(settings)
     engine.start(lambda ids: None, lambda outcomes: None)
-    report = compare(engine, model, [None, *adapters], args.prompts, args.new)
+    names = list(adapters) if args.adapters else [None, *adapters]
+    report = compare(engine, model, names, args.prompts, args.new)
     engine.drain(0)
     print(json.dumps(report))
 
