@@ -29,16 +29,16 @@ def test_flushall_in_mid_run_loses_nothing(any_shop: Shop) -> None:
 
 
 def test_a_lost_broker_connection_runs_nothing_twice(shop: Shop) -> None:
-    worker = shop.start(LORABATCH_LEASE_S="30").wait_ready()
+    shop.start(LORABATCH_LEASE_S="30").wait_ready()
     accepted = shop.accept(150, tokens=40)
     for ended in (20, 60, 100):
         some_ended(shop, ended)
-        shop.broker.client_kill_filter(_type="normal", skipme=True)
+        killed = shop.broker.client_kill_filter(_type="normal", skipme=True)
+        assert killed > 0, "no connection was there to be lost"
     shop.wait_ended(150)
     check_exactly_once(shop, accepted)
     assert set(shop.executions().values()) == {1}
     shop.wait_broker_empty()
-    assert "Connection to broker lost" in worker.text()
     assert "Unrecoverable" not in worker.text()
 
 
