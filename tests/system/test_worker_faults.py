@@ -29,7 +29,7 @@ def test_flushall_in_mid_run_loses_nothing(any_shop: Shop) -> None:
 
 
 def test_a_lost_broker_connection_runs_nothing_twice(shop: Shop) -> None:
-    shop.start(LORABATCH_LEASE_S="30").wait_ready()
+    worker = shop.start(LORABATCH_LEASE_S="30").wait_ready()
     accepted = shop.accept(150, tokens=40)
     for ended in (20, 60, 100):
         some_ended(shop, ended)
@@ -63,8 +63,8 @@ def test_a_database_outage_at_commit_acknowledges_nothing(
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
     )
     began_us = admin.scalar(sa.select(now_us()))
-    # by the recorder: before its commit, or just after one that went through
-    doing = ('"doing": "record"', '"doing": "read"')
+    # by the recorder: at a start, before its commit, or just after one that went through
+    doing = ('"doing": "start"', '"doing": "record"', '"doing": "read"')
     wait_until("outage noticed", lambda: any(words in worker.text() for words in doing))
     acknowledged = {job.job_id for job in accepted} - shop.ids_in_broker()
     admin.exec_driver_sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
