@@ -13,7 +13,7 @@ help:
 	@echo "make demo    run the main job on this machine, embedded servers and all"
 	@echo "make test    every check: lint, types, import rules, tests"
 	@echo "make setup   only prepare $(VENV)"
-	@echo "make bench   the benchmarks that fit this machine, into bench/results/"
+	@echo "make bench   kernels, throughput beside PEFT, kill test, into bench/results/"
 
 setup: $(VENV)/.ready
 
@@ -41,7 +41,9 @@ parity: setup
 	$(VENV)/bin/python -m tests.parity
 
 bench: setup
-	$(VENV)/bin/python -m bench
+	$(VENV)/bin/python -m bench.kernels
+	$(VENV)/bin/python -m bench.throughput
+	$(VENV)/bin/python -m bench.kill
 
 clean:
 	rm -rf $(VENV) .lorabatch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
