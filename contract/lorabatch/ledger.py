@@ -20,7 +20,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from lorabatch.database import now_us
 from lorabatch.errors import IdempotencyConflict, JobNotFound
 from lorabatch.job import Job
-from lorabatch.result import ErrorInfo, JobState, Result, Usage
+from lorabatch.result import ErrorInfo, JobState, Result
+from lorabatch.rows import bare_result, job_row, result_row, stored_job, stored_result, usage_row
 from lorabatch.tables import batches, job_attempts, jobs, results, usage_events
 
 __all__ = ["Claim", "Ledger", "Message", "Outcome"]
@@ -78,7 +79,7 @@ class Ledger:
         with self.engine.begin() as connection:
             now = self._now(connection)
             statement = self._insert(jobs).on_conflict_do_nothing()
-            rows = [_job_row(job, now, publish_result) for job in accepted]
+            rows = [job_row(job, now, publish_result) for job in accepted]
             rows.sort(key=lambda row: (row["tenant"], row["idempotency_key"]))  # no deadlocks
             connection.execute(statement, rows)
             known = _known(connection, accepted)
@@ -117,7 +118,7 @@ class Ledger:
                 states[row.job_id] = row.state
                 if row.state == "queued":
                     states[row.job_id] = "cancelled"
-                    result = _bare_result(row, ErrorInfo(code="job_cancelled", message="cancelled"))
+                    result = bare_result(row, ErrorInfo(code="job_cancelled", message="cancelled"))
                     self._write(connection, row, result.model_copy(update={"state": "cancelled"}))
                 elif row.state == "running":
                     connection.execute(
@@ -151,7 +152,7 @@ class Ledger:
                     .set_label_style(sa.LABEL_STYLE_TABLENAME_PLUS_COL)
                 )
                 for row in connection.execute(query):
-                    found[row.jobs_job_id] = _stored_result(row)
+                    found[row.jobs_job_id] = stored_result(row)
         return found
 
     def counts(self, batch_id: str | None = None) -> dict[str, int]:
@@ -192,7 +193,7 @@ class Ledger:
             attempts = []
             for row in rows:
                 claims[row.job_id] = Claim(
-                    job=_stored_job(row),
+                    job=stored_job(row),
                     lease_token=row.lease_token + 1,
                     attempt=row.attempts + 1,
                     submitted_us=row.submitted_us,
@@ -304,7 +305,7 @@ class Ledger:
             connection.execute(self._insert(jobs).on_conflict_do_nothing(), [row])
             for found in _locked(connection, [job_id]):
                 if found.state == "queued" and found.request_hash == "":
-                    self._write(connection, found, _bare_result(found, error))
+                    self._write(connection, found, bare_result(found, error))
 
     def nowhere(self, resend_after_s: float, limit: int = 1000) -> list[Message]:
         """Open jobs that may have no message: queued and sent long ago or never, or running
@@ -353,8 +354,8 @@ class Ledger:
             ),
             [{"id": row.job_id, "to": result.state} for row, result in rows],
         )
-        connection.execute(results.insert(), [_result_row(r, now) for _, r in rows])
-        connection.execute(usage_events.insert(), [_usage_row(j, r, now) for j, r in rows])
+        connection.execute(results.insert(), [result_row(r, now) for _, r in rows])
+        connection.execute(usage_events.insert(), [usage_row(j, r, now) for j, r in rows])
         for row, result in rows:
             if row.state == "running":
                 _end_attempt(connection, row.job_id, row.lease_token, result.state, now)
@@ -389,22 +390,6 @@ def _end_attempt(
     )
 
 
-def _job_row(job: Job, now: int, publish_result: bool) -> dict[str, Any]:
-    return {
-        "job_id": job.job_id,
-        "tenant": job.tenant,
-        "adapter_id": job.adapter_id,
-        "batch_id": job.batch_id,
-        "custom_id": job.custom_id,
-        "idempotency_key": job.key,
-        "request_hash": job.request_hash(),
-        "body": job.body(),
-        "priority": job.priority,
-        "publish_result": publish_result,
-        "submitted_us": now,
-    }
-
-
 def _known(connection: sa.Connection, asked: Sequence[Job]) -> dict[tuple[str, str], Any]:
     """Rows by (tenant, idempotency key)."""
     found: dict[tuple[str, str], Any] = {}
@@ -432,104 +417,3 @@ def _same_request(job: Job, known: dict[tuple[str, str], Any]) -> str:
             f"job {row.job_id!r}, which asks for something else; use a new key"
         )
     return str(row.job_id)
-
-
-def _stored_job(row: Any) -> Job:
-    return Job.model_validate(
-        {
-            **row.body,
-            "job_id": row.job_id,
-            "tenant": row.tenant,
-            "adapter_id": row.adapter_id,
-            "batch_id": row.batch_id,
-            "custom_id": row.custom_id,
-            "idempotency_key": row.idempotency_key,
-            "priority": row.priority,
-        }
-    )
-
-
-def _bare_result(row: Any, error: ErrorInfo) -> Result:
-    """A failed result of a job that no engine has seen."""
-    return Result(
-        job_id=row.job_id,
-        tenant=row.tenant,
-        adapter_id=row.adapter_id,
-        state="failed",
-        error=error,
-        attempt=row.attempts,
-    )
-
-
-def _stored_result(row: Any) -> Result:
-    error = None
-    if row.results_error_code is not None:
-        error = ErrorInfo(code=row.results_error_code, message=row.results_error_message)
-    return Result(
-        job_id=row.jobs_job_id,
-        tenant=row.jobs_tenant,
-        adapter_id=row.jobs_adapter_id,
-        adapter_version=row.results_adapter_version,
-        base_model=row.results_base_model,
-        custom_id=row.jobs_custom_id,
-        batch_id=row.jobs_batch_id,
-        state=row.results_state,
-        text=row.results_text,
-        token_ids=tuple(row.results_token_ids),
-        finish_reason=row.results_finish_reason,
-        seed=row.results_seed,
-        usage=Usage(
-            prompt_tokens=row.results_prompt_tokens,
-            output_tokens=len(row.results_token_ids),
-            cached_tokens=row.results_cached_tokens,
-        ),
-        error=error,
-        attempt=row.results_attempt,
-        submitted_us=row.jobs_submitted_us,
-        started_us=row.jobs_started_us,
-        finished_us=row.jobs_finished_us,
-    )
-
-
-def _result_row(result: Result, now: int) -> dict[str, Any]:
-    error = result.error
-    text = result.text
-    return {
-        "job_id": result.job_id,
-        "state": result.state,
-        "text": None if text is None else text.replace("\x00", "\ufffd"),
-        "token_ids": list(result.token_ids),
-        "finish_reason": result.finish_reason,
-        "prompt_tokens": result.usage.prompt_tokens,
-        "cached_tokens": result.usage.cached_tokens,
-        "adapter_version": result.adapter_version,
-        "base_model": result.base_model,
-        "seed": result.seed,
-        "attempt": result.attempt,
-        "error_code": error.code if error else None,
-        "error_message": error.message.replace("\x00", "\ufffd") if error else None,
-        "recorded_us": now,
-    }
-
-
-def _usage_row(row: Any, result: Result, now: int) -> dict[str, Any]:
-    started = row.started_us if row.state == "running" else now
-    return {
-        "event_key": f"{row.job_id}/generation",
-        "job_id": row.job_id,
-        "tenant": row.tenant,
-        "adapter_id": row.adapter_id,
-        "adapter_version": result.adapter_version,
-        "base_model": result.base_model,
-        "batch_id": row.batch_id,
-        "attempt": result.attempt,
-        "kind": "generation",
-        "input_tokens": result.usage.prompt_tokens,
-        "cached_tokens": result.usage.cached_tokens,
-        "output_tokens": result.usage.output_tokens,
-        "queue_us": started - row.submitted_us,
-        "run_us": now - started,
-        "billable": result.state == "succeeded",
-        "occurred_us": now,
-        "recorded_us": now,
-    }

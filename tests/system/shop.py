@@ -36,12 +36,18 @@ FAST = {
 }
 
 
-def wait_until(what: str, ready: Callable[[], Any], timeout_s: float = 30.0) -> Any:
+def wait_until(
+    what: str,
+    ready: Callable[[], Any],
+    timeout_s: float = 30.0,
+    shown: Callable[[], Any] | None = None,
+) -> Any:
     """Poll until `ready()` is true and return it; fail with the last value after the deadline."""
     end_s = time.monotonic() + timeout_s
     while not (value := ready()):
         if time.monotonic() > end_s:
-            pytest.fail(f"not within {timeout_s} s: {what} (last: {value!r})")
+            last = value if shown is None else shown()
+            pytest.fail(f"not within {timeout_s} s: {what} (last: {last!r})")
         time.sleep(0.02)
     return value
 
@@ -141,8 +147,13 @@ class Shop:
         wait_until(f"{count} jobs ended", lambda: self.ended(count), timeout_s)
 
     def wait_broker_empty(self) -> None:
-        """No message is queued and none is given out without acknowledgement."""
-        wait_until("broker empty", lambda: self.in_broker() == {}, 15.0)
+        """No message is queued and none is given out without acknowledgement.
+
+        An acknowledgement that a lost connection took with it comes with the next delivery of
+        that message: after the visibility timeout.
+        """
+        limit_s = self.settings.visibility_timeout_s + 15.0
+        wait_until("broker empty", lambda: self.in_broker() == {}, limit_s, self.in_broker)
 
     def in_broker(self) -> dict[str, int]:
         sizes = {name: self.broker.llen(name) for name in self.settings.consume}

@@ -1,0 +1,132 @@
+"""Rows of the ledger's tables, from the contract's models and back.
+
+A job's row holds its routing fields as columns and the rest of the request as `body`; NUL, which
+PostgreSQL does not store, becomes U+FFFD. Times are microseconds since the epoch by the database's
+clock, except `queue_us` and `run_us`, which are durations. Raises what the models raise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorabatch.job import Job
+from lorabatch.result import ErrorInfo, Result, Usage
+
+__all__ = ["bare_result", "job_row", "result_row", "stored_job", "stored_result", "usage_row"]
+
+
+def job_row(job: Job, now: int, publish_result: bool) -> dict[str, Any]:
+    return {
+        "job_id": job.job_id,
+        "tenant": job.tenant,
+        "adapter_id": job.adapter_id,
+        "batch_id": job.batch_id,
+        "custom_id": job.custom_id,
+        "idempotency_key": job.key,
+        "request_hash": job.request_hash(),
+        "body": job.body(),
+        "priority": job.priority,
+        "publish_result": publish_result,
+        "submitted_us": now,
+    }
+
+
+def stored_job(row: Any) -> Job:
+    return Job.model_validate(
+        {
+            **row.body,
+            "job_id": row.job_id,
+            "tenant": row.tenant,
+            "adapter_id": row.adapter_id,
+            "batch_id": row.batch_id,
+            "custom_id": row.custom_id,
+            "idempotency_key": row.idempotency_key,
+            "priority": row.priority,
+        }
+    )
+
+
+def bare_result(row: Any, error: ErrorInfo) -> Result:
+    """A failed result of a job that no engine has seen."""
+    return Result(
+        job_id=row.job_id,
+        tenant=row.tenant,
+        adapter_id=row.adapter_id,
+        state="failed",
+        error=error,
+        attempt=row.attempts,
+    )
+
+
+def stored_result(row: Any) -> Result:
+    error = None
+    if row.results_error_code is not None:
+        error = ErrorInfo(code=row.results_error_code, message=row.results_error_message)
+    return Result(
+        job_id=row.jobs_job_id,
+        tenant=row.jobs_tenant,
+        adapter_id=row.jobs_adapter_id,
+        adapter_version=row.results_adapter_version,
+        base_model=row.results_base_model,
+        custom_id=row.jobs_custom_id,
+        batch_id=row.jobs_batch_id,
+        state=row.results_state,
+        text=row.results_text,
+        token_ids=tuple(row.results_token_ids),
+        finish_reason=row.results_finish_reason,
+        seed=row.results_seed,
+        usage=Usage(
+            prompt_tokens=row.results_prompt_tokens,
+            output_tokens=len(row.results_token_ids),
+            cached_tokens=row.results_cached_tokens,
+        ),
+        error=error,
+        attempt=row.results_attempt,
+        submitted_us=row.jobs_submitted_us,
+        started_us=row.jobs_started_us,
+        finished_us=row.jobs_finished_us,
+    )
+
+
+def result_row(result: Result, now: int) -> dict[str, Any]:
+    error = result.error
+    text = result.text
+    return {
+        "job_id": result.job_id,
+        "state": result.state,
+        "text": None if text is None else text.replace("\x00", "\ufffd"),
+        "token_ids": list(result.token_ids),
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.usage.prompt_tokens,
+        "cached_tokens": result.usage.cached_tokens,
+        "adapter_version": result.adapter_version,
+        "base_model": result.base_model,
+        "seed": result.seed,
+        "attempt": result.attempt,
+        "error_code": error.code if error else None,
+        "error_message": error.message.replace("\x00", "\ufffd") if error else None,
+        "recorded_us": now,
+    }
+
+
+def usage_row(row: Any, result: Result, now: int) -> dict[str, Any]:
+    started = row.started_us if row.state == "running" else now
+    return {
+        "event_key": f"{row.job_id}/generation",
+        "job_id": row.job_id,
+        "tenant": row.tenant,
+        "adapter_id": row.adapter_id,
+        "adapter_version": result.adapter_version,
+        "base_model": result.base_model,
+        "batch_id": row.batch_id,
+        "attempt": result.attempt,
+        "kind": "generation",
+        "input_tokens": result.usage.prompt_tokens,
+        "cached_tokens": result.usage.cached_tokens,
+        "output_tokens": result.usage.output_tokens,
+        "queue_us": started - row.submitted_us,
+        "run_us": now - started,
+        "billable": result.state == "succeeded",
+        "occurred_us": now,
+        "recorded_us": now,
+    }
