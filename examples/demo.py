@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -199,7 +198,7 @@ def show_next_steps(settings: Settings) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="The main job, end to end, on this machine.")
-    parser.add_argument("--json", type=Path, help="append the run's figures to this file")
+    parser.add_argument("--record", action="store_true", help="keep the figures in bench/results")
     arguments = parser.parse_args()
     began = time.monotonic()
     since = datetime.now(UTC) - timedelta(milliseconds=2)
@@ -246,9 +245,11 @@ def main() -> int:
         f"worker ready in {ready_s:.1f} s, peak memory {peak_mb} MB"
     )
     show_next_steps(settings)
-    if arguments.json:
-        with arguments.json.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+    if arguments.record:
+        sys.path.append(str(Path(__file__).parents[1]))
+        from bench.record import record
+
+        record("demo", **figures)
     return 1 if failed else 0
 
 

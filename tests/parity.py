@@ -2,15 +2,15 @@
 
     python -m tests.parity [--prompts 32] [--new 24] [--threads 0] [--adapters NAME ...]
 
-fp32, greedy, end token ignored. Prints one JSON line: jobs, tokens, mismatches and how many of
-them a logit gap below 1e-4 explains. Adapters: the shipped ones, and random ones that PEFT
-itself writes (rank_pattern, alpha_pattern, rsLoRA, all linear layers, a subset of layers).
+fp32, greedy, end token ignored. Prints one JSON line and appends it to bench/results: jobs,
+tokens, mismatches and how many of them a logit gap below 1e-4 explains. Adapters: the shipped
+ones, and random ones that PEFT itself writes (rank_pattern, alpha_pattern, rsLoRA, all linear
+layers, a subset of layers).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import threading
 import warnings
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bench.record import record
 from lorabatch import Job, Result, Settings
 from lorabatch.ledger import Claim, Outcome
 
@@ -218,7 +219,7 @@ def main() -> None:
     names = list(adapters) if args.adapters else [None, *adapters]
     report = compare(engine, model, names, args.prompts, args.new)
     engine.drain(0)
-    print(json.dumps(report))
+    record("parity", dtype="float32", **report)
 
 
 if __name__ == "__main__":
