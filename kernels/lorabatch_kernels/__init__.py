@@ -4,16 +4,18 @@ Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `ad
 layer's output. Importing this package loads torch and never triton.
 """
 
-from lorabatch_kernels.lora import add_lora, add_lora_reference
-from lorabatch_kernels.site import LoraSite
+from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
+from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
 from lorabatch_kernels.tiles import buffer_ints, tile_bound
 
 __all__ = [
     "BASE_SLOT",
     "LoraSite",
+    "SiteGroup",
     "StepMap",
     "add_lora",
+    "add_lora_group",
     "add_lora_reference",
     "buffer_ints",
     "build_step_map",

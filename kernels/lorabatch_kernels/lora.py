@@ -19,21 +19,28 @@ import torch
 from torch import Tensor
 
 from lorabatch_kernels.lora_cpu import add_lora_cpu
-from lorabatch_kernels.site import LoraSite
+from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import StepMap
 
 
 def add_lora(y: Tensor, x: Tensor, site: LoraSite, step_map: StepMap) -> None:
     """Add the adapters' terms of one step to `y` in place; returns at once where there are none."""
+    add_lora_group((y,), x, site.alone, step_map)
+
+
+def add_lora_group(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
+    """`add_lora` for sites that share their input, one y a site."""
     if not step_map.active:
         return
-    _check(y, x, site, step_map)
-    if step_map.padded is not None:
-        add_lora_cpu(y, x, site, step_map.padded)
+    for y, site in zip(ys, group.sites, strict=True):
+        _check(y, x, site, step_map)
+    if step_map.bags is not None:
+        add_lora_cpu(ys, x, group, step_map.bags)
     elif step_map.tiles is not None:
         from lorabatch_kernels.lora_triton import add_lora_triton  # a CPU process needs no triton
 
-        add_lora_triton(y, x, site, step_map.tiles)
+        for y, site in zip(ys, group.sites, strict=True):
+            add_lora_triton(y, x, site, step_map.tiles)
 
 
 def add_lora_reference(y: Tensor, x: Tensor, site: LoraSite, slots: Sequence[int]) -> Tensor:
@@ -58,7 +65,7 @@ def _check(y: Tensor, x: Tensor, site: LoraSite, step_map: StepMap) -> None:
         raise ValueError(f"column strides are x {x.stride(1)}, y {y.stride(1)}, wanted 1")
     if y.dtype != x.dtype:
         raise ValueError(f"y is {y.dtype}, wanted that of x, {x.dtype}")
-    on_cpu = step_map.padded is not None
+    on_cpu = step_map.bags is not None
     if site.dtype != x.dtype and not (on_cpu and site.dtype == torch.float32):
         raise ValueError(f"the site is {site.dtype}, wanted that of x, {x.dtype}")
     if not y.device.type == x.device.type == site.a.device.type == step_map.device.type:

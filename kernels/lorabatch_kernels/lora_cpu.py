@@ -1,100 +1,77 @@
-"""LoRA on a CPU: gather tokens, two bmm calls for all short segments, a GEMM for each long one.
+"""LoRA on a CPU: two embedding bags for all short segments, two GEMMs for each long one.
 
     y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t
 
-No loop runs over the adapters of a decode step. The rows read end at the largest rank in use.
-Shapes: y [tokens, out_features], x [tokens, in_features]; the site may hold another dtype than they
-do (fp32 under a bf16 model). Small batches are computed in fp32 whatever the dtypes, since casting
-the weights costs less than oneDNN's bf16 bmm does (measured below).
+No loop runs over the adapters of a decode step, and no row is read that the step does not need:
+the cost follows the sum of the tokens' ranks, as bytes read at memory speed. The sites of a group
+share their input, so that one bag makes v for all of them.
+Shapes: ys[i] [tokens, out_features of site i], x [tokens, in_features]; the sites may hold another
+dtype than they do (fp32 under a bf16 model). Sums are fp32, v and the term are rounded to the
+sites' dtype.
 
 Raises nothing of its own: lora.py has checked the shapes.
-Does not cover: gradients; grouping adapters by rank (one large rank widens the reads of all).
+Does not cover: gradients.
 
-Source: the padded bmm is SGLang's and vLLM's reference form; the scratch, the fp32 switch and the
-long segments apart are ours, chosen by measurement; bench/kernels.py holds the whole to its rivals.
+Source: ours. Measured against the padded batch of bmm that serves as reference elsewhere, in
+docs/decisions/0006.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lorabatch_kernels.padded import PaddedMap, Segment
-from lorabatch_kernels.site import LoraSite
-
-# Up to this many places a bf16 pool is computed in fp32. AMD EPYC 9004, 1 thread, torch 2.13, us a
-# site, fp32 against bf16: 8 x 4 places r16 149/155, 32 x 1 r16 235/300, 4 x 8 r8 93/132, but
-# 8 x 16 r16 306/237 and 32 x 8 r16 580/466.
-FP32_PLACES = 64
+from lorabatch_kernels.bags import BagMap, BagPlan, Segment
+from lorabatch_kernels.site import PANEL, LoraSite, SiteGroup
 
 
-def add_lora_cpu(y: Tensor, x: Tensor, site: LoraSite, padded: PaddedMap) -> None:
-    """Add every token's LoRA term to `y` in place."""
-    if padded.slots:
-        _add_short(y, x, site, padded)
-    for segment in padded.segments:
-        _add_long(y, x, site, segment)
+def add_lora_cpu(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, bags: BagMap) -> None:
+    """Add every token's LoRA term to `ys` in place, one y a site."""
+    if bags.short:
+        plan = bags.plan(group)
+        if plan is not None:
+            _add_short(ys, x, group, plan, bags.span)
+    for segment in bags.segments:
+        rows = None
+        for y, site in zip(ys, group.sites, strict=True):
+            if site.ranks[segment.slot]:
+                rows = x[segment.tokens].to(site.dtype) if rows is None else rows
+                _add_long(y, rows, site, segment)
 
 
-def _compute_dtype(dtype: torch.dtype, places: int) -> torch.dtype:
-    if dtype == torch.bfloat16 and places > FP32_PLACES:
-        return dtype
-    return torch.float32
+def _bags(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """[bags, width]: the sum of table[index[j]] * weights[j] over each bag's j."""
+    mode_sum = 0
+    bags: Tensor = torch.embedding_bag(
+        table, index, offsets, False, mode_sum, False, weights, False
+    )[0]
+    return bags
 
 
-def _active_rows(pool: Tensor, padded: PaddedMap, rank: int, dtype: torch.dtype) -> Tensor:
-    """[n, rank, features] in `dtype`: a view where that is possible, else a copy in scratch.
-
-    Copies always go to scratch: oneDNN's bmm on a strided bf16 view is slower than copy and bmm.
-    """
-    _, max_rank, features = pool.shape
-    if padded.slot_range is not None:
-        view = pool[padded.slot_range, :rank]
-        if pool.dtype == dtype == torch.float32:
-            return view
-        return padded.scratch(dtype, *view.shape).copy_(view)
-    rows = padded.rows(max_rank, rank)
-    copy = padded.scratch(pool.dtype, rows.shape[0], features)
-    torch.index_select(pool.view(-1, features), 0, rows, out=copy)
-    if pool.dtype != dtype:
-        copy = padded.scratch(dtype, *copy.shape).copy_(copy)
-    return copy.view(len(padded.slots), rank, features)
-
-
-def _active_scale(site: LoraSite, padded: PaddedMap) -> Tensor:
-    if padded.slot_range is not None:
-        return site.scale[padded.slot_range].view(-1, 1, 1)
-    return site.scale.index_select(0, padded.rows(1, 1)).view(-1, 1, 1)
+def _add_short(
+    ys: Sequence[Tensor], x: Tensor, group: SiteGroup, plan: BagPlan, span: slice | Tensor
+) -> None:
+    assert group.pool is not None
+    weights = x.index_select(0, plan.x_rows).to(group.dtype).flatten()
+    v = _bags(group.pool.view(-1, PANEL), plan.a_index, plan.a_offsets, weights)
+    v = v.mul_(plan.scale).flatten()
+    for y, site, expand in zip(ys, group.sites, plan.expands, strict=True):
+        if expand is None:
+            continue
+        table = site.b.view(-1, site.out_features)
+        term = _bags(table, expand.index, expand.offsets, v.index_select(0, expand.cells))
+        if isinstance(span, slice):
+            y[span].add_(term)
+        else:
+            y.index_add_(0, span, term.to(y.dtype))
 
 
-def _add_short(y: Tensor, x: Tensor, site: LoraSite, padded: PaddedMap) -> None:
-    rank = site.largest_rank(padded.slots)
-    if rank == 0:
-        return
-    count, width = len(padded.slots), padded.width
-    dtype = _compute_dtype(site.dtype, count * width)
-    rows = x if padded.gather is None else x.index_select(0, padded.gather)
-    v = torch.bmm(
-        rows.to(dtype).view(count, width, -1),
-        _active_rows(site.a, padded, rank, dtype).transpose(1, 2),
-    )
-    v.mul_(_active_scale(site, padded))
-    delta = torch.bmm(v, _active_rows(site.b, padded, rank, dtype)).view(count * width, -1)
-    if padded.gather is None:
-        y.add_(delta)
-        return
-    if padded.places is not None:
-        delta = delta.index_select(0, padded.places)
-    y.index_add_(0, padded.tokens, delta.to(y.dtype))
-
-
-def _add_long(y: Tensor, x: Tensor, site: LoraSite, segment: Segment) -> None:
+def _add_long(y: Tensor, rows: Tensor, site: LoraSite, segment: Segment) -> None:
     slot = segment.slot
-    rank = site.ranks[slot]
-    if rank == 0:
-        return
-    a, b = site.a[slot, :rank], site.b[slot, :rank]
-    v = torch.mm(x[segment.tokens].to(a.dtype), a.t()).mul_(site.scales[slot])
+    a, b = site.rows(slot)
+    v = torch.mm(rows, a.t()).mul_(site.scales[slot])
     if isinstance(segment.tokens, Tensor):
         y.index_add_(0, segment.tokens, torch.mm(v, b).to(y.dtype))
     elif y.dtype == b.dtype:

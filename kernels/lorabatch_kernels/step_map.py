@@ -1,8 +1,8 @@
 """The step map: which tokens of a step's flat batch belong to which adapter slot.
 
 It is built once a step on the host and shared by all layers and all sites. `slots[t]` is the slot
-of token t, or -1 for the base model alone: such a token is in no tile, at no place, and costs
-nothing. Slots may come in any order. On a GPU the map is a `TileMap`, on a CPU a `PaddedMap`.
+of token t, or -1 for the base model alone: such a token is in no tile, in no segment, and costs
+nothing. Slots may come in any order. On a GPU the map is a `TileMap`, on a CPU a `BagMap`.
 
 For CUDA graphs pass `max_tiles` and a `buffer` of `buffer_ints(tokens, max_tiles)` int32 on the
 device: shapes and addresses then stay the same from step to step and only contents change. Capture
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabatch_kernels.padded import PaddedMap, build_padded
+from lorabatch_kernels.bags import BagMap, build_bags
 from lorabatch_kernels.tiles import TileMap, build_tiles
 
 BASE_SLOT = -1
@@ -36,7 +36,7 @@ class StepMap:
     device: torch.device
     active: tuple[int, ...]
     tiles: TileMap | None
-    padded: PaddedMap | None
+    bags: BagMap | None
 
 
 def group_tokens(slots: Sequence[int]) -> tuple[dict[int, list[int]], list[int]]:
@@ -66,9 +66,9 @@ def build_step_map(
     where = torch.device(device)
     groups, base = group_tokens(slots)
     tiles: TileMap | None = None
-    padded: PaddedMap | None = None
+    bags: BagMap | None = None
     if where.type == "cpu":
-        padded = build_padded(groups, len(slots))
+        bags = build_bags(groups)
     else:
         tiles = build_tiles(groups, base, where, tile=tile, max_tiles=max_tiles, buffer=buffer)
-    return StepMap(len(slots), where, tuple(groups), tiles, padded)
+    return StepMap(len(slots), where, tuple(groups), tiles, bags)

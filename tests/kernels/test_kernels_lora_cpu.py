@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_cases import TOLERANCE, Shape, assert_close, rows_of_base, same_bits
+from lora_cases import TOLERANCE, Shape, assert_close, fill, rows_of_base, same_bits
 from torch import nn
 
-from lorabatch_kernels import add_lora, add_lora_reference, build_step_map
+from lorabatch_kernels import (
+    SiteGroup,
+    add_lora,
+    add_lora_group,
+    add_lora_reference,
+    build_step_map,
+)
 
 RANKS = {0: 1, 1: 3, 2: 64, 3: 8, 5: 16}  # slot 4 is empty
 CASES = {
@@ -92,7 +98,9 @@ def test_an_adapter_full_of_nan_spoils_only_its_own_tokens(broken):
     site = shape.site(torch.float32)
     x, y = shape.x_y(torch.float32)
     ref = add_lora_reference(y, x, site, slots)
-    site.a[broken].fill_(float("nan"))
+    rank = shape.ranks[broken]
+    nan = float("nan")
+    site.load(broken, torch.full((rank, 70), nan), torch.full((50, rank), nan), 1.0)
     add_lora(y, x, site, build_step_map(slots, "cpu"))
     own = torch.tensor([slot == broken for slot in slots])
     assert y[own].isnan().all()
@@ -126,6 +134,21 @@ def test_one_map_serves_sites_of_different_shapes_and_ranks():
         ref = add_lora_reference(y, x, site, slots)
         add_lora(y, x, site, step_map)
         assert_close(f"y of {in_features}", ref, y, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [[0, 1, -1, 2, 0, 3], [1] * 20 + [0, 3], [3] * 9, [1, -1]])
+def test_a_group_of_sites_that_share_their_input(slots, dtype):
+    ranks = [{0: 3, 1: 17, 2: 40}, {3: 16}, {0: 8, 3: 1}]
+    group = SiteGroup.allocate(5, 40, 70, [50, 9, 33], dtype, "cpu")
+    for site, loaded in zip(group.sites, ranks, strict=True):
+        fill(site, loaded)
+    x = torch.randn(len(slots), 70).to(dtype)
+    ys = [torch.randn(len(slots), site.out_features).to(dtype) for site in group.sites]
+    refs = [add_lora_reference(y, x, s, slots) for y, s in zip(ys, group.sites, strict=True)]
+    add_lora_group(ys, x, group, build_step_map(slots, "cpu"))
+    for number, (ref, y) in enumerate(zip(refs, ys, strict=True)):
+        assert_close(f"y of site {number}", ref, y, TOLERANCE[dtype])
 
 
 def test_agrees_with_peft_to_fp32_rounding():

@@ -37,6 +37,18 @@ def test_a_smaller_adapter_wipes_what_a_bigger_one_left():
     assert not site.b[1, 2:].any()
 
 
+def test_panels_hold_the_same_rows():
+    site = LoraSite.allocate(2, 40, 5, 7, torch.float32, "cpu")
+    fill(site, {0: 39, 1: 3})
+    fill(site, {0: 17}, seed=1)
+    assert site.panels.shape == (2, 3, 5, 16)
+    rows = site.panels.transpose(2, 3).reshape(2, 48, 5)
+    assert torch.equal(rows[:, :40], site.a)
+    assert not rows[:, 40:].any()
+    site.clear(0)
+    assert not site.panels[0].any()
+
+
 def test_clear_wipes_everything():
     site = fill(small(), {0: 8, 1: 3})
     site.clear(0)
