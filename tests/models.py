@@ -103,10 +103,12 @@ def as_base(model: Any, tokenizer: Any = None) -> BaseModel:
     )
 
 
-def runner_of(model: Any, slots: int = 4, rank: int = 8, block_size: int = 8) -> ModelRunner:
+def runner_of(
+    model: Any, slots: int = 4, rank: int = 8, block_size: int = 8, rows: bool | None = None
+) -> ModelRunner:
     """A ModelRunner on a model; the model is changed by it."""
     torch.set_num_threads(1)
-    return ModelRunner(as_base(model), 1024, block_size, slots, rank)
+    return ModelRunner(as_base(model), 1024, block_size, slots, rank, rows=rows)
 
 
 def checkpoint(folder: Path, kind: str = "llama", **fields: Any) -> Path:
@@ -274,8 +276,9 @@ def generate(
                 row = next(rows)
                 found[running.index(c.sequence)].append(row)
                 c.sequence.output.append(int(row.argmax()))
+                runner.blocks.grow(c.sequence)
     for sequence in running:
-        runner.blocks.release(sequence)
+        runner.blocks.release(sequence, keep=False)
     return torch.stack([torch.stack(rows) for rows in found])
 
 

@@ -112,6 +112,9 @@ class Settings(BaseSettings):
         default=32_768, ge=16, description="tokens that the KV cache holds, all sequences together"
     )
     block_size: int = Field(default=16, ge=1, le=256, description="tokens of one KV block")
+    prefix_cache: bool = Field(
+        default=True, description="compute a beginning that prompts share only once"
+    )
     adapter_slots: int = Field(default=8, ge=1, le=4096, description="adapters on the device")
     max_adapter_rank: int = Field(default=64, ge=1, le=1024, description="rank a slot holds")
     adapter_cache_bytes: int = Field(

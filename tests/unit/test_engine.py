@@ -82,7 +82,7 @@ def mixture(names: list[str]) -> list[Job]:
 def leave_nothing(engine: Engine) -> None:
     """No block, slot or sequence is held when all jobs have ended."""
     scheduler = engine.scheduler
-    assert scheduler.blocks.free == scheduler.blocks.num_blocks - 1
+    assert scheduler.blocks.free == scheduler.blocks.capacity
     assert not any(scheduler.slots._users)
     assert not [*scheduler.running, *scheduler.waiting, *engine._preparing, *engine._arrived]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from lorabatch import Job
-from lorabatch_worker.sampler import sample, uniform
+from lorabatch_worker.sampler import _argmax, sample, uniform
 from lorabatch_worker.sequence import Sequence as Running
 from tests.models import claim
 
@@ -240,3 +240,13 @@ def test_uniform_lies_in_its_interval(seed: int) -> None:
     drawn = [uniform(seed, position) for position in range(1000)]
     assert 0.0 <= min(drawn) < 0.02
     assert 0.98 < max(drawn) < 1.0
+
+
+@pytest.mark.parametrize("vocabulary", [7, 256, 512, 700, 1025])
+def test_argmax_is_the_first_of_the_highest(vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    logits = torch.randint(0, 4, (50, vocabulary)).float()
+    logits[0] = 0.0
+    logits[1, -1] = 9.0
+    logits[2, 3] = float("nan")
+    assert _argmax(logits).tolist() == logits.argmax(dim=-1).tolist()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lorabatch import Job
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.weights import Adapter
-from lorabatch_worker.block_manager import BlockManager
+from lorabatch_worker.block_manager import BlockManager, PagedBlocks
+from lorabatch_worker.row_manager import RowBlocks
 from lorabatch_worker.scheduler import Chunk, Scheduler
 from lorabatch_worker.sequence import Sequence
 from tests.models import claim
@@ -38,35 +40,56 @@ def adapter(name: str | None) -> Adapter | None:
 
 
 def sequence(
-    job_id: str, prompt: int = 3, new: int = 4, name: str | None = None, priority: int = 0
+    job_id: str,
+    prompt: int = 3,
+    new: int = 4,
+    name: str | None = None,
+    priority: int = 0,
+    tenant: str = "t",
+    first: int = 0,
 ) -> Sequence:
-    job = Job(job_id=job_id, prompt="-", priority=priority, sampling_params={"max_new_tokens": new})
-    return Sequence(
-        claim(job), list(range(prompt)), adapter(name), waiting_since_s=time.monotonic()
-    )
+    """Its prompt is first, first + 1, ..."""
+    sampling: Any = {"max_new_tokens": new}
+    job = Job(job_id=job_id, prompt="-", priority=priority, tenant=tenant, sampling_params=sampling)
+    ids = list(range(first, first + prompt))
+    return Sequence(claim(job), ids, adapter(name), waiting_since_s=time.monotonic())
+
+
+LAYOUT = {"rows": False}
+"""Which manager `scheduler` makes: rows, as on a CPU, or single blocks, as on a GPU."""
+
+
+@pytest.fixture(params=["pages", "rows"])
+def layout(request: pytest.FixtureRequest) -> Iterator[str]:
+    LAYOUT["rows"] = request.param == "rows"
+    yield request.param
+    LAYOUT["rows"] = False
 
 
 def scheduler(
     max_seqs: int = 4,
     step_tokens: int = 16,
-    blocks: int = 33,
+    blocks: int = 32,
     slots: int = 2,
     age_cap_s: float = 5.0,
+    rows: bool | None = None,
 ) -> Scheduler:
-    return Scheduler(
-        BlockManager(blocks, BLOCK), AdapterSlots({}, slots), max_seqs, step_tokens, age_cap_s
-    )
+    manager: BlockManager = PagedBlocks(1 + blocks, BLOCK)
+    if LAYOUT["rows"] if rows is None else rows:
+        manager = RowBlocks(max_seqs, blocks, blocks, BLOCK)
+    return Scheduler(manager, AdapterSlots({}, slots), max_seqs, step_tokens, age_cap_s)
 
 
 def play(s: Scheduler, chunks: list[Chunk]) -> list[Sequence]:
     """Do what the engine does after a step: the sequences that ended."""
     for chunk in chunks:
         chunk.sequence.computed = chunk.end
+        s.blocks.computed(chunk.sequence, chunk.start)
         if chunk.samples:
             chunk.sequence.append(7, EOS)
     done = [c.sequence for c in chunks if c.sequence.finish_reason is not None]
     for ended in done:
-        s.remove(ended.job_id)
+        s.remove(ended.job_id, keep=True)
     return done
 
 
@@ -88,39 +111,74 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         max_seqs=st.integers(1, 5),
         extra=st.integers(0, 20),
-        blocks=st.integers(9, 30),
+        blocks=st.integers(8, 30),
         slots=st.integers(1, 3),
         age=st.sampled_from([1e-9, 1e9]),
+        rows=st.booleans(),
     )
-    def begin(self, max_seqs: int, extra: int, blocks: int, slots: int, age: float) -> None:
-        self.s = scheduler(max_seqs, max_seqs + extra, blocks, slots, age)
+    def begin(
+        self, max_seqs: int, extra: int, blocks: int, slots: int, age: float, rows: bool
+    ) -> None:
+        self.s = scheduler(max_seqs, max_seqs + extra, blocks, slots, age, rows)
         self.all: dict[str, Sequence] = {}
-        self.covered: dict[str, list[int]] = defaultdict(list)
+        self.begun: list[str] = []
+        self.kv: dict[tuple[int, int], object] = {}
         self.done: set[str] = set()
+
+    def text(self, s: Sequence, position: int) -> object:
+        """All that a position's keys and values depend on."""
+        return s.claim.job.tenant, s.adapter_version, s.tokens(0, position + 1)
+
+    def change_memory(self) -> None:
+        """What the cache does before a step."""
+        for change in self.s.blocks.take_changes():
+            start = change.row * self.s.blocks.num_blocks // self.s.max_seqs
+            for block in range(change.first, change.last):
+                for offset in range(BLOCK):
+                    text = None
+                    if change.kind == "copy":
+                        source = change.source * self.s.blocks.num_blocks // self.s.max_seqs
+                        text = self.kv.get((source + block, offset))
+                    self.kv[start + block, offset] = text
+
+    def compute(self, c: Chunk) -> None:
+        """Write the chunk's positions; what it attends to must be what this sequence says."""
+        s = c.sequence
+        where = [(s.blocks[p // BLOCK], p % BLOCK) for p in range(c.end)]
+        for p in range(c.start, c.end):
+            self.kv[where[p]] = self.text(s, p)
+        for p in range(c.end):
+            assert self.kv[where[p]] == self.text(s, p)
 
     @rule(
         prompt=st.integers(1, 24),
         new=st.integers(1, 8),
         name=st.sampled_from([None, "a", "b", "c", "d"]),
         priority=st.integers(-1, 1),
+        tenant=st.sampled_from("tu"),
+        first=st.sampled_from([0, 0, 5]),
     )
-    def add(self, prompt: int, new: int, name: str | None, priority: int) -> None:
+    def add(
+        self, prompt: int, new: int, name: str | None, priority: int, tenant: str, first: int
+    ) -> None:
         job_id = f"j{len(self.all)}"
-        self.all[job_id] = sequence(job_id, prompt, new, name, priority)
+        self.all[job_id] = sequence(job_id, prompt, new, name, priority, tenant, first)
         self.s.add(self.all[job_id])
 
     @rule(data=st.data())
     @precondition(lambda self: bool(self.s.waiting or self.s.running))
     def remove(self, data: st.DataObject) -> None:
         job_id = data.draw(st.sampled_from([*self.s.waiting, *self.s.running]))
-        assert self.s.remove(job_id) is self.all[job_id]
+        assert self.s.remove(job_id, data.draw(st.booleans())) is self.all[job_id]
         assert self.s.remove(job_id) is None
         self.done.add(job_id)
 
     @rule(admit=st.booleans())
     def step(self, admit: bool) -> None:
         chunks, admitted = self.s.plan(admit)
+        self.change_memory()
         assert admit or not admitted
+        self.begun += [a.job_id for a in admitted]
         assert sum(c.end - c.start for c in chunks) <= self.s.max_step_tokens
         decodes = [c.sequence.pending == 1 for c in chunks if c.sequence not in admitted]
         assert decodes == sorted(decodes, reverse=True)
@@ -131,10 +189,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for c in chunks:
             assert c.start == c.sequence.computed
             assert c.start < c.end <= c.sequence.length
-            self.covered[c.sequence.job_id] += range(c.start, c.end)
+            self.compute(c)
         for ended in play(self.s, chunks):
             self.done.add(ended.job_id)
-            assert self.covered[ended.job_id] == list(range(ended.length - 1))
 
     @rule()
     def finish_everything(self) -> None:
@@ -145,16 +202,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.s.running
         assert not self.s.waiting
         assert self.done == set(self.all)
+        assert len(self.begun) == len(set(self.begun))
 
     @invariant()
     def limits_hold(self) -> None:
         running = list(self.s.running.values())
-        owned = [b for s in running for b in s.blocks]
-        assert len(owned) == len(set(owned))
-        assert 0 not in owned
-        assert len(owned) + self.s.blocks.free == self.s.blocks.num_blocks - 1
+        blocks = self.s.blocks
+        assert all(s.job_id in self.s.running for s in blocks._coming.values())
+        assert all(len(s.blocks) == len(set(s.blocks)) for s in running)
+        if isinstance(blocks, PagedBlocks):
+            self.pages_hold(blocks, Counter(b for s in running for b in s.blocks))
+        else:
+            assert isinstance(blocks, RowBlocks)
+            self.rows_hold(blocks, {s.blocks[0] // blocks.row_blocks: s for s in running})
         assert len(running) <= self.s.max_seqs
-        assert all(len(s.blocks) * BLOCK >= s.max_length for s in running)
         assert not any(s.blocks or s.slot >= 0 for s in self.s.waiting.values())
         by_slot: dict[int, set[str]] = defaultdict(set)
         for s in running:
@@ -166,12 +227,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         users = [sum(s.slot == i for s in running) for i in range(len(self.s.slots._users))]
         assert self.s.slots._users == users
 
+    def pages_hold(self, blocks: PagedBlocks, owners: Counter[int]) -> None:
+        assert [owners[b] for b in range(blocks.num_blocks)] == blocks._users
+        idle = [*blocks._empty, *blocks._idle]
+        assert sorted([*idle, *owners]) == list(range(1, blocks.num_blocks))
+        assert {b: d for d, b in blocks._known.items()} == blocks._digest
+
+    def rows_hold(self, blocks: RowBlocks, owners: dict[int, Sequence]) -> None:
+        assert len(owners) == len(self.s.running)
+        assert sorted([*blocks._idle, *owners]) == list(range(self.s.max_seqs))
+        used = {row: len(s.blocks) for row, s in owners.items()}
+        assert all(len(s.blocks) <= blocks.row_blocks for s in owners.values())
+        assert blocks._running_blocks == sum(used.values()) == blocks.capacity - blocks.free
+        assert sum(blocks._held) <= blocks.capacity
+        assert all(blocks._held[row] == count for row, count in used.items())
+        known = {(d, r) for d, rows in blocks._known.items() for r in rows}
+        assert known == {(d, r) for r, texts in enumerate(blocks._texts) for d in texts}
+        assert all(len(t) <= h for t, h in zip(blocks._texts, blocks._held, strict=True))
+
     def teardown(self) -> None:
         if not hasattr(self, "s"):
             return
         for job_id in [*self.s.waiting, *self.s.running]:
             self.s.remove(job_id)
-        assert self.s.blocks.free == self.s.blocks.num_blocks - 1
+        assert self.s.blocks.free == self.s.blocks.capacity
         assert not any(self.s.slots._users)
 
 
@@ -261,9 +340,10 @@ def test_more_adapters_than_slots_starve_nobody(clock: SimpleNamespace) -> None:
     assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
 
 
+@pytest.mark.usefixtures("layout")
 def test_a_big_old_job_gets_its_blocks(clock: SimpleNamespace) -> None:
     """Small jobs keep coming and always fit; the one that needs all blocks must run too."""
-    s = scheduler(max_seqs=4, blocks=9, step_tokens=64)
+    s = scheduler(max_seqs=4, blocks=8, step_tokens=64)
     s.add(sequence("small-0", new=5))
     play(s, s.plan()[0])
     s.add(sequence("big", prompt=20, new=12))
@@ -301,7 +381,7 @@ def test_removing_a_sequence_anywhere_frees_all_it_holds(steps: int) -> None:
         play(s, s.plan()[0])
     assert s.remove("target") is target
     assert (target.blocks, target.slot) == ([], -1)
-    assert s.blocks.free == s.blocks.num_blocks - 1
+    assert s.blocks.free == s.blocks.capacity
     assert s.slots._users == [0, 0]
     assert s.plan() == ([], [])
     assert s.remove("target") is None
@@ -314,3 +394,83 @@ def test_sequence_tokens_span_prompt_and_output() -> None:
     for start in range(5):
         for end in range(start, 6):
             assert s.tokens(start, end) == whole[start:end]
+
+
+def kept_tokens(s: Scheduler, *jobs: Sequence) -> list[int]:
+    """Cached tokens of jobs that run one after the other."""
+    for job in jobs:
+        s.add(job)
+        run(s)
+    return [job.cached_tokens for job in jobs]
+
+
+@pytest.mark.usefixtures("layout")
+def test_a_common_beginning_is_computed_once() -> None:
+    # What a and b made themselves follows on token 10, so c shares only what is full before that.
+    jobs = [sequence("a", 11), sequence("b", 11), sequence("c", 30), sequence("d", 8, first=1)]
+    assert kept_tokens(scheduler(blocks=40, step_tokens=64), *jobs) == [0, 8, 8, 0]
+
+
+@pytest.mark.usefixtures("layout")
+def test_a_whole_cached_prompt_still_yields_its_first_token() -> None:
+    assert kept_tokens(scheduler(), sequence("a", 8), sequence("b", 8)) == [0, 4]
+
+
+@pytest.mark.usefixtures("layout")
+def test_nothing_is_shared_between_tenants_or_adapters() -> None:
+    jobs = [
+        sequence("a", 11, name="x", tenant="t"),
+        sequence("b", 11, name="x", tenant="u"),
+        sequence("c", 11, name="y", tenant="t"),
+        sequence("d", 11, name=None, tenant="t"),
+        sequence("e", 11, name="x", tenant="t"),
+    ]
+    assert kept_tokens(scheduler(blocks=99), *jobs) == [0, 0, 0, 0, 8]
+
+
+@pytest.mark.usefixtures("layout")
+def test_what_a_broken_job_computed_is_not_shared() -> None:
+    s = scheduler()
+    broken, whole = sequence("broken", 11), sequence("whole", 11)
+    s.add(broken)
+    play(s, s.plan()[0])
+    s.remove("broken")
+    assert kept_tokens(s, whole) == [0]
+
+
+@pytest.mark.usefixtures("layout")
+def test_jobs_wait_for_the_beginning_that_another_is_computing() -> None:
+    s = scheduler(step_tokens=64)
+    jobs = [sequence(name, 11) for name in "abc"]
+    for job in jobs:
+        s.add(job)
+    first, begun = s.plan()
+    assert [a.job_id for a in begun] == ["a"]
+    play(s, first)
+    assert [a.job_id for a in s.plan()[1]] == ["b", "c"]
+    assert [j.cached_tokens for j in jobs] == [0, 8, 8]
+
+
+@pytest.mark.usefixtures("layout")
+def test_an_idle_block_is_forgotten_when_it_is_needed() -> None:
+    s = scheduler(blocks=3, max_seqs=1)
+    jobs = [sequence("a", 11, new=1), sequence("b", 11, new=1, first=50), sequence("c", 11, new=1)]
+    assert kept_tokens(s, *jobs) == [0, 0, 0]
+
+
+@pytest.mark.usefixtures("layout")
+def test_without_blocks_the_last_to_come_gives_way_and_loses_nothing() -> None:
+    s = scheduler(blocks=6, step_tokens=64)
+    jobs = [sequence("a", 8, new=12), sequence("b", 8, new=12, first=50)]
+    for job in jobs:
+        s.add(job)
+    assert run(s) == ["a", "b"]
+    assert s.preemptions > 0
+    assert [(j.preempted, len(j.output)) for j in jobs] == [(False, 12), (True, 12)]
+
+
+@pytest.mark.usefixtures("layout")
+def test_the_prefix_cache_can_be_off() -> None:
+    s = scheduler()
+    s.blocks.prefix_cache = False
+    assert kept_tokens(s, sequence("a", 11), sequence("b", 11)) == [0, 0]

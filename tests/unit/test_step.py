@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorabatch import Job
 from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.sequence import Sequence
-from lorabatch_worker.step import StepContext, build_step
+from lorabatch_worker.step import StepContext, build_step, view_rows
 from tests.models import claim, generate, runner_of, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -57,9 +59,10 @@ def test_a_layer_outside_of_a_step_is_a_bug_that_shows() -> None:
         _ = StepContext().step
 
 
-def test_blocks_of_a_job_that_made_nan_are_clean_for_the_next() -> None:
+@pytest.mark.parametrize("rows", [True, False])
+def test_blocks_of_a_job_that_made_nan_are_clean_for_the_next(rows: bool) -> None:
     """An adapter with huge weights gives NaN for its own job, and for nobody else's."""
-    runner = runner_of(tiny_model(tiny_config("llama")))
+    runner = runner_of(tiny_model(tiny_config("llama")), rows=rows)
     clean = generate(runner, [[5, 6, 7]], [-1], 6, 9)
     for site in runner.sites.values():
         one = torch.full((1, site.in_features), 1e30)
@@ -68,3 +71,48 @@ def test_blocks_of_a_job_that_made_nan_are_clean_for_the_next() -> None:
     assert torch.isnan(mixed[0]).all()
     torch.testing.assert_close(mixed[1], clean[0])
     torch.testing.assert_close(generate(runner, [[5, 6, 7]], [-1], 6, 9), clean)
+
+
+@given(
+    rows=st.lists(st.integers(0, 40), min_size=1, max_size=20, unique=True).map(sorted),
+    data=st.data(),
+)
+def test_each_decode_token_is_read_with_its_rows_or_apart(
+    rows: list[int], data: st.DataObject
+) -> None:
+    lengths = [data.draw(st.sampled_from([1, 7, 60, 2000])) for _ in rows]
+    view = view_rows(rows, lengths)
+    assert view is not None
+    tokens = list(range(len(rows))) if view.tokens is None else view.tokens.tolist()
+    place = list(range(len(rows))) if view.place is None else view.place.tolist()
+    pairs = zip(tokens, place, strict=True)
+    together = [(t, view.first + p, view.lengths[p].item()) for t, p in pairs]
+    assert sorted([*together, *view.apart]) == [
+        (i, row, length) for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+    ]
+    assert all(length <= view.width for _, _, length in together)
+    others = set(range(view.count)) - set(place)
+    assert all(view.lengths[p] == view.width for p in others)
+
+
+def test_one_long_sequence_does_not_widen_the_short_ones() -> None:
+    view = view_rows(list(range(8)), [50] * 7 + [4000])
+    assert view is not None
+    assert (view.count, view.width, view.apart) == (7, 50, ((7, 7, 4000),))
+    assert view_rows([], []) is None
+
+
+def test_rows_far_from_each_other_are_read_apart() -> None:
+    view = view_rows([0, 30], [50, 50])
+    assert view is not None
+    assert (view.count, view.apart) == (0, ((0, 0, 50), (1, 30, 50)))
+
+
+def test_attention_over_rows_equals_attention_over_pages() -> None:
+    """Sequences of very different lengths, some of them ended, decode in a batch."""
+    prompts = [[i + 3] * n for i, n in enumerate((5, 9, 200, 3, 8, 20))]
+    found = []
+    for rows in (True, False):
+        runner = runner_of(tiny_model(tiny_config("llama")), rows=rows)
+        found.append(generate(runner, prompts, [-1] * 6, 5, 800))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)

@@ -1,15 +1,16 @@
-"""Attention over a paged KV cache, for every model that dispatches through transformers'
-attention interface.
+"""Attention over the KV cache, for every model that dispatches through transformers' attention
+interface.
 
 One function serves decode tokens and prefill chunks of the same flat batch: it writes the new
-keys and values into the layer's pool, then decode tokens attend as one padded batch and each
-prefill chunk by itself. Pools are [Hkv, blocks, block_size, D], so that a sequence's blocks
-gather into one contiguous run. Softmax in float32. Handles grouped queries, sliding windows,
-logit softcap and sinks; not covered: ALiBi and other additive biases, cross attention.
+keys and values into the layer's pools, then decode tokens attend as one padded batch and each
+prefill chunk by itself. In a CPU's rows decode reads views; elsewhere blocks are gathered. Softmax
+in float32. Handles grouped queries, sliding windows, logit softcap and sinks; not covered: ALiBi
+and other additive biases, cross attention.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,47 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lorabatch_kernels.site import lazy_zeros
-from lorabatch_worker.step import PrefillSpan, Step, StepContext
+from lorabatch_worker.kv_cache import KVCache
+from lorabatch_worker.step import PrefillSpan, RowView, Step
 
-__all__ = ["IMPLEMENTATION", "KVCache", "register"]
+__all__ = ["IMPLEMENTATION", "register"]
 
 IMPLEMENTATION = "lorabatch_paged"
 
 
-class KVCache:
-    """Keys and values of every layer: `keys[layer]` [Hkv, blocks, block_size, D].
+@dataclass(frozen=True)
+class _Kind:
+    """What a model wants of one layer's attention."""
 
-    Made on first use, when a layer's head count and width are seen, so that models whose layers
-    differ need no special case.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, context: StepContext) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.context = context
-        self.calls = 0
-        self._pools: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def write(self, layer: int, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Store the step's key and value [Hkv, T, D]: the layer's pools."""
-        if layer not in self._pools:
-            self._pools[layer] = (self._pool(key), self._pool(value))
-        # Decode reads whole blocks. What is past a sequence's end has weight 0, but 0 * NaN is NaN:
-        # values that a broken adapter's job left behind must not reach the block's next owner.
-        self._pools[layer][1].index_fill_(1, step.fresh_blocks, 0.0)
-        for pool, new in zip(self._pools[layer], (key, value), strict=True):
-            pool.view(pool.shape[0], -1, pool.shape[-1]).index_copy_(1, step.kv_index, new)
-        return self._pools[layer]
-
-    def _pool(self, like: Tensor) -> Tensor:
-        heads, _, width = like.shape
-        shape = (heads, self.num_blocks, self.block_size, width)
-        return lazy_zeros(shape, like.dtype, like.device)
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
 
     @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for pair in self._pools.values() for t in pair)
+    def plain(self) -> bool:
+        """Whether torch's own attention computes it."""
+        return self.softcap is None and self.sinks is None
 
 
 def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
@@ -81,17 +62,22 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         window = _window(module, layer) if sliding_window is None else sliding_window
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        kind = _Kind(scale, window, softcap, s_aux)
         keys, values = cache.write(layer, key[0], value[0], step)
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         if step.decodes:
-            q = query[0, :, : step.decodes] * scale
-            mask = _decode_mask(step, cache.block_size, window)
-            out[: step.decodes] = _decode(q, keys, values, step, mask, softcap, s_aux)
+            q = query[0, :, : step.decodes]
+            if step.rows is not None and kind.plain:
+                _decode_rows(out, q, keys, values, step, step.rows, kind, cache.row_blocks)
+            else:
+                mask = _decode_mask(step, cache.block_size, window)
+                k, v = keys.of_decodes(step), values.of_decodes(step)
+                out[: step.decodes] = _decode(q, k, v, mask, kind)
         for span in step.prefill:
             q = query[0, :, span.start : span.end]
             causal = _prefill_mask(step, span, window)
-            k, v = (_gather(pool, span.blocks, span.length) for pool in (keys, values))
-            out[span.start : span.end] = _prefill(q, k, v, causal, scale, softcap, s_aux)
+            k, v = keys.of_span(span), values.of_span(span)
+            out[span.start : span.end] = _prefill(q, k, v, causal, kind)
         return out[None], None
 
     AttentionInterface.register(name, attention)
@@ -106,51 +92,61 @@ def _window(module: nn.Module, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _gather(pool: Tensor, blocks: Tensor, length: int) -> Tensor:
-    """Blocks of one sequence as [Hkv, length, D]."""
-    return pool.index_select(1, blocks).flatten(1, 2)[:, :length]
-
-
-def _decode(
+def _decode_rows(
+    out: Tensor,
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Any,
+    values: Any,
     step: Step,
-    mask: Tensor,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """query [Hq, B, D], scaled; mask [B, 1, S] -> [B, Hq, D]."""
+    view: RowView,
+    kind: _Kind,
+    row_blocks: int,
+) -> None:
+    """query [Hq, D tokens, D]: writes out[:D tokens] [D tokens, Hq, D]."""
+    heads, count, width = query.shape
+    groups = keys.blocks.shape[0]
+    q = query.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
+    if view.count:
+        k = keys.of_rows(view, row_blocks).transpose(0, 1)
+        v = values.of_rows(view, row_blocks).transpose(0, 1)
+        asked = q
+        if view.place is not None:
+            asked = q.new_zeros(view.count, *q.shape[1:])
+            asked[view.place] = q[view.tokens]
+        mask = _rows_mask(step, view, kind.window, query.dtype)
+        got = F.scaled_dot_product_attention(asked, k, v, attn_mask=mask, scale=kind.scale)
+        if view.place is None:
+            out[:count] = got.reshape(count, heads, -1)
+        else:
+            out[view.tokens] = got[view.place].reshape(len(view.place), heads, -1)
+    for token, row, length in view.apart:
+        start = 0 if kind.window is None else max(0, length - kind.window)
+        k, v = (pool.of_row(row, row_blocks, start, length)[None] for pool in (keys, values))
+        got = F.scaled_dot_product_attention(q[token : token + 1], k, v, scale=kind.scale)
+        out[token] = got.reshape(heads, -1)
+
+
+def _decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, kind: _Kind) -> Tensor:
+    """query [Hq, B, D]; keys, values [Hkv, B, S, D]; mask [B, 1, S] -> [B, Hq, D]."""
     heads, batch, width = query.shape
     groups = keys.shape[0]
-    blocks = step.decode_blocks.flatten()
-    k = keys.index_select(1, blocks).view(groups, batch, -1, width)
-    v = values.index_select(1, blocks).view(groups, batch, k.shape[2], -1)
-    q = query.view(groups, heads // groups, batch, width).transpose(1, 2)
-    scores = torch.matmul(q, k.transpose(2, 3))
-    sink = None if sinks is None else sinks.view(groups, 1, heads // groups, 1)
-    probabilities = _softmax(scores, mask, softcap, sink)
-    return torch.matmul(probabilities, v).permute(1, 0, 2, 3).reshape(batch, heads, -1)
+    q = (query * kind.scale).view(groups, heads // groups, batch, width).transpose(1, 2)
+    scores = torch.matmul(q, keys.transpose(2, 3))
+    sink = None if kind.sinks is None else kind.sinks.view(groups, 1, heads // groups, 1)
+    probabilities = _softmax(scores, mask, kind.softcap, sink)
+    return torch.matmul(probabilities, values).permute(1, 0, 2, 3).reshape(batch, heads, -1)
 
 
-def _prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: _Kind) -> Tensor:
     """query [Hq, n, D], key and value [Hkv, S, D]; mask [n, S], None: causal -> [n, Hq, D]."""
-    if softcap is None and sinks is None:
+    if kind.plain:
         out = F.scaled_dot_product_attention(
             query[None],
             key[None],
             value[None],
             attn_mask=mask,
             is_causal=mask is None,
-            scale=scale,
+            scale=kind.scale,
             enable_gqa=True,
         )[0]
         return out.transpose(0, 1)
@@ -158,10 +154,10 @@ def _prefill(
     groups = key.shape[0]
     if mask is None:
         mask = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
-    q = (query * scale).reshape(groups, -1, query.shape[-1])
+    q = (query * kind.scale).reshape(groups, -1, query.shape[-1])
     scores = torch.matmul(q, key.transpose(1, 2)).view(groups, heads // groups, count, -1)
-    sink = None if sinks is None else sinks.view(groups, heads // groups, 1, 1)
-    probabilities = _softmax(scores, mask, softcap, sink).view(groups, -1, key.shape[1])
+    sink = None if kind.sinks is None else kind.sinks.view(groups, heads // groups, 1, 1)
+    probabilities = _softmax(scores, mask, kind.softcap, sink).view(groups, -1, key.shape[1])
     return torch.matmul(probabilities, value).view(heads, count, -1).transpose(0, 1)
 
 
@@ -187,6 +183,20 @@ def _decode_mask(step: Step, block_size: int, window: int | None) -> Tensor:
         if window is not None:
             mask = mask & (position >= length - window)
         step.masks[key] = mask[:, None]
+    return step.masks[key]
+
+
+def _rows_mask(step: Step, view: RowView, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[rows, 1, 1, width], to be added to the scores: 0 for a row's own positions, else -inf."""
+    key = (f"rows {dtype}", window)
+    if key not in step.masks:
+        length = view.lengths[:, None]
+        position = torch.arange(view.width)
+        own = position < length
+        if window is not None:
+            own = own & (position >= length - window)
+        mask = torch.zeros(own.shape, dtype=dtype).masked_fill_(~own, -torch.inf)
+        step.masks[key] = mask[:, None, None]
     return step.masks[key]
 
 

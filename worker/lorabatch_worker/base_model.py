@@ -7,7 +7,6 @@ No remote code is run. Raises UnsupportedModel, SettingsError.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,9 @@ def load_base_model(settings: Settings) -> BaseModel:
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     if device.type == "cpu":
-        torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+        # One here; the engine's thread takes all. The OpenMP runtime lets its threads spin between
+        # two layers, which are microseconds apart, only while there are no more of them than cores.
+        torch.set_num_threads(1)
     folder = locate(settings)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -8,6 +8,7 @@ back by `drain`. A job that cannot run ends as a failed outcome with a code of t
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.store import AdapterStore
 from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
+from lorabatch_worker.allocator import keep_freed_memory
 from lorabatch_worker.base_model import BaseModel, load_base_model
 from lorabatch_worker.lora_layers import linear_shapes
 from lorabatch_worker.model_runner import ModelRunner
@@ -50,6 +52,8 @@ def build_engine(settings: Settings) -> Engine:
         settings.block_size,
         settings.adapter_slots,
         settings.max_adapter_rank,
+        settings.max_seqs,
+        settings.prefix_cache,
     )
     target = AdapterTarget(
         base_names=frozenset({base.name.partition("@")[0], *settings.base_model_aliases}),
@@ -66,15 +70,30 @@ def build_engine(settings: Settings) -> Engine:
         settings.max_step_tokens,
         settings.age_cap_s,
     )
-    return Engine(base, runner, scheduler, store)
+    if base.device.type == "cpu":
+        keep_freed_memory()
+    return Engine(base, runner, scheduler, store, settings.threads or cores())
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Engine:
     """A `Runner` that generates text."""
 
     def __init__(
-        self, base: BaseModel, runner: ModelRunner, scheduler: Scheduler, store: AdapterStore
+        self,
+        base: BaseModel,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        store: AdapterStore,
+        threads: int = 1,
     ) -> None:
+        self.threads = threads
         self.base = base
         self.runner = runner
         self.scheduler = scheduler
@@ -83,6 +102,8 @@ class Engine:
         self.steps = 0
         self.mixed_steps = 0
         self.generated_tokens = 0
+        self.step_seqs = 0  # summed over steps: sequences in the micro-batch, and its tokens
+        self.step_tokens = 0
         self._progress_s = time.monotonic()
         self._wake = threading.Condition()
         self._arrived: list[Sequence] = []
@@ -110,6 +131,11 @@ class Engine:
             "steps": self.steps,
             "mixed_steps": self.mixed_steps,
             "generated_tokens": self.generated_tokens,
+            "step_seqs": self.step_seqs,
+            "step_tokens": self.step_tokens,
+            "preemptions": self.scheduler.preemptions,
+            "prefix_queried_tokens": self.scheduler.blocks.queried_tokens,
+            "prefix_cached_tokens": self.scheduler.blocks.cached_tokens,
             "adapters_resident": self.scheduler.slots.resident,
             "adapter_loads": self.scheduler.slots.loads,
         }
@@ -222,6 +248,7 @@ class Engine:
     # -- the step loop -------------------------------------------------------
 
     def _run(self) -> None:
+        torch.set_num_threads(self.threads)  # this thread's; see load_base_model
         while True:
             self._take_arrivals()
             if self._stopping and (
@@ -263,6 +290,7 @@ class Engine:
         tokens, sound = self._sample(logits, sampling)
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
+            self.scheduler.blocks.computed(chunk.sequence, chunk.start)
         done: dict[Sequence, str | None] = {}
         for sequence, token, is_sound in zip(sampling, tokens, sound, strict=True):
             if not is_sound:
@@ -274,8 +302,10 @@ class Engine:
         self.steps += 1
         self.mixed_steps += len({c.sequence.slot for c in chunks}) > 1
         self.generated_tokens += len(tokens)
-        for sequence in done:
-            self.scheduler.remove(sequence.job_id)
+        self.step_seqs += len(chunks)
+        self.step_tokens += sum(c.end - c.start for c in chunks)
+        for sequence, reason in done.items():
+            self.scheduler.remove(sequence.job_id, keep=reason is None)
         if done:
             self._on_finished([finished(s, self.base, reason) for s, reason in done.items()])
 

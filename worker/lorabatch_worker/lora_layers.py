@@ -1,41 +1,64 @@
 """Every linear layer of the decoder, made ready to carry adapters.
 
-Each `nn.Linear` (and gpt2's Conv1D) but the output head is wrapped in a `LoraLinear`, which adds
-the adapters' share for those tokens that have one. Module names stay PEFT's, so that adapter
-files address the layers by the names they were trained on.
+Each `nn.Linear` (and gpt2's Conv1D) but the output head becomes a `LoraLinear`, which adds the
+adapters' share for those tokens that have one. Layers that read the same input (q, k and v; gate
+and up) are multiplied as one matrix, and their adapters' first halves as one sum. Module names
+stay PEFT's, so that adapter files address the layers by the names they were trained on.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorabatch_kernels import LoraSite, add_lora
+from lorabatch_kernels import LoraSite, SiteGroup, add_lora_group
+from lorabatch_worker.linear import Dense, SharedInput
 from lorabatch_worker.step import StepContext
 
-__all__ = ["LoraLinear", "attach_sites", "linear_shapes"]
+__all__ = ["LoraLinear", "attach_sites", "linear_shapes", "own_weights", "pack_head"]
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class LoraGroup:
+    """Layers that share their input: one product, one call for the adapters of all of them."""
+
+    def __init__(self, product: SharedInput, sites: SiteGroup, context: StepContext) -> None:
+        self.product = product
+        self.sites = sites
+        self.context = context
+
+    def part(self, x: Tensor, number: int) -> Tensor:
+        def add_adapters(parts: Any) -> None:
+            rows = [part.view(-1, part.shape[-1]) for part in parts]
+            flat = x.reshape(-1, x.shape[-1])
+            add_lora_group(rows, flat, self.sites, self.context.step.step_map)
+
+        return self.product.parts(x, number, add_adapters)
 
 
 class LoraLinear(nn.Module):
-    """base(x) plus, for each token with an adapter, scale * (x A^T) B."""
+    """A linear layer plus, for each token with an adapter, scale * (x A^T) B."""
 
-    def __init__(self, base: nn.Module, site: LoraSite, context: StepContext) -> None:
+    def __init__(self, group: LoraGroup, number: int) -> None:
         super().__init__()
-        self.base = base
-        self.site = site
-        self.context = context
+        self.group = group
+        self.number = number
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        rows = y.view(-1, y.shape[-1])
-        add_lora(rows, x.reshape(-1, x.shape[-1]), self.site, self.context.step.step_map)
-        return y
+        return self.group.part(x, self.number)
+
+    @property
+    def site(self) -> LoraSite:
+        return self.group.sites.sites[self.number]
 
     @property
     def weight(self) -> Tensor:
         """Some models look at a projection's dtype."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.group.product.dense.weight
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -55,21 +78,58 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def attach_sites(
     model: nn.Module, context: StepContext, slots: int, max_rank: int
 ) -> dict[str, LoraSite]:
-    """Wrap the layers in place: their sites by module name."""
+    """Replace the layers in place: their sites by module name."""
     sites = {}
-    for name, (fan_in, fan_out) in linear_shapes(model).items():
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        base = getattr(parent, child)
-        weight: Tensor = base.weight
-        sites[name] = LoraSite.allocate(
-            slots, max_rank, fan_in, fan_out, weight.dtype, weight.device
+    for names in _groups(linear_shapes(model)):
+        layers = [model.get_submodule(name) for name in names]
+        weights = [_weight(layer) for layer in layers]
+        biases: list[Any] = [layer.bias for layer in layers]
+        made = SiteGroup.allocate(
+            slots,
+            max_rank,
+            weights[0].shape[1],
+            [w.shape[0] for w in weights],
+            weights[0].dtype,
+            weights[0].device,
         )
-        setattr(parent, child, LoraLinear(base, sites[name], context))
+        group = LoraGroup(SharedInput(weights, biases), made, context)
+        for number, name in enumerate(names):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoraLinear(group, number))
+            sites[name] = made.sites[number]
     return sites
 
 
-def pool_bytes(sites: dict[str, LoraSite]) -> int:
-    """Memory set aside for adapters on the device."""
-    tensors: list[torch.Tensor] = [t for site in sites.values() for t in (site.a, site.b)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+def pack_head(model: Any) -> None:
+    """Give the output head a product of its own layout; an embedding tied to it stays as it is."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        model.set_output_embeddings(Dense(head.weight, head.bias))
+
+
+def own_weights(model: nn.Module) -> None:
+    """Copy what is left of a checkpoint that is mapped from disk, so that its file can go."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """[out, in]."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight.t() if isinstance(layer, Conv1D) else weight
+
+
+def _groups(shapes: dict[str, tuple[int, int]]) -> Iterator[list[str]]:
+    """Names of layers that share an input, in the model's order; most stand alone."""
+    taken = set()
+    for name, (fan_in, _) in shapes.items():
+        if name in taken:
+            continue
+        parent, _, child = name.rpartition(".")
+        together = next((some for some in SHARED_INPUTS if child in some), (child,))
+        names = [f"{parent}.{other}" if parent else other for other in together]
+        if not all(other in shapes and shapes[other][0] == fan_in for other in names):
+            names = [name]
+        taken |= set(names)
+        yield names

@@ -13,11 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorabatch_worker.attention import IMPLEMENTATION, KVCache, register
+from lorabatch_worker.attention import IMPLEMENTATION, register
 from lorabatch_worker.base_model import BaseModel
-from lorabatch_worker.block_manager import BlockManager
-from lorabatch_worker.lora_layers import attach_sites
-from lorabatch_worker.probe import PROBE_BLOCKS, check_attention, check_config
+from lorabatch_worker.block_manager import BlockManager, PagedBlocks
+from lorabatch_worker.kv_cache import KVCache
+from lorabatch_worker.lora_layers import attach_sites, own_weights, pack_head
+from lorabatch_worker.probe import (
+    PROBE_BLOCKS,
+    PROBE_ROW_BLOCKS,
+    PROBE_ROWS,
+    check_attention,
+    check_config,
+)
+from lorabatch_worker.row_manager import RowBlocks
 from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.step import StepContext, build_step
 
@@ -34,25 +42,39 @@ class ModelRunner:
         block_size: int,
         adapter_slots: int,
         max_adapter_rank: int,
+        max_seqs: int = 32,
+        prefix_cache: bool = True,
+        rows: bool | None = None,
     ) -> None:
+        """`rows`: whether the KV cache has a row for each sequence; None: on a CPU."""
         check_config(base.model.config)
         self.base = base
         self.model: Any = base.model
         self.device = base.device
         self.context = StepContext()
-        blocks = max(-(-kv_cache_tokens // block_size), PROBE_BLOCKS)
-        self.blocks = BlockManager(1 + blocks, block_size)
-        self.cache = KVCache(self.blocks.num_blocks, block_size, self.context)
+        budget = max(-(-kv_cache_tokens // block_size), PROBE_BLOCKS)
+        self.blocks: BlockManager
+        row_blocks = 0
+        if rows is False or (rows is None and self.device.type != "cpu"):
+            self.blocks = PagedBlocks(1 + budget, block_size, prefix_cache)
+        else:
+            row_blocks = max(-(-base.max_context_tokens // block_size), PROBE_ROW_BLOCKS)
+            count = max(max_seqs, PROBE_ROWS)
+            self.blocks = RowBlocks(count, row_blocks, budget, block_size, prefix_cache)
+        self.cache = KVCache(self.blocks.num_blocks, block_size, self.context, row_blocks)
         name = f"{IMPLEMENTATION}_{id(self.cache)}"
         register(self.cache, name)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.sites = attach_sites(self.model, self.context, adapter_slots, max_adapter_rank)
+        pack_head(self.model)
+        own_weights(self.model)
         check_attention(self, name)
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Compute a plan's chunks: logits [n, vocabulary] of the n chunks that sample."""
-        step = build_step(chunks, self.blocks.block_size, self.device)
+        self.cache.apply(self.blocks.take_changes())
+        step = build_step(chunks, self.blocks.block_size, self.device, self.cache.row_blocks)
         self.context.enter(step)
         keep: dict[str, Any] = {"logits_to_keep": step.sample_index} if self._keeps_logits else {}
         try:

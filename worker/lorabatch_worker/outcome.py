@@ -45,7 +45,11 @@ def finished(sequence: Sequence, base: BaseModel, reason: str | None = None) -> 
         token_ids=tuple(sequence.output),
         finish_reason=sequence.finish_reason,
         seed=job.seed,
-        usage=Usage(prompt_tokens=len(sequence.prompt), output_tokens=len(sequence.output)),
+        usage=Usage(
+            prompt_tokens=len(sequence.prompt),
+            output_tokens=len(sequence.output),
+            cached_tokens=sequence.cached_tokens,
+        ),
         error=error,
         attempt=sequence.claim.attempt,
         submitted_us=sequence.claim.submitted_us,

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBE_BLOCKS", "check_attention", "check_config"]
 
-PROBE_BLOCKS = 4  # what the three sequences need, whatever the block size
+# What the three sequences need, whatever the block size.
+PROBE_BLOCKS = 8
+PROBE_ROWS = 3
+PROBE_ROW_BLOCKS = 8
 BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 # Largest difference of a logit, as a share of the logits' standard deviation.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
@@ -122,9 +125,10 @@ def _packed(runner: ModelRunner, prompts: list[list[int]]) -> tuple[Tensor, int]
     prefilled = runner.forward([Chunk(s, 1, s.length) for s in sequences])
     for sequence, prompt in zip(sequences, prompts, strict=True):
         sequence.output.append(prompt[-1])
+        runner.blocks.grow(sequence)
     decoded = runner.forward([Chunk(s, s.length - 1, s.length) for s in sequences])
     for sequence in sequences:
-        runner.blocks.release(sequence)
+        runner.blocks.release(sequence, keep=False)
     return torch.stack([prefilled, decoded], dim=1).float(), 3
 
 

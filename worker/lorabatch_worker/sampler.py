@@ -19,6 +19,8 @@ from lorabatch_worker.sequence import Sequence
 
 __all__ = ["sample", "uniform"]
 
+BLOCK_COLUMNS = 256
+
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on the seed and the position alone."""
@@ -30,12 +32,30 @@ def sample(logits: Tensor, sequences: List[Sequence]) -> list[int]:
     """One token id a row."""
     logits = logits.float()
     _penalize(logits, sequences)
-    tokens = logits.argmax(dim=-1)
+    tokens = _argmax(logits)
     rows = [i for i, s in enumerate(sequences) if s.params.temperature > 0.0]
     if rows:
         index = torch.tensor(rows, device=logits.device)
         tokens[index] = _draw(logits[index], [sequences[i] for i in rows])
     return [int(t) for t in tokens.tolist()]
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """[rows]: the first of the highest; on a CPU by way of the maxima of blocks of columns, because
+    torch reduces to a value with vector instructions, but to an index without."""
+    vocabulary = logits.shape[-1]
+    blocks = vocabulary // BLOCK_COLUMNS
+    if logits.device.type != "cpu" or blocks < 2:
+        return logits.argmax(dim=-1)
+    whole = blocks * BLOCK_COLUMNS
+    highest = torch.unflatten(logits[:, :whole], 1, (blocks, BLOCK_COLUMNS)).amax(dim=-1)
+    if whole < vocabulary:
+        highest = torch.cat([highest, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=-1)
+    first = highest.argmax(dim=-1, keepdim=True) * BLOCK_COLUMNS
+    columns = (first + torch.arange(BLOCK_COLUMNS)).clamp_(max=vocabulary - 1)
+    within = logits.gather(1, columns).argmax(dim=-1, keepdim=True)
+    tokens: Tensor = columns.gather(1, within)[:, 0]
+    return tokens
 
 
 def _penalize(logits: Tensor, sequences: List[Sequence]) -> None:

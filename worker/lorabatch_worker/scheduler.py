@@ -3,7 +3,9 @@
 Admission goes by priority, then to jobs whose adapter is already on the device, then by age.
 A job that has waited longer than the age cap goes before resident ones; if it cannot get a
 slot or blocks, nothing that would keep them from it is admitted until it does, so that
-nothing starves. Not covered: fair shares between tenants, preemption, the prefix cache.
+nothing starves. Blocks are given out as text grows; when there is none left, the sequence that
+came last gives up its own, waits again and is computed anew, and its tokens stay what they were.
+Not covered: fair shares between tenants.
 """
 
 from __future__ import annotations
@@ -50,31 +52,49 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.age_cap_s = age_cap_s
         self.waiting: dict[str, Sequence] = {}
-        self.running: dict[str, Sequence] = {}
+        self.running: dict[str, Sequence] = {}  # in order of admission
+        self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting[sequence.job_id] = sequence
 
-    def remove(self, job_id: str) -> Sequence | None:
-        """Take a sequence out, wherever it is, and free what it holds."""
+    def remove(self, job_id: str, keep: bool = False) -> Sequence | None:
+        """Take a sequence out, wherever it is, and free what it holds; `keep` what it computed
+        for others that begin alike."""
         if job_id in self.waiting:
             return self.waiting.pop(job_id)
         sequence = self.running.pop(job_id, None)
         if sequence is not None:
-            self.blocks.release(sequence)
+            self.blocks.release(sequence, keep)
             self.slots.release(sequence.slot)
             sequence.slot = -1
         return sequence
 
     def plan(self, admit: bool = True) -> tuple[list[Chunk], list[Sequence]]:
-        """The next step's chunks, decode first, and the sequences admitted just now."""
+        """The next step's chunks, decode first, and the sequences that begin to run with it."""
+        self._make_room()
         decode = [Chunk(s, s.computed, s.length) for s in self.running.values() if s.pending == 1]
+        decode.sort(key=lambda chunk: chunk.sequence.blocks[0])  # in the order of the cache's rows
         budget = self.max_step_tokens - len(decode)
         prefill: list[Chunk] = []
         for sequence in [s for s in self.running.values() if s.pending > 1]:
             budget -= _take(sequence, budget, prefill)
         admitted = self._admit(budget, prefill) if admit else []
         return decode + prefill, admitted
+
+    def _make_room(self) -> None:
+        """A block for every running sequence's last token, whoever has to give it up."""
+        for sequence in list(self.running.values()):
+            while sequence.job_id in self.running and not self.blocks.grow(sequence):
+                self._preempt(next(reversed(self.running)))
+
+    def _preempt(self, job_id: str) -> None:
+        sequence = self.remove(job_id)
+        assert sequence is not None
+        sequence.computed = 0
+        sequence.preempted = True
+        self.preemptions += 1
+        self.waiting[job_id] = sequence
 
     def _admit(self, budget: int, prefill: list[Chunk]) -> list[Sequence]:
         admitted: list[Sequence] = []
@@ -87,8 +107,11 @@ class Scheduler:
                 break
             if sequence.adapter_version in closed:
                 continue
+            if self.blocks.will_be_shared(sequence):
+                continue
             aged = sequence.waiting_since_s < old
-            if not self.blocks.can_hold(sequence):
+            # One block more for each running sequence, or it would soon be preempted for them.
+            if not self.blocks.can_allocate(sequence, spare=len(self.running)):
                 if aged:
                     break
                 continue
@@ -99,7 +122,9 @@ class Scheduler:
             self.blocks.allocate(sequence)
             del self.waiting[sequence.job_id]
             self.running[sequence.job_id] = sequence
-            admitted.append(sequence)
+            if not sequence.preempted:
+                sequence.cached_tokens = sequence.computed
+                admitted.append(sequence)
             budget -= _take(sequence, budget, prefill)
         return admitted
 

@@ -29,6 +29,11 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    """Of the first full blocks, as far as anyone asked; see block_manager."""
+    cached_tokens: int = 0
+    """Of the prompt: those that were in the cache when it began to run."""
+    preempted: bool = False
     slot: int = -1
     finish_reason: FinishReason | None = None
     waiting_since_s: float = field(default_factory=time.monotonic)

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.weights import FILES, Adapter, AdapterTarget, read_adapter
 
@@ -31,7 +33,10 @@ class AdapterStore:
         self._loaded: OrderedDict[str, tuple[Path, Signature, Adapter]] = OrderedDict()
         self._loading: dict[str, Future[Adapter]] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="adapter-load")
+        # One OpenMP thread each: more would take the engine's threads their cores.
+        self._pool = ThreadPoolExecutor(
+            LOADERS, "adapter-load", initializer=torch.set_num_threads, initargs=(1,)
+        )
 
     def request(self, adapter_id: str) -> Future[Adapter]:
         """The adapter, now or when it is loaded; its failure is the future's exception."""

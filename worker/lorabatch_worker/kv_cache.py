@@ -1,0 +1,129 @@
+"""Keys and values of every layer: `keys[layer]` [Hkv, blocks, block_size, D].
+
+Made on first use, when a layer's head count and width are seen, so that models whose layers
+differ need no special case. On a CPU, memory is taken page by page as it is written to, and
+given back when a row's text is dropped. Raises nothing of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lorabatch_worker.block_manager import Change
+from lorabatch_worker.step import PrefillSpan, RowView, Step, StepContext
+
+__all__ = ["KVCache"]
+
+MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
+
+
+class KVCache:
+    """The pools of all layers. `row_blocks` 0: blocks lie anywhere (GPU); else in rows (CPU)."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, context: StepContext, row_blocks: int = 0
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.row_blocks = row_blocks
+        self.context = context
+        self.calls = 0
+        self._pools: dict[int, tuple[_Pool, _Pool]] = {}
+
+    def write(self, layer: int, key: Tensor, value: Tensor, step: Step) -> tuple[_Pool, _Pool]:
+        """Store the step's key and value [Hkv, T, D]: the layer's pools."""
+        pools = self._pools.get(layer)
+        if pools is None:
+            pools = self._pools[layer] = (self._pool(key), self._pool(value))
+        if not self.row_blocks:
+            # Decode reads whole blocks. What is past a sequence's end has weight 0, but 0 * NaN is
+            # NaN: what a broken adapter's job left behind must not reach the block's next owner.
+            pools[1].blocks.index_fill_(1, step.fresh_blocks, 0.0)
+        for pool, new in zip(pools, (key, value), strict=True):
+            pool.tokens.index_copy_(1, step.kv_index, new)
+        return pools
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Carry out what the rows' manager noted, in order."""
+        for change in changes:
+            start = change.row * self.row_blocks
+            first, last = start + change.first, start + change.last
+            for pool in (pool for pair in self._pools.values() for pool in pair):
+                if change.kind == "copy":
+                    source = change.source * self.row_blocks + change.first
+                    count = last - first
+                    pool.blocks[:, first:last].copy_(pool.blocks[:, source : source + count])
+                elif change.kind == "wipe":
+                    pool.blocks[:, first:last].zero_()
+                else:
+                    pool.free(first, last)
+
+    @property
+    def bytes_a_token(self) -> int:
+        """Of all layers made so far."""
+        pools = [pool for pair in self._pools.values() for pool in pair]
+        return sum(p.tokens.shape[0] * p.tokens.shape[2] * p.tokens.element_size() for p in pools)
+
+    def _pool(self, like: Tensor) -> _Pool:
+        heads, _, width = like.shape
+        return _Pool((heads, self.num_blocks, self.block_size, width), like)
+
+
+class _Pool:
+    """One layer's keys, or its values."""
+
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        heads, _, _, width = shape
+        self._pages: mmap.mmap | None = None
+        if like.device.type == "cpu" and sys.platform == "linux":
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            self._pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags)
+            self.blocks = torch.frombuffer(self._pages, dtype=like.dtype).view(shape)
+        else:
+            self.blocks = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.tokens = self.blocks.view(heads, -1, width)
+
+    def of_span(self, span: PrefillSpan) -> Tensor:
+        """[Hkv, length, D] of one sequence; a view where its blocks lie side by side."""
+        if span.first_block is not None:
+            start = span.first_block * self.blocks.shape[2]
+            return self.tokens[:, start : start + span.length]
+        return self.blocks.index_select(1, span.blocks).flatten(1, 2)[:, : span.length]
+
+    def of_decodes(self, step: Step) -> Tensor:
+        """[Hkv, decodes, S, D], gathered."""
+        heads, _, _, width = self.blocks.shape
+        gathered = self.blocks.index_select(1, step.decode_blocks.flatten())
+        return gathered.view(heads, step.decodes, -1, width)
+
+    def of_rows(self, view: RowView, row_blocks: int) -> Tensor:
+        """[Hkv, rows, width, D], a view."""
+        heads, _, _, width = self.blocks.shape
+        rows = self.tokens.view(heads, -1, row_blocks * self.blocks.shape[2], width)
+        return rows[:, view.first : view.first + view.count, : view.width]
+
+    def of_row(self, row: int, row_blocks: int, start: int, end: int) -> Tensor:
+        """[Hkv, end - start, D] of one row, a view."""
+        first = row * row_blocks * self.blocks.shape[2]
+        return self.tokens[:, first + start : first + end]
+
+    def free(self, first: int, last: int) -> None:
+        """Blocks [first, last) give their memory back; where that can't be done they are wiped."""
+        if self._pages is None:
+            self.blocks[:, first:last].zero_()
+            return
+        heads, blocks, size, width = self.blocks.shape
+        block_bytes = size * width * self.blocks.element_size()
+        for head in range(heads):
+            start = (head * blocks + first) * block_bytes
+            end = (head * blocks + last) * block_bytes
+            inner, outer = -(-start // mmap.PAGESIZE), end // mmap.PAGESIZE
+            if outer > inner:
+                offset = inner * mmap.PAGESIZE
+                self._pages.madvise(mmap.MADV_DONTNEED, offset, (outer - inner) * mmap.PAGESIZE)

@@ -1,0 +1,97 @@
+"""The base model's matrix products, with weights in the layout that this machine reads fastest.
+
+On a CPU, oneDNN can lay a weight out once for its own GEMM, which then is up to twice as fast at
+decode batch sizes (docs/decisions/0007). The operators are torch's own but not its public API,
+so they are tried first and checked against the plain product; where that fails, and on a GPU,
+weights stay as they are. Shapes: weight [out, in], bias [out], x [..., in] -> [..., out].
+Raises nothing of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Dense", "SharedInput"]
+
+# The GEMM that a weight is laid out for; another batch size runs as well.
+PACK_TOKENS = 64
+
+
+class Dense(nn.Module):
+    """x W^T + bias. Takes over `weight`; drop your own reference to it to save memory."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._packed = can_pack(weight.device.type, weight.dtype)
+        self._matrix = _pack(weight) if self._packed else weight
+        # Some models look at a projection's dtype and device.
+        self.weight = weight.new_empty(0) if self._packed else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._packed:
+            return _multiply(x, self._matrix, self.bias)
+        return F.linear(x, self._matrix, self.bias)
+
+
+class SharedInput:
+    """Linear layers that are given the same input, multiplied as one at the first one's call."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        bias = None
+        if any(b is not None for b in biases):
+            zeros = [w.new_zeros(w.shape[0]) for w in weights]
+            bias = torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
+        self.dense = Dense(torch.cat(list(weights)), bias)
+        self.widths = [w.shape[0] for w in weights]
+        self._x: Tensor | None = None
+        self._left = 0
+        self._parts: Sequence[Tensor] = ()
+
+    def parts(self, x: Tensor, number: int, then: Callable[[Sequence[Tensor]], None]) -> Tensor:
+        """Part `number` of the product. `then` is called with all parts when they are made."""
+        if self._x is not x:
+            self._parts = self.dense(x).split(self.widths, dim=-1)
+            self._x, self._left = x, len(self.widths)
+            then(self._parts)
+        part = self._parts[number]
+        self._left -= 1
+        if self._left == 0:
+            self._x, self._parts = None, ()
+        return part
+
+
+@cache
+def can_pack(device: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's packed product exists here and says what the plain one says."""
+    if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 32, generator=generator).to(dtype)
+    bias = torch.randn(48, generator=generator).to(dtype)
+    x = torch.randn(2, 5, 32, generator=generator).to(dtype)
+    try:
+        got = _multiply(x, _pack(weight), bias)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    wanted = F.linear(x, weight, bias)
+    return bool(torch.allclose(got, wanted, rtol=2e-2, atol=1e-4 if dtype.itemsize == 4 else 5e-2))
+
+
+def _pack(weight: Tensor) -> Tensor:
+    with torch.inference_mode():
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_TOKENS)
+    return packed
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
