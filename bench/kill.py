@@ -11,7 +11,6 @@ adapter have the same tokens, nothing is left in the broker. Exits 1 if one of t
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ import redis
 import sqlalchemy as sa
 
 from bench.record import record
+from bench.service import ROOT, adapters_setting, shipped_adapters, start_worker
 from lorabatch import Job, Settings
 from lorabatch.embedded import ensure_valkey, stop_valkey
 from lorabatch.settings import DEFAULT_BASE_MODEL
@@ -33,43 +33,28 @@ from lorabatch_producer import Producer
 from lorabatch_producer.audit import audit
 from lorabatch_worker.bundled import bundled_checkpoint
 
-ROOT = Path(__file__).parents[1]
-ADAPTERS = ROOT / "examples" / "adapters"
 SUBJECTS = "moon tea bridge honey chess winter map glass salt clock".split()
-READY_TIMEOUT_S = 120
 END_TIMEOUT_S = 1200
 LONGEST_LIFE_S = 12.0
 
 
-def start_worker(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
-    """A worker that has said that it is ready."""
-    adapters = {p.parent.name: p.parent for p in sorted(ADAPTERS.glob("*/adapter_config.json"))}
-    environment = {
-        **os.environ,
-        "LORABATCH_HOME": str(settings.home),
-        "LORABATCH_BASE_MODEL": settings.base_model,
-        "LORABATCH_ADAPTERS": ",".join(f"{n}={p}" for n, p in adapters.items()),
-        "LORABATCH_LEASE_S": "3",
-        "LORABATCH_VISIBILITY_TIMEOUT_S": "3",
-        "LORABATCH_SWEEP_INTERVAL_S": "1",
-        "LORABATCH_RESEND_AFTER_S": "3",
-        "LORABATCH_MAX_SEQS": "16",
-        "LORABATCH_MAX_ATTEMPTS": "1000",  # this asks about exactly once, not about poison
-    }
-    with log.open("wb") as file:
-        command = [str(Path(sys.executable).parent / "lorabatch-worker")]
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while b"ready" not in log.read_bytes():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"the worker did not start: {log.read_text()[-2000:]}")
-        time.sleep(0.05)
-    return process
+def worker_of(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
+    return start_worker(
+        settings.home,
+        log,
+        LORABATCH_BASE_MODEL=settings.base_model,
+        LORABATCH_ADAPTERS=adapters_setting(shipped_adapters()),
+        LORABATCH_LEASE_S="3",
+        LORABATCH_VISIBILITY_TIMEOUT_S="3",
+        LORABATCH_SWEEP_INTERVAL_S="1",
+        LORABATCH_RESEND_AFTER_S="3",
+        LORABATCH_MAX_SEQS="16",
+        LORABATCH_MAX_ATTEMPTS="1000",  # this asks about exactly once, not about poison
+    )
 
 
 def make_jobs(count: int) -> list[Job]:
-    names: list[str | None] = [p.parent.name for p in sorted(ADAPTERS.glob("*/*.json"))]
-    names.append(None)
+    names: list[str | None] = [*shipped_adapters(), None]
     asked = [(name, subject) for subject in SUBJECTS for name in names]
     return [
         Job.model_validate(
@@ -129,14 +114,14 @@ def main() -> int:
             jobs = make_jobs(args.jobs)
             producer.enqueue_many(jobs)
             for kill in range(args.kills):
-                worker = start_worker(settings, home / f"worker-{kill}.log")
+                worker = worker_of(settings, home / f"worker-{kill}.log")
                 time.sleep(dice.uniform(0.0, LONGEST_LIFE_S))
                 worker.kill()
                 worker.wait()
                 done = producer.ledger.counts().get("succeeded", 0)
                 open_at_kill.append(args.jobs - done)
                 print(f"kill {kill + 1}: {open_at_kill[-1]} jobs open", flush=True)
-            worker = start_worker(settings, home / "worker-last.log")
+            worker = worker_of(settings, home / "worker-last.log")
             for _ in producer.wait([j.job_id for j in jobs], timeout_s=END_TIMEOUT_S):
                 pass
             deadline = time.monotonic() + 30

@@ -18,15 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.ours import HOME, OurEngine
-from bench.peers.peft import PeftPeer
-from bench.peers.vllm import VllmPeer
+from bench.peers.peer import Peer, peft, vllm, workload
 from bench.record import peak_rss_mb, record
 from bench.workload import make_requests, write_adapters
 from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_worker.bundled import bundled_checkpoint
+from lorabatch_worker.engine import cores
 
 PAUSE_S = 1.0
 """Between runs: threads that wait by spinning have gone to sleep by then."""
@@ -67,24 +65,14 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
         max_step_tokens=args.max_step_tokens,
         kv_cache_tokens=args.max_seqs * 512,
     )
-    open_runs: dict[str, Any] = {"lorabatch": ours}
-    versions = {}
+    threads = args.threads or cores()
+    spec = workload(folder, paths, requests, args.dtype, args.new)
+    peers: dict[str, Peer] = {}
     if "peft" in args.peers:
-        dtype = ours.engine.base.dtype
-        open_runs["peft"] = PeftPeer(
-            folder, paths, requests, dtype=dtype, batch=args.peft_batch, new=args.new
-        )
+        peers["peft"] = peft(spec, batch=args.peft_batch, threads=threads)
     if "vllm" in args.peers:
-        open_runs["vllm"] = VllmPeer(
-            args.vllm,
-            folder,
-            paths,
-            requests,
-            dtype=args.dtype,
-            max_seqs=args.max_seqs,
-            new=args.new,
-        )
-        versions["vllm"] = open_runs["vllm"].version
+        peers["vllm"] = vllm(spec, args.vllm, max_seqs=args.max_seqs)
+    open_runs: dict[str, Any] = {"lorabatch": ours, **peers}
     seconds = in_turns({name: one.run for name, one in open_runs.items()}, args.repeats)
     for one in open_runs.values():
         one.close()
@@ -93,7 +81,7 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
         "throughput",
         adapters=count,
         dtype=args.dtype,
-        threads=torch.get_num_threads(),
+        threads=threads,
         max_seqs=args.max_seqs,
         max_step_tokens=args.max_step_tokens,
         peft_batch=args.peft_batch,
@@ -104,7 +92,7 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
         tokens_per_s={n: round(tokens / statistics.median(s), 1) for n, s in seconds.items()},
         seconds={name: [round(s, 2) for s in some] for name, some in seconds.items()},
         times_faster_than=ratios(seconds),
-        peers=versions,
+        peers={name: peer.version for name, peer in peers.items()},
         peak_rss_mb=peak_rss_mb(),
     )
 

@@ -68,7 +68,7 @@ def main() -> None:
 
     first = {name: [ids, name] for ids, name in reversed(spec["requests"])}
     generate(list(first.values()), 2)
-    print(json.dumps({"vllm": vllm.__version__}), file=replies, flush=True)
+    print(json.dumps({"version": vllm.__version__}), file=replies, flush=True)
     for _ in sys.stdin:
         seconds = generate(spec["requests"], spec["new"])
         print(json.dumps({"seconds": seconds}), file=replies, flush=True)
