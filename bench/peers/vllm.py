@@ -51,7 +51,7 @@ class VllmPeer:
         path.write_text(json.dumps(spec))
         with (Path(self._folder.name) / "log").open("w") as log:
             self._process = subprocess.Popen(
-                [str(python), "-W", "ignore", str(CHILD), str(path)],
+                [str(python), "-P", "-W", "ignore", str(CHILD), str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
