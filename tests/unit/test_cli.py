@@ -454,13 +454,17 @@ def test_an_interrupted_wait_leaves_the_job(
     home: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORABATCH_HOME", str(home))
+    # Tests that run in a shell's background are told to ignore SIGINT; the program must not be.
     process = subprocess.Popen(
-        [*PROGRAM, "enqueue", "hi", "--wait"], stderr=subprocess.PIPE, text=True
+        [*PROGRAM, "enqueue", "hi", "--wait"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert process.stderr is not None
     assert "no worker seems to run" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted; the job goes on: `lorabatch result " in errors
     engine = open_database(settings)
