@@ -13,9 +13,9 @@ import argparse
 import random
 import statistics
 import warnings
-from typing import Any
 
-from bench.ours import HOME, OurEngine
+from bench.ours import HOME
+from bench.peers.peer import ours, workload
 from bench.record import record
 from bench.throughput import in_turns
 from bench.workload import Request, make_requests, write_adapters
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     folder = bundled_checkpoint(DEFAULT_BASE_MODEL, HOME)
@@ -47,25 +48,13 @@ def main() -> None:
     own = [rng.choices(range(1000, 40_000), k=OWN_TOKENS) for _ in range(args.jobs)]
     names = [p.name for p in paths]
     requests = [Request((*prefix, *ids), names[i % len(names)]) for i, ids in enumerate(own)]
+    spec = workload(folder, paths, requests, args.dtype, NEW_TOKENS)
     engines = {
-        name: OurEngine(
-            paths,
-            requests,
-            new=NEW_TOKENS,
-            warm_up=False,
-            dtype=args.dtype,
-            prefix_cache=name == "cached",
-            kv_cache_tokens=32_768,
-        )
+        name: ours(spec, prefix_cache=name == "cached", threads=args.threads)
         for name in ("cached", "plain")
     }
-
-    def run(name: str) -> float:
-        engines[name].engine.scheduler.blocks.forget_all()
-        return engines[name].run()
-
-    seconds = in_turns({name: lambda name=name: run(name) for name in engines}, args.repeats)
-    load: dict[str, Any] = engines["cached"].engine.load
+    seconds = in_turns({name: engine.run for name, engine in engines.items()}, args.repeats)
+    load = engines["cached"].last["load"]
     for engine in engines.values():
         engine.close()
     record(

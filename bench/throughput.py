@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.ours import HOME, OurEngine
-from bench.peers.peer import Peer, peft, vllm, workload
-from bench.record import peak_rss_mb, record
+from bench.ours import HOME
+from bench.peers.peer import Peer, ours, peft, vllm, workload
+from bench.record import record
 from bench.workload import make_requests, write_adapters
 from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_worker.bundled import bundled_checkpoint
@@ -55,30 +56,29 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
     paths = write_adapters(AutoConfig.from_pretrained(folder), HOME / "bench-adapters", count)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     requests = make_requests(tokenizer, 64, [p.name for p in paths])
-    ours = OurEngine(
-        paths,
-        requests,
-        new=args.new,
-        dtype=args.dtype,
-        threads=args.threads,
-        max_seqs=args.max_seqs,
-        max_step_tokens=args.max_step_tokens,
-        kv_cache_tokens=args.max_seqs * 512,
-    )
     threads = args.threads or cores()
     spec = workload(folder, paths, requests, args.dtype, args.new)
-    peers: dict[str, Peer] = {}
+    peers: dict[str, Peer] = {
+        "lorabatch": ours(
+            spec,
+            threads=threads,
+            max_seqs=args.max_seqs,
+            max_step_tokens=args.max_step_tokens,
+            kv_cache_tokens=args.max_seqs * 512,
+        )
+    }
     if "peft" in args.peers:
         peers["peft"] = peft(spec, batch=args.peft_batch, threads=threads)
     if "vllm" in args.peers:
         peers["vllm"] = vllm(spec, args.vllm, max_seqs=args.max_seqs)
-    open_runs: dict[str, Any] = {"lorabatch": ours, **peers}
-    seconds = in_turns({name: one.run for name, one in open_runs.items()}, args.repeats)
-    for one in open_runs.values():
-        one.close()
+    seconds = in_turns({name: peer.run for name, peer in peers.items()}, args.repeats)
+    peak_mb = peers["lorabatch"].last["peak_rss_mb"]
+    for peer in peers.values():
+        peer.close()
     tokens = len(requests) * args.new
     return record(
         "throughput",
+        run=args.run,
         adapters=count,
         dtype=args.dtype,
         threads=threads,
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
         seconds={name: [round(s, 2) for s in some] for name, some in seconds.items()},
         times_faster_than=ratios(seconds),
         peers={name: peer.version for name, peer in peers.items()},
-        peak_rss_mb=peak_rss_mb(),
+        peak_rss_mb=peak_mb,
     )
 
 
@@ -112,6 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     if "vllm" in args.peers and args.vllm is None:
         parser.error("--peers vllm needs --vllm PYTHON")
+    args.run = uuid.uuid4().hex[:8]  # lines of one call belong together
     warnings.simplefilter("ignore")
     folder = bundled_checkpoint(DEFAULT_BASE_MODEL, HOME)
     for count in args.adapters:

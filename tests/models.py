@@ -198,7 +198,7 @@ def settings_for(folder: Path, home: Path, **fields: Any) -> Settings:
 
 
 def engine_for(folder: Path, home: Path, **fields: Any) -> Engine:
-    return build_engine(settings_for(folder, home, **fields))
+    return build_engine(settings_for(folder, home, **{"threads": 1, **fields}))
 
 
 def claim(job: Job, attempt: int = 1) -> Claim:

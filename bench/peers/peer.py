@@ -1,4 +1,4 @@
-"""A peer in a process of its own, driven by lines: vLLM's CPU build, or transformers + PEFT.
+"""An engine in a process of its own, driven by lines: ours, vLLM's CPU build, transformers + PEFT.
 
 A process each, because OpenMP programs that share one fight for its threads, and because vLLM
 needs an environment of its own (bench/README.md says how to make it). tcmalloc is preloaded for
@@ -26,14 +26,15 @@ class Peer:
     """One started peer with its adapters loaded; `run` makes it run all requests."""
 
     def __init__(
-        self, child: str, python: Path | str, spec: dict[str, Any], environment: dict[str, str]
+        self, child: list[str], python: Path | str, spec: dict[str, Any], **environment: str
     ) -> None:
+        self.last: dict[str, Any] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="lorabatch-bench-")
         path = Path(self._folder.name) / "spec.json"
         path.write_text(json.dumps(spec))
         with (Path(self._folder.name) / "log").open("w") as log:
             self._process = subprocess.Popen(
-                [str(python), "-P", "-W", "ignore", str(FOLDER / child), str(path)],
+                [str(python), "-W", "ignore", *child, str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -47,7 +48,8 @@ class Peer:
         assert self._process.stdin is not None
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
-        return float(self._reply()["seconds"])
+        self.last = self._reply()
+        return float(self.last["seconds"])
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -78,9 +80,16 @@ def workload(
     }
 
 
+def ours(spec: dict[str, Any], **settings: Any) -> Peer:
+    """Our engine; `settings` as `Settings` has them."""
+    asked = {"dtype": spec["dtype"], **settings}
+    return Peer(["-m", "bench.peers.ours_child"], sys.executable, {**spec, "settings": asked})
+
+
 def peft(spec: dict[str, Any], *, batch: int, threads: int) -> Peer:
     """transformers + PEFT mixed batches, in this environment."""
-    return Peer("peft_child.py", sys.executable, {**spec, "batch": batch, "threads": threads}, {})
+    child = ["-P", str(FOLDER / "peft_child.py")]
+    return Peer(child, sys.executable, {**spec, "batch": batch, "threads": threads})
 
 
 def vllm(spec: dict[str, Any], python: Path, *, max_seqs: int) -> Peer:
@@ -95,4 +104,4 @@ def vllm(spec: dict[str, Any], python: Path, *, max_seqs: int) -> Peer:
     }
     found = sorted(glob.glob("/usr/lib/*/libtcmalloc.so.4*"))
     environment = {"LD_PRELOAD": found[0]} if found else {}
-    return Peer("vllm_child.py", python, {**spec, **more}, environment)
+    return Peer(["-P", str(FOLDER / "vllm_child.py")], python, {**spec, **more}, **environment)

@@ -72,13 +72,13 @@ def can_pack(device: str, dtype: torch.dtype) -> bool:
     """Whether oneDNN's packed product exists here and says what the plain one says."""
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 32, generator=generator).to(dtype)
     bias = torch.randn(48, generator=generator).to(dtype)
     x = torch.randn(2, 5, 32, generator=generator).to(dtype)
     try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
         got = _multiply(x, _pack(weight), bias)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
