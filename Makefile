@@ -13,7 +13,7 @@ help:
 	@echo "make demo    run the main job on this machine, embedded servers and all"
 	@echo "make test    every check: lint, types, import rules, tests"
 	@echo "make setup   only prepare $(VENV)"
-	@echo "make bench   kernels, throughput beside PEFT, kill test, into bench/results/"
+	@echo "make bench   speed, beside transformers + PEFT, into bench/results/"
 
 setup: $(VENV)/.ready
 
@@ -42,8 +42,12 @@ parity: setup
 
 bench: setup
 	$(VENV)/bin/python -m bench.kernels
-	$(VENV)/bin/python -m bench.throughput
-	$(VENV)/bin/python -m bench.kill
+	$(VENV)/bin/python -m bench.throughput --adapters 32 0
+	$(VENV)/bin/python -m bench.adapters
+	$(VENV)/bin/python -m bench.breakdown
+	$(VENV)/bin/python -m bench.prefix
+	$(VENV)/bin/python -m bench.end_to_end
+	$(VENV)/bin/python -m bench.goals
 
 clean:
 	rm -rf $(VENV) .lorabatch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
