@@ -4,6 +4,7 @@ Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `ad
 layer's output. Importing this package loads torch and never triton.
 """
 
+from lorabatch_kernels.bags import weighted_rows
 from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
 from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
@@ -20,4 +21,5 @@ __all__ = [
     "buffer_ints",
     "build_step_map",
     "tile_bound",
+    "weighted_rows",
 ]

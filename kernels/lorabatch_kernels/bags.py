@@ -134,6 +134,18 @@ class BagMap:
         )
 
 
+def weighted_rows(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """[bags, width]: the sum of weights[j] * table[index[j]] over each bag's j, in fp32.
+
+    Bag i has j from offsets[i] up to the next one. Table, weights and result have one dtype.
+    """
+    mode_sum = 0
+    bags: Tensor = torch.embedding_bag(
+        table, index, offsets, False, mode_sum, False, weights, False
+    )[0]
+    return bags
+
+
 def build_bags(groups: Mapping[int, Sequence[int]]) -> BagMap:
     """Sort `groups` (slot -> its token indices, ascending) into short and long segments."""
     short = [

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorabatch_kernels.bags import BagMap, BagPlan, Segment
+from lorabatch_kernels.bags import BagMap, BagPlan, Segment, weighted_rows
 from lorabatch_kernels.site import PANEL, LoraSite, SiteGroup
 
 
@@ -41,27 +41,18 @@ def add_lora_cpu(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, bags: BagMap
                 _add_long(y, rows, site, segment)
 
 
-def _bags(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """[bags, width]: the sum of table[index[j]] * weights[j] over each bag's j."""
-    mode_sum = 0
-    bags: Tensor = torch.embedding_bag(
-        table, index, offsets, False, mode_sum, False, weights, False
-    )[0]
-    return bags
-
-
 def _add_short(
     ys: Sequence[Tensor], x: Tensor, group: SiteGroup, plan: BagPlan, span: slice | Tensor
 ) -> None:
     assert group.pool is not None
     weights = x.index_select(0, plan.x_rows).to(group.dtype).flatten()
-    v = _bags(group.pool.view(-1, PANEL), plan.a_index, plan.a_offsets, weights)
+    v = weighted_rows(group.pool.view(-1, PANEL), plan.a_index, plan.a_offsets, weights)
     v = v.mul_(plan.scale).flatten()
     for y, site, expand in zip(ys, group.sites, plan.expands, strict=True):
         if expand is None:
             continue
         table = site.b.view(-1, site.out_features)
-        term = _bags(table, expand.index, expand.offsets, v.index_select(0, expand.cells))
+        term = weighted_rows(table, expand.index, expand.offsets, v.index_select(0, expand.cells))
         if isinstance(span, slice):
             y[span].add_(term)
         else:

@@ -240,7 +240,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(len(s.blocks) <= blocks.row_blocks for s in owners.values())
         assert blocks._running_blocks == sum(used.values()) == blocks.capacity - blocks.free
         assert sum(blocks._held) <= blocks.capacity
-        assert all(blocks._held[row] == count for row, count in used.items())
+        assert {row: n for row, n in enumerate(blocks._used) if n} == used
+        assert all(h >= u for h, u in zip(blocks._held, blocks._used, strict=True))
         known = {(d, r) for d, rows in blocks._known.items() for r in rows}
         assert known == {(d, r) for r, texts in enumerate(blocks._texts) for d in texts}
         assert all(len(t) <= h for t, h in zip(blocks._texts, blocks._held, strict=True))

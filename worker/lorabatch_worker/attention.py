@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from lorabatch_kernels import weighted_rows
 from lorabatch_worker.kv_cache import KVCache
 from lorabatch_worker.step import PrefillSpan, RowView, Step
 
@@ -67,7 +68,7 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
         if step.decodes:
             q = query[0, :, : step.decodes]
-            if step.rows is not None and kind.plain:
+            if step.rows is not None:
                 _decode_rows(out, q, keys, values, step, step.rows, kind, cache.row_blocks)
             else:
                 mask = _decode_mask(step, cache.block_size, window)
@@ -102,28 +103,52 @@ def _decode_rows(
     kind: _Kind,
     row_blocks: int,
 ) -> None:
-    """query [Hq, D tokens, D]: writes out[:D tokens] [D tokens, Hq, D]."""
+    """query [Hq, n, D]: writes out[:n] [n, Hq, Dv].
+
+    Scores come from one product over the rows as they lie; the sum over values is an embedding
+    bag, which reads them in place and takes half the time of a product with 3 rows of weights.
+    """
     heads, count, width = query.shape
     groups = keys.blocks.shape[0]
-    q = query.view(groups, heads // groups, count, width).permute(2, 0, 1, 3)
+    q = (query * kind.scale).view(groups, heads // groups, count, width).transpose(1, 2)
     if view.count:
-        k = keys.of_rows(view, row_blocks).transpose(0, 1)
-        v = values.of_rows(view, row_blocks).transpose(0, 1)
         asked = q
         if view.place is not None:
-            asked = q.new_zeros(view.count, *q.shape[1:])
-            asked[view.place] = q[view.tokens]
-        mask = _rows_mask(step, view, kind.window, query.dtype)
-        got = F.scaled_dot_product_attention(asked, k, v, attn_mask=mask, scale=kind.scale)
+            asked = q.new_zeros(groups, view.count, heads // groups, width)
+            asked[:, view.place] = q[:, view.tokens]
+        scores = torch.matmul(asked, keys.of_rows(view, row_blocks).transpose(2, 3))
+        mask = _rows_mask(step, view, kind.window)
+        p = _softmax(scores, mask, kind.softcap, _sinks(kind, groups))
+        index, offsets = _value_rows(step, view, values, heads // groups, row_blocks)
+        table = values.blocks.view(-1, values.blocks.shape[-1])
+        got = weighted_rows(table, index, offsets, p.flatten())
+        got = got.view(groups, view.count, heads // groups, -1).transpose(0, 1)
         if view.place is None:
             out[:count] = got.reshape(count, heads, -1)
         else:
             out[view.tokens] = got[view.place].reshape(len(view.place), heads, -1)
     for token, row, length in view.apart:
         start = 0 if kind.window is None else max(0, length - kind.window)
-        k, v = (pool.of_row(row, row_blocks, start, length)[None] for pool in (keys, values))
-        got = F.scaled_dot_product_attention(q[token : token + 1], k, v, scale=kind.scale)
-        out[token] = got.reshape(heads, -1)
+        k, v = (pool.of_row(row, row_blocks, start, length) for pool in (keys, values))
+        whole = torch.ones(1, 1, length - start, dtype=torch.bool)
+        out[token] = _decode(query[:, token : token + 1], k[:, None], v[:, None], whole, kind)[0]
+
+
+def _value_rows(
+    step: Step, view: RowView, values: Any, group: int, row_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """Which rows of a layer's value table each bag sums: bags in the order [Hkv, rows, group]."""
+    heads, blocks, size, _ = values.blocks.shape
+    key = (f"values {heads} {group}", view.width)
+    if key not in step.masks:
+        dtype = torch.int32 if heads * blocks * size < 2**31 else torch.int64
+        row = torch.arange(view.first, view.first + view.count)[:, None, None] * row_blocks * size
+        head = torch.arange(heads)[:, None, None, None] * blocks * size
+        index = (head + row + torch.arange(view.width)).to(dtype)
+        index = step.masks[key] = index.expand(-1, -1, group, -1).flatten()
+        bags = torch.arange(0, index.numel(), view.width, dtype=dtype)
+        step.masks["bags of " + key[0], view.width] = bags
+    return step.masks[key], step.masks["bags of " + key[0], view.width]
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, kind: _Kind) -> Tensor:
@@ -132,8 +157,7 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, kind: _Ki
     groups = keys.shape[0]
     q = (query * kind.scale).view(groups, heads // groups, batch, width).transpose(1, 2)
     scores = torch.matmul(q, keys.transpose(2, 3))
-    sink = None if kind.sinks is None else kind.sinks.view(groups, 1, heads // groups, 1)
-    probabilities = _softmax(scores, mask, kind.softcap, sink)
+    probabilities = _softmax(scores, mask, kind.softcap, _sinks(kind, groups))
     return torch.matmul(probabilities, values).permute(1, 0, 2, 3).reshape(batch, heads, -1)
 
 
@@ -161,12 +185,18 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kin
     return torch.matmul(probabilities, value).view(heads, count, -1).transpose(0, 1)
 
 
+def _sinks(kind: _Kind, groups: int) -> Tensor | None:
+    """[Hkv, 1, group, 1]."""
+    return None if kind.sinks is None else kind.sinks.view(groups, 1, -1, 1)
+
+
 def _softmax(scores: Tensor, mask: Tensor, softcap: float | None, sink: Tensor | None) -> Tensor:
-    """Probabilities over the last dimension; a sink takes its share and is left out."""
+    """Probabilities over the last dimension; a sink takes its share and is left out. A mask says
+    what is attended to, or is added: that is quicker, but lets a masked NaN through."""
     wide = scores.float()
     if softcap is not None:
         wide = softcap * torch.tanh(wide / softcap)
-    wide = wide.masked_fill(~mask, -torch.inf)
+    wide = wide.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else wide + mask
     if sink is not None:
         wide = torch.cat([wide, sink.float().expand(*wide.shape[:-1], 1)], dim=-1)
         return wide.softmax(dim=-1)[..., :-1].to(scores.dtype)
@@ -186,17 +216,17 @@ def _decode_mask(step: Step, block_size: int, window: int | None) -> Tensor:
     return step.masks[key]
 
 
-def _rows_mask(step: Step, view: RowView, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[rows, 1, 1, width], to be added to the scores: 0 for a row's own positions, else -inf."""
-    key = (f"rows {dtype}", window)
+def _rows_mask(step: Step, view: RowView, window: int | None) -> Tensor:
+    """fp32 [rows, 1, width], to be added: 0 for a row's own positions in the window, else -inf."""
+    key = ("rows", window)
     if key not in step.masks:
         length = view.lengths[:, None]
         position = torch.arange(view.width)
         own = position < length
         if window is not None:
             own = own & (position >= length - window)
-        mask = torch.zeros(own.shape, dtype=dtype).masked_fill_(~own, -torch.inf)
-        step.masks[key] = mask[:, None, None]
+        mask = torch.zeros(own.shape).masked_fill_(~own, -torch.inf)
+        step.masks[key] = mask[:, None]
     return step.masks[key]
 
 

@@ -34,6 +34,7 @@ class RowBlocks(BlockManager):
         self.row_blocks = row_blocks
         self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(rows))  # oldest first
         self._held = [0] * rows  # blocks with memory
+        self._used = [0] * rows  # blocks of the sequence that runs in it
         self._texts: list[list[bytes]] = [[] for _ in range(rows)]
         self._known: defaultdict[bytes, OrderedDict[int, None]] = defaultdict(OrderedDict)
         self._running_blocks = 0
@@ -57,7 +58,7 @@ class RowBlocks(BlockManager):
             return False
         sequence.blocks.append(sequence.blocks[-1] + 1)
         self._running_blocks += 1
-        self._hold(sequence.blocks[0] // self.row_blocks, len(sequence.blocks))
+        self._use(sequence.blocks[0] // self.row_blocks, len(sequence.blocks))
         return True
 
     def forget_all(self) -> None:
@@ -70,9 +71,6 @@ class RowBlocks(BlockManager):
         needed = self.needed(sequence.length)
         assert needed <= self.row_blocks
         self._forget(row, len(cached) if source == row else 0)
-        if self._held[row] > needed:
-            self._changes.append(Change("free", row, needed, self._held[row]))
-            self._held[row] = needed
         if cached and source != row:
             self._changes.append(Change("copy", row, 0, len(cached), source))
             for digest in sequence.digests[: len(cached)]:
@@ -80,7 +78,7 @@ class RowBlocks(BlockManager):
         first = row * self.row_blocks
         sequence.blocks = list(range(first, first + needed))
         self._running_blocks += needed
-        self._hold(row, needed)
+        self._use(row, needed)
         return len(cached)
 
     def _choose(self, cached: list[int]) -> tuple[int, int]:
@@ -95,6 +93,7 @@ class RowBlocks(BlockManager):
     def _release(self, sequence: Sequence, keep: bool) -> None:
         row = sequence.blocks[0] // self.row_blocks
         self._running_blocks -= len(sequence.blocks)
+        self._used[row] = 0
         if not keep:
             self._forget(row, 0)
             self._changes.append(Change("wipe", row, 0, len(sequence.blocks)))
@@ -122,15 +121,19 @@ class RowBlocks(BlockManager):
                 del self._known[digest]
         del self._texts[row][kept:]
 
-    def _hold(self, row: int, blocks: int) -> None:
-        """Count a row's memory, and take it from idle rows where the budget is used up."""
+    def _use(self, row: int, blocks: int) -> None:
+        """Count a running sequence's memory. Where the budget is used up, running rows give back
+        what a longer sequence has left them, then idle ones, oldest first, all they have."""
+        self._used[row] = blocks
         self._held[row] = max(self._held[row], blocks)
         excess = sum(self._held) - self.capacity
-        for idle in list(self._idle):
-            if excess <= 0:
-                break
-            if self._held[idle]:
-                self._changes.append(Change("free", idle, 0, self._held[idle]))
-                excess -= self._held[idle]
-                self._held[idle] = 0
-                self._forget(idle, 0)
+        if excess <= 0:
+            return
+        running = [other for other, count in enumerate(self._used) if count]
+        for other in [*running, *self._idle]:
+            used, held = self._used[other], self._held[other]
+            if held > used and excess > 0:
+                self._changes.append(Change("free", other, used, held))
+                self._held[other] = used
+                self._forget(other, used)
+                excess -= held - used
