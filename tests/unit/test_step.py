@@ -116,3 +116,14 @@ def test_attention_over_rows_equals_attention_over_pages() -> None:
         runner = runner_of(tiny_model(tiny_config("llama")), rows=rows)
         found.append(generate(runner, prompts, [-1] * 6, 5, 800))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
+
+
+def test_an_infinite_key_that_another_job_left_in_a_row_is_not_seen() -> None:
+    runner = runner_of(tiny_model(tiny_config("llama")), rows=True)
+    prompts = [[5, 6, 7], [8] * 20, [9]]
+    clean = generate(runner, prompts, [-1] * 3, 5, 9)
+    runner.blocks.take_changes()
+    with torch.inference_mode():
+        for keys, _ in runner.cache._pools.values():
+            keys.blocks.fill_(float("nan"))
+    torch.testing.assert_close(generate(runner, prompts, [-1] * 3, 5, 9), clean)

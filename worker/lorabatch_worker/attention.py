@@ -71,9 +71,9 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
             if step.rows is not None:
                 _decode_rows(out, q, keys, values, step, step.rows, kind, cache.row_blocks)
             else:
-                mask = _decode_mask(step, cache.block_size, window)
+                hidden = _hidden_in_blocks(step, cache.block_size, window)
                 k, v = keys.of_decodes(step), values.of_decodes(step)
-                out[: step.decodes] = _decode(q, k, v, mask, kind)
+                out[: step.decodes] = _decode(q, k, v, hidden, kind)
         for span in step.prefill:
             q = query[0, :, span.start : span.end]
             causal = _prefill_mask(step, span, window)
@@ -117,8 +117,8 @@ def _decode_rows(
             asked = q.new_zeros(groups, view.count, heads // groups, width)
             asked[:, view.place] = q[:, view.tokens]
         scores = torch.matmul(asked, keys.of_rows(view, row_blocks).transpose(2, 3))
-        mask = _rows_mask(step, view, kind.window)
-        p = _softmax(scores, mask, kind.softcap, _sinks(kind, groups))
+        hidden = _hidden_in_rows(step, view, kind.window)
+        p = _softmax(scores, hidden, kind.softcap, _sinks(kind, groups))
         index, offsets = _value_rows(step, view, values, heads // groups, row_blocks)
         table = values.blocks.view(-1, values.blocks.shape[-1])
         got = weighted_rows(table, index, offsets, p.flatten())
@@ -130,7 +130,7 @@ def _decode_rows(
     for token, row, length in view.apart:
         start = 0 if kind.window is None else max(0, length - kind.window)
         k, v = (pool.of_row(row, row_blocks, start, length) for pool in (keys, values))
-        whole = torch.ones(1, 1, length - start, dtype=torch.bool)
+        whole = torch.zeros(1, 1, length - start, dtype=torch.bool)
         out[token] = _decode(query[:, token : token + 1], k[:, None], v[:, None], whole, kind)[0]
 
 
@@ -151,13 +151,13 @@ def _value_rows(
     return step.masks[key], step.masks["bags of " + key[0], view.width]
 
 
-def _decode(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, kind: _Kind) -> Tensor:
-    """query [Hq, B, D]; keys, values [Hkv, B, S, D]; mask [B, 1, S] -> [B, Hq, D]."""
+def _decode(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, kind: _Kind) -> Tensor:
+    """query [Hq, B, D]; keys, values [Hkv, B, S, D]; hidden [B, 1, S] -> [B, Hq, D]."""
     heads, batch, width = query.shape
     groups = keys.shape[0]
     q = (query * kind.scale).view(groups, heads // groups, batch, width).transpose(1, 2)
     scores = torch.matmul(q, keys.transpose(2, 3))
-    probabilities = _softmax(scores, mask, kind.softcap, _sinks(kind, groups))
+    probabilities = _softmax(scores, hidden, kind.softcap, _sinks(kind, groups))
     return torch.matmul(probabilities, values).permute(1, 0, 2, 3).reshape(batch, heads, -1)
 
 
@@ -181,7 +181,7 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kin
     q = (query * kind.scale).reshape(groups, -1, query.shape[-1])
     scores = torch.matmul(q, key.transpose(1, 2)).view(groups, heads // groups, count, -1)
     sink = None if kind.sinks is None else kind.sinks.view(groups, heads // groups, 1, 1)
-    probabilities = _softmax(scores, mask, kind.softcap, sink).view(groups, -1, key.shape[1])
+    probabilities = _softmax(scores, ~mask, kind.softcap, sink).view(groups, -1, key.shape[1])
     return torch.matmul(probabilities, value).view(heads, count, -1).transpose(0, 1)
 
 
@@ -190,21 +190,21 @@ def _sinks(kind: _Kind, groups: int) -> Tensor | None:
     return None if kind.sinks is None else kind.sinks.view(groups, 1, -1, 1)
 
 
-def _softmax(scores: Tensor, mask: Tensor, softcap: float | None, sink: Tensor | None) -> Tensor:
-    """Probabilities over the last dimension; a sink takes its share and is left out. A mask says
-    what is attended to, or is added: that is quicker, but lets a masked NaN through."""
+def _softmax(scores: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor | None) -> Tensor:
+    """Probabilities over the last dimension; a sink takes its share and is left out. What is hidden
+    is filled, not added to: a hidden score may be NaN, where another job left an infinite key."""
     wide = scores.float()
     if softcap is not None:
         wide = softcap * torch.tanh(wide / softcap)
-    wide = wide.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else wide + mask
+    wide.masked_fill_(hidden, -torch.inf)
     if sink is not None:
         wide = torch.cat([wide, sink.float().expand(*wide.shape[:-1], 1)], dim=-1)
         return wide.softmax(dim=-1)[..., :-1].to(scores.dtype)
     return wide.softmax(dim=-1).to(scores.dtype)
 
 
-def _decode_mask(step: Step, block_size: int, window: int | None) -> Tensor:
-    """[B, 1, S]: which of a row's gathered positions are its own and inside the window."""
+def _hidden_in_blocks(step: Step, block_size: int, window: int | None) -> Tensor:
+    """[B, 1, S]: which of a row's gathered positions are not its own, or out of the window."""
     key = ("decode", window)
     if key not in step.masks:
         length = step.decode_lengths[:, None]
@@ -212,12 +212,12 @@ def _decode_mask(step: Step, block_size: int, window: int | None) -> Tensor:
         mask = position < length
         if window is not None:
             mask = mask & (position >= length - window)
-        step.masks[key] = mask[:, None]
+        step.masks[key] = ~mask[:, None]
     return step.masks[key]
 
 
-def _rows_mask(step: Step, view: RowView, window: int | None) -> Tensor:
-    """fp32 [rows, 1, width], to be added: 0 for a row's own positions in the window, else -inf."""
+def _hidden_in_rows(step: Step, view: RowView, window: int | None) -> Tensor:
+    """[rows, 1, width]: which positions are not a row's own, or out of the window."""
     key = ("rows", window)
     if key not in step.masks:
         length = view.lengths[:, None]
@@ -225,8 +225,7 @@ def _rows_mask(step: Step, view: RowView, window: int | None) -> Tensor:
         own = position < length
         if window is not None:
             own = own & (position >= length - window)
-        mask = torch.zeros(own.shape).masked_fill_(~own, -torch.inf)
-        step.masks[key] = mask[:, None]
+        step.masks[key] = ~own[:, None]
     return step.masks[key]
 
 
