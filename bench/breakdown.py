@@ -6,7 +6,7 @@ For the whole workload and for decode steps of a full batch: seconds in the base
 attention, LoRA, sampling, scheduling (plan and tensors of the step) and the rest (norms,
 activations, Python). Then the products are run again by themselves, with the sizes that the steps
 had: `gemm_to_wall` is that time over the wall time of the workload, `gemm_to_step` the same for a
-decode step. The clocks around the parts cost about a percent.
+decode step. The wall time is taken without the clocks around the parts.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def instrument(
     step = clock.around("rest", engine._step)
 
     def noted(chunks: Any) -> None:
-        step(chunks)
+        # Before the step: a chunk samples only until its sequence has grown.
         sizes = (sum(c.end - c.start for c in chunks), sum(c.samples for c in chunks))
+        step(chunks)
         decode = all(c.end - c.start == 1 for c in chunks) and len(chunks) == ours.settings.max_seqs
         steps.append((sizes, decode, clock.take()))
 

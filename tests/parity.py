@@ -203,8 +203,6 @@ def main() -> None:
 
     warnings.simplefilter("ignore")
     folder = bundled_checkpoint(BASE_ID, args.home)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     adapters = {p.parent.name: p.parent for p in sorted(SHIPPED.glob("*/adapter_config.json"))}
     adapters |= write_random_adapters(load_reference(folder), args.home / "parity-adapters")
     adapters = {n: p for n, p in adapters.items() if not args.adapters or n in args.adapters}
@@ -212,6 +210,7 @@ def main() -> None:
     settings = Settings.load(
         home=args.home,
         adapters=",".join(f"{name}={path}" for name, path in adapters.items()),
+        dtype="float32",
         threads=args.threads,
     )
     engine = build_engine(settings)

@@ -4,7 +4,8 @@ A segment is the tokens of one adapter slot in this step. A long one (a prefill 
 of its own. The tokens of short ones (decode) are cut into cells, one for each panel of rank rows
 that the token's adapter has: a cell's v is a sum of `in_features` panel rows weighted by x, and
 the token's term a sum of as many rows of `b` as the adapter has ranks, weighted by v. Both are an
-embedding bag, so that exactly the rows in use are read, whatever the mix of ranks and slots.
+embedding bag, so that only the panels of `a` and the rows of `b` in use are read, whatever the mix
+of ranks and slots.
 
 Shapes and dtypes: index tensors are int32 where the pool has fewer rows than 2^31, else int64.
 Raises nothing: step_map.py has checked the input. Does not cover: which weights sit where.
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from lorabatch_kernels.site import PANEL, LoraSite, SiteGroup
 
-# From this many tokens on, two GEMMs beat a bag for each token (see bench/kernels.py).
+# From this many tokens on a slot gets two GEMMs. An estimate from the cost of a call and of a bag;
+# not tuned.
 LONG_SEGMENT = 8
 
 

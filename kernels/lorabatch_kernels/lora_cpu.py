@@ -2,9 +2,9 @@
 
     y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t
 
-No loop runs over the adapters of a decode step, and no row is read that the step does not need:
-the cost follows the sum of the tokens' ranks, as bytes read at memory speed. The sites of a group
-share their input, so that one bag makes v for all of them.
+No loop runs over the adapters of a decode step. Of `b` exactly the rank rows in use are read, of
+`a` their panels of 16: the cost follows the sum of the tokens' ranks. The sites of a group share
+their input, so that one bag makes v for all of them.
 Shapes: ys[i] [tokens, out_features of site i], x [tokens, in_features]; the sites may hold another
 dtype than they do (fp32 under a bf16 model). Sums are fp32, v and the term are rounded to the
 sites' dtype.
@@ -12,8 +12,7 @@ sites' dtype.
 Raises nothing of its own: lora.py has checked the shapes.
 Does not cover: gradients.
 
-Source: ours. Measured against the padded batch of bmm that serves as reference elsewhere, in
-docs/decisions/0006.
+Source: ours. Measured against a padded batch of bmm in docs/decisions/0007.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Keep freed memory, instead of giving it back to the system after every layer.
 
 A step frees and takes megabytes hundreds of times. glibc returns such pieces at once, and the next
-layer pays for fresh pages: up to half of a CPU's decode step (docs/decisions/0007). Call it when
-the model is loaded, so that what loading needed still goes back. Does nothing where the C library
-is no glibc.
+layer pays for fresh pages. Call it when the model is loaded, so that what loading needed still goes
+back. Does nothing where the C library is no glibc.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _decode_rows(
     """query [Hq, n, D]: writes out[:n] [n, Hq, Dv].
 
     Scores come from one product over the rows as they lie; the sum over values is an embedding
-    bag, which reads them in place and takes half the time of a product with 3 rows of weights.
+    bag, because a product with the few weights of one group of heads is slow.
     """
     heads, count, width = query.shape
     groups = keys.blocks.shape[0]
@@ -140,15 +140,15 @@ def _value_rows(
     """Which rows of a layer's value table each bag sums: bags in the order [Hkv, rows, group]."""
     heads, blocks, size, _ = values.blocks.shape
     key = (f"values {heads} {group}", view.width)
-    if key not in step.masks:
+    if key not in step.memo:
         dtype = torch.int32 if heads * blocks * size < 2**31 else torch.int64
         row = torch.arange(view.first, view.first + view.count)[:, None, None] * row_blocks * size
         head = torch.arange(heads)[:, None, None, None] * blocks * size
         index = (head + row + torch.arange(view.width)).to(dtype)
-        index = step.masks[key] = index.expand(-1, -1, group, -1).flatten()
+        index = step.memo[key] = index.expand(-1, -1, group, -1).flatten()
         bags = torch.arange(0, index.numel(), view.width, dtype=dtype)
-        step.masks["bags of " + key[0], view.width] = bags
-    return step.masks[key], step.masks["bags of " + key[0], view.width]
+        step.memo["bags of " + key[0], view.width] = bags
+    return step.memo[key], step.memo["bags of " + key[0], view.width]
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, kind: _Kind) -> Tensor:
@@ -206,27 +206,27 @@ def _softmax(scores: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor
 def _hidden_in_blocks(step: Step, block_size: int, window: int | None) -> Tensor:
     """[B, 1, S]: which of a row's gathered positions are not its own, or out of the window."""
     key = ("decode", window)
-    if key not in step.masks:
+    if key not in step.memo:
         length = step.decode_lengths[:, None]
         position = torch.arange(step.decode_blocks.shape[1] * block_size, device=length.device)
         mask = position < length
         if window is not None:
             mask = mask & (position >= length - window)
-        step.masks[key] = ~mask[:, None]
-    return step.masks[key]
+        step.memo[key] = ~mask[:, None]
+    return step.memo[key]
 
 
 def _hidden_in_rows(step: Step, view: RowView, window: int | None) -> Tensor:
     """[rows, 1, width]: which positions are not a row's own, or out of the window."""
     key = ("rows", window)
-    if key not in step.masks:
+    if key not in step.memo:
         length = view.lengths[:, None]
         position = torch.arange(view.width)
         own = position < length
         if window is not None:
             own = own & (position >= length - window)
-        step.masks[key] = ~own[:, None]
-    return step.masks[key]
+        step.memo[key] = ~own[:, None]
+    return step.memo[key]
 
 
 def _prefill_mask(step: Step, span: PrefillSpan, window: int | None) -> Tensor | None:
@@ -234,12 +234,12 @@ def _prefill_mask(step: Step, span: PrefillSpan, window: int | None) -> Tensor |
     if span.past == 0 and (window is None or window >= span.length):
         return None
     key = (f"prefill {span.start}", window)
-    if key not in step.masks:
+    if key not in step.memo:
         device = step.input_ids.device
         row = torch.arange(span.past, span.length, device=device)[:, None]
         column = torch.arange(span.length, device=device)
         mask = column <= row
         if window is not None:
             mask = mask & (column > row - window)
-        step.masks[key] = mask
-    return step.masks[key]
+        step.memo[key] = mask
+    return step.memo[key]

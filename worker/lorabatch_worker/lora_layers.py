@@ -116,8 +116,9 @@ def own_weights(model: nn.Module) -> None:
 
 def _weight(layer: nn.Module) -> Tensor:
     """[out, in]."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
-    return weight.t() if isinstance(layer, Conv1D) else weight
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if isinstance(layer, Conv1D) else weight.detach()
 
 
 def _groups(shapes: dict[str, tuple[int, int]]) -> Iterator[list[str]]:

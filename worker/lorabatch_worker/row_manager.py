@@ -3,8 +3,7 @@
 A row is `row_blocks` consecutive blocks, room for the longest sequence allowed; sequences side by
 side can then be read as one tensor, without a copy (docs/decisions/0007). Address space costs
 nothing; what counts against the budget is blocks written to. A row that nobody holds keeps its
-text. A sequence that begins with it takes that row over, or gets a copy of the beginning, which
-takes a thousandth of the time that computing it would.
+text. A sequence that begins with it takes that row over, or gets a copy of the beginning.
 
 Changes to the memory itself are noted in order and carried out before the next step.
 """
@@ -37,12 +36,11 @@ class RowBlocks(BlockManager):
         self._used = [0] * rows  # blocks of the sequence that runs in it
         self._texts: list[list[bytes]] = [[] for _ in range(rows)]
         self._known: defaultdict[bytes, OrderedDict[int, None]] = defaultdict(OrderedDict)
-        self._running_blocks = 0
         self._changes: list[Change] = []
 
     @property
     def free(self) -> int:
-        return self.capacity - self._running_blocks
+        return self.capacity - sum(self._used)
 
     def take_changes(self) -> list[Change]:
         changes, self._changes = self._changes, []
@@ -57,7 +55,6 @@ class RowBlocks(BlockManager):
         if not self.free:
             return False
         sequence.blocks.append(sequence.blocks[-1] + 1)
-        self._running_blocks += 1
         self._use(sequence.blocks[0] // self.row_blocks, len(sequence.blocks))
         return True
 
@@ -77,7 +74,6 @@ class RowBlocks(BlockManager):
                 self._learn(row * self.row_blocks + len(self._texts[row]), digest)
         first = row * self.row_blocks
         sequence.blocks = list(range(first, first + needed))
-        self._running_blocks += needed
         self._use(row, needed)
         return len(cached)
 
@@ -92,7 +88,6 @@ class RowBlocks(BlockManager):
 
     def _release(self, sequence: Sequence, keep: bool) -> None:
         row = sequence.blocks[0] // self.row_blocks
-        self._running_blocks -= len(sequence.blocks)
         self._used[row] = 0
         if not keep:
             self._forget(row, 0)

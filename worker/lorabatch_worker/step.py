@@ -80,7 +80,8 @@ class Step:
     sample_index: Tensor
     step_map: StepMap
     rows: RowView | None = None
-    masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    memo: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    """Masks and indices that attention makes once a step, for all layers."""
 
     @property
     def tokens(self) -> int:
