@@ -29,6 +29,7 @@ from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_worker import attention, kv_cache, lora_layers, model_runner
 from lorabatch_worker.bundled import bundled_checkpoint
 from lorabatch_worker.linear import Dense
+from lorabatch_worker.threads import compute_with
 
 Sizes = tuple[int, int]
 """Tokens of a step, and how many of them are sampled."""
@@ -108,7 +109,7 @@ def products(ours: OurEngine, sizes: Sizes) -> float:
             inputs[dense.in_features] = x.to(ours.engine.base.dtype)
     sampled = torch.randn(1, max(sizes[1], 1), head.in_features).to(ours.engine.base.dtype)
     times = []
-    torch.set_num_threads(ours.engine.threads)
+    compute_with(ours.engine.threads)
     with torch.inference_mode():
         for _ in range(3):
             started = time.perf_counter()

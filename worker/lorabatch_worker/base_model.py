@@ -16,6 +16,7 @@ import torch
 from lorabatch.errors import SettingsError, UnsupportedModel
 from lorabatch.settings import Settings, is_path
 from lorabatch_worker.bundled import bundled_checkpoint, find_gguf
+from lorabatch_worker.threads import compute_with
 
 __all__ = ["BaseModel", "load_base_model"]
 
@@ -48,7 +49,7 @@ def load_base_model(settings: Settings) -> BaseModel:
     if device.type == "cpu":
         # One here; the engine's thread takes all. The OpenMP runtime lets its threads spin between
         # two layers, which are microseconds apart, only while there are no more of them than cores.
-        torch.set_num_threads(1)
+        compute_with(1)
     folder = locate(settings)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

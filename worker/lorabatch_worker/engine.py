@@ -35,6 +35,7 @@ from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.sampler import sample
 from lorabatch_worker.scheduler import Chunk, Scheduler
 from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.threads import compute_with
 
 __all__ = ["Engine", "build_engine"]
 
@@ -248,7 +249,7 @@ class Engine:
     # -- the step loop -------------------------------------------------------
 
     def _run(self) -> None:
-        torch.set_num_threads(self.threads)  # this thread's; see load_base_model
+        compute_with(self.threads)
         while True:
             self._take_arrivals()
             if self._stopping and (

@@ -12,10 +12,9 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.weights import FILES, Adapter, AdapterTarget, read_adapter
+from lorabatch_worker.threads import compute_with
 
 __all__ = ["AdapterStore"]
 
@@ -35,7 +34,7 @@ class AdapterStore:
         self._lock = threading.Lock()
         # One OpenMP thread each: more would take the engine's threads their cores.
         self._pool = ThreadPoolExecutor(
-            LOADERS, "adapter-load", initializer=torch.set_num_threads, initargs=(1,)
+            LOADERS, "adapter-load", initializer=compute_with, initargs=(1,)
         )
 
     def request(self, adapter_id: str) -> Future[Adapter]:

@@ -1,0 +1,65 @@
+"""Only the engine's thread computes with several threads, whoever loads what meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorabatch import Job
+from lorabatch_worker.threads import compute_with
+from tests.models import WAIT_S, Desk, engine_for
+
+
+def in_thread(call: Callable[[], None]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(WAIT_S)
+
+
+def test_a_thread_keeps_its_number_whatever_others_set() -> None:
+    counts: list[int] = []
+
+    def mine() -> None:
+        compute_with(3)
+        in_thread(lambda: compute_with(1))
+        counts.append(torch.get_num_threads())
+
+    in_thread(mine)
+    assert counts == [3]
+
+
+def test_the_engine_computes_with_its_threads_after_adapters_were_loaded(
+    tiny_folder: Path,
+    tiny_adapters: dict[str, Path],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapters = ",".join(f"{name}={path}" for name, path in tiny_adapters.items())
+    engine = engine_for(tiny_folder, home, adapters=adapters, threads=3)
+    counts: list[int] = []
+    step = engine._step
+
+    def watched(chunks: object) -> None:
+        counts.append(torch.get_num_threads())
+        step(chunks)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "_step", watched)
+    loads: list[int] = []
+    load = engine.store._load
+
+    def loading(adapter_id: str) -> object:
+        loads.append(torch.get_num_threads())
+        return load(adapter_id)
+
+    monkeypatch.setattr(engine.store, "_load", loading)
+    desk = Desk(engine)
+    sampling = {"max_new_tokens": 4}
+    jobs = [Job(prompt="The", adapter_id=n, sampling_params=sampling) for n in tiny_adapters]
+    assert {r.error for r in desk.run(*jobs).values()} == {None}
+    assert set(counts) == {3}
+    assert set(loads) == {1}
+    assert desk.engine.drain(WAIT_S) == []
