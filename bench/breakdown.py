@@ -76,7 +76,7 @@ def instrument(
     lora_layers.add_lora_group = clock.around("lora", lora_layers.add_lora_group)
     model_runner.build_step = clock.around("schedule", model_runner.build_step)
     kv_cache.KVCache.write = clock.around("attention", kv_cache.KVCache.write)  # type: ignore[method-assign]
-    for name in ("_decode_rows", "_decode", "_prefill"):
+    for name in ("attend_rows", "_decode", "_prefill"):
         setattr(attention, name, clock.around("attention", getattr(attention, name)))
     engine.scheduler.plan = clock.around("schedule", engine.scheduler.plan)  # type: ignore[method-assign]
     engine._sample = clock.around("sample", engine._sample)  # type: ignore[method-assign]

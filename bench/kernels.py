@@ -51,13 +51,21 @@ class Case:
         return tokens + [0] * self.prefill
 
 
+# The rivals' copies of `a`, in rank rows [slots, MAX_RANK, in], by site.
+ROWS: dict[int, Tensor] = {}
+
+
 def make_sites(case: Case) -> list[LoraSite]:
     sites = []
+    ROWS.clear()
     used = sorted(set(case.slots()))
     for inp, out in LAYERS * BLOCKS:
         site = LoraSite.allocate(SLOTS, MAX_RANK, inp, out, case.dtype, "cpu")
+        rows = ROWS[id(site)] = torch.zeros(SLOTS, MAX_RANK, inp, dtype=case.dtype)
         for slot in used:
-            site.load(slot, torch.randn(case.rank, inp), torch.randn(out, case.rank), 0.01)
+            a = torch.randn(case.rank, inp)
+            site.load(slot, a, torch.randn(out, case.rank), 0.01)
+            rows[slot, : case.rank].copy_(a)
         sites.append(site)
     return sites
 
@@ -65,12 +73,12 @@ def make_sites(case: Case) -> list[LoraSite]:
 def addmm_loop(y: Tensor, x: Tensor, site: LoraSite, indices: dict[int, Tensor]) -> None:
     for slot, tokens in indices.items():
         rank = site.ranks[slot]
-        v = torch.mm(x.index_select(0, tokens), site.a[slot, :rank].t())
+        v = torch.mm(x.index_select(0, tokens), ROWS[id(site)][slot, :rank].t())
         y.index_add_(0, tokens, torch.mm(v.mul_(site.scales[slot]), site.b[slot, :rank]))
 
 
 def masked_gemm(y: Tensor, x: Tensor, site: LoraSite, rows: Tensor, mask: Tensor) -> None:
-    a = site.a.view(-1, site.in_features).index_select(0, rows)
+    a = ROWS[id(site)].view(-1, site.in_features).index_select(0, rows)
     b = site.b.view(-1, site.out_features).index_select(0, rows)
     y.addmm_(torch.mm(x, a.t()).mul_(mask), b)
 

@@ -1,10 +1,15 @@
-"""LoRA kernels: many adapters in one batch, on a GPU (Triton) or a CPU (torch).
+"""LoRA kernels: many adapters in one batch, on a GPU (Triton) or a CPU (C).
 
 Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `add_lora` on each
 layer's output. Importing this package loads torch and never triton.
 """
 
-from lorabatch_kernels.bags import weighted_rows
+from lorabatch_kernels.attention_cpu import (
+    RowSpans,
+    attend_reference,
+    attend_rows,
+    can_attend,
+)
 from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
 from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
@@ -13,13 +18,16 @@ from lorabatch_kernels.tiles import buffer_ints, tile_bound
 __all__ = [
     "BASE_SLOT",
     "LoraSite",
+    "RowSpans",
     "SiteGroup",
     "StepMap",
     "add_lora",
     "add_lora_group",
     "add_lora_reference",
+    "attend_reference",
+    "attend_rows",
     "buffer_ints",
     "build_step_map",
+    "can_attend",
     "tile_bound",
-    "weighted_rows",
 ]

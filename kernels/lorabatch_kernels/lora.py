@@ -3,8 +3,7 @@
     y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t; nothing for slot -1
 
 Shapes and dtypes: y [tokens, out_features] and x [tokens, in_features] in one dtype (bf16, fp16 or
-fp32), columns next to each other, any row stride. On a GPU the site has that dtype too; on a CPU it
-may also be fp32. Sums are fp32.
+fp32) that the site has too, columns next to each other, any row stride. Sums are fp32.
 
 Raises ValueError, naming the value seen and the value wanted, for shapes, dtypes, devices and slots
 that do not fit together.
@@ -34,9 +33,9 @@ def add_lora_group(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, step_map: 
         return
     for y, site in zip(ys, group.sites, strict=True):
         _check(y, x, site, step_map)
-    if step_map.bags is not None:
-        add_lora_cpu(ys, x, group, step_map.bags)
-    elif step_map.tiles is not None:
+    if group.sites[0].paneled:
+        add_lora_cpu(ys, x, group, step_map.tiles)
+    else:
         from lorabatch_kernels.lora_triton import add_lora_triton  # a CPU process needs no triton
 
         for y, site in zip(ys, group.sites, strict=True):
@@ -48,9 +47,9 @@ def add_lora_reference(y: Tensor, x: Tensor, site: LoraSite, slots: Sequence[int
     total = y.to(torch.float32, copy=True)
     for token, slot in enumerate(slots):
         if slot >= 0 and site.ranks[slot] > 0:
-            rank = site.ranks[slot]
-            v = site.a[slot, :rank].float() @ x[token].float()
-            delta = v @ site.b[slot, :rank].float()
+            a, b = site.rows(slot)
+            v = a.float() @ x[token].float()
+            delta = v @ b.float()
             total[token] = total[token] + site.scales[slot] * delta
     return total
 
@@ -65,8 +64,7 @@ def _check(y: Tensor, x: Tensor, site: LoraSite, step_map: StepMap) -> None:
         raise ValueError(f"column strides are x {x.stride(1)}, y {y.stride(1)}, wanted 1")
     if y.dtype != x.dtype:
         raise ValueError(f"y is {y.dtype}, wanted that of x, {x.dtype}")
-    on_cpu = step_map.bags is not None
-    if site.dtype != x.dtype and not (on_cpu and site.dtype == torch.float32):
+    if site.dtype != x.dtype:
         raise ValueError(f"the site is {site.dtype}, wanted that of x, {x.dtype}")
     if not y.device.type == x.device.type == site.a.device.type == step_map.device.type:
         raise ValueError(

@@ -1,70 +1,66 @@
-"""LoRA on a CPU: two embedding bags for all short segments, two GEMMs for each long one.
+"""LoRA on a CPU: one call of the C kernel for all adapters of the sites that share an input.
 
     y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t
 
-No loop runs over the adapters of a decode step. Of `b` exactly the rank rows in use are read, of
-`a` their panels of 16: the cost follows the sum of the tokens' ranks. The sites of a group share
-their input, so that one bag makes v for all of them.
-Shapes: ys[i] [tokens, out_features of site i], x [tokens, in_features]; the sites may hold another
-dtype than they do (fp32 under a bf16 model). Sums are fp32, v and the term are rounded to the
-sites' dtype.
+The kernel (native/lora.c) takes tiles of up to 8 tokens of one slot. Of `b` exactly the rank rows
+in use are read, of `a` their panels of 16: the cost follows the sum of the tokens' ranks, whatever
+the number of adapters. A token's term does not depend on what else is in the step, not even in
+rounding. Where there is no C kernel, or for fp16, each adapter gets two products of its own.
+Shapes: ys[i] [tokens, out_features of site i], x [tokens, in_features], all in the sites' dtype.
+Sums are fp32; the term is rounded once, when it is added.
 
 Raises nothing of its own: lora.py has checked the shapes.
 Does not cover: gradients.
 
-Source: ours. Measured against a padded batch of bmm in docs/decisions/0007.
+Source: ours. Measured against a padded batch of bmm and embedding bags in docs/decisions/0008.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof
 
 import torch
 from torch import Tensor
 
-from lorabatch_kernels.bags import BagMap, BagPlan, Segment, weighted_rows
-from lorabatch_kernels.site import PANEL, LoraSite, SiteGroup
+from lorabatch_kernels import native
+from lorabatch_kernels.site import PANEL, SiteGroup
+from lorabatch_kernels.tiles import TileMap
 
 
-def add_lora_cpu(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, bags: BagMap) -> None:
+def add_lora_cpu(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
     """Add every token's LoRA term to `ys` in place, one y a site."""
-    if bags.short:
-        plan = bags.plan(group)
-        if plan is not None:
-            _add_short(ys, x, group, plan, bags.span)
-    for segment in bags.segments:
-        rows = None
+    library = native.library()
+    ranked = group.sites[0].max_rank <= native.MAX_PANELS * PANEL
+    if library is None or not native.supports(x.dtype) or not ranked:
+        _add_plain(ys, x, group, tiles)
+        return
+    outputs = (native.Output * len(ys))(*(native.Output(y.data_ptr(), y.stride(0)) for y in ys))
+    library.lorabatch_add_lora(
+        addressof(outputs),
+        x.data_ptr(),
+        x.stride(0),
+        group.in_features,
+        addressof(group.structs),
+        len(ys),
+        addressof(tiles.struct),
+        native.is_half(x.dtype),
+    )
+
+
+def _add_plain(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
+    order = tiles.order.long()
+    lengths: dict[int, list[int]] = {}
+    for slot, start, length in zip(
+        tiles.tile_slot.tolist(), tiles.tile_start.tolist(), tiles.tile_len.tolist(), strict=True
+    ):
+        first, count = lengths.setdefault(slot, [start, 0])
+        lengths[slot] = [first, count + length]
+    for slot, (start, count) in lengths.items():
+        tokens = order[start : start + count]
+        rows = x.index_select(0, tokens).float()
         for y, site in zip(ys, group.sites, strict=True):
-            if site.ranks[segment.slot]:
-                rows = x[segment.tokens].to(site.dtype) if rows is None else rows
-                _add_long(y, rows, site, segment)
-
-
-def _add_short(
-    ys: Sequence[Tensor], x: Tensor, group: SiteGroup, plan: BagPlan, span: slice | Tensor
-) -> None:
-    assert group.pool is not None
-    weights = x.index_select(0, plan.x_rows).to(group.dtype).flatten()
-    v = weighted_rows(group.pool.view(-1, PANEL), plan.a_index, plan.a_offsets, weights)
-    v = v.mul_(plan.scale).flatten()
-    for y, site, expand in zip(ys, group.sites, plan.expands, strict=True):
-        if expand is None:
-            continue
-        table = site.b.view(-1, site.out_features)
-        term = weighted_rows(table, expand.index, expand.offsets, v.index_select(0, expand.cells))
-        if isinstance(span, slice):
-            y[span].add_(term)
-        else:
-            y.index_add_(0, span, term.to(y.dtype))
-
-
-def _add_long(y: Tensor, rows: Tensor, site: LoraSite, segment: Segment) -> None:
-    slot = segment.slot
-    a, b = site.rows(slot)
-    v = torch.mm(rows, a.t()).mul_(site.scales[slot])
-    if isinstance(segment.tokens, Tensor):
-        y.index_add_(0, segment.tokens, torch.mm(v, b).to(y.dtype))
-    elif y.dtype == b.dtype:
-        y[segment.tokens].addmm_(v, b)
-    else:
-        y[segment.tokens].add_(torch.mm(v, b))
+            if site.ranks[slot]:
+                a, b = site.rows(slot)
+                term = torch.mm(torch.mm(rows, a.float().t()) * site.scales[slot], b.float())
+                y.index_copy_(0, tokens, (y.index_select(0, tokens).float() + term).to(y.dtype))

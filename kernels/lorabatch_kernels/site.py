@@ -1,13 +1,12 @@
 """A LoRA site: the device tensors of one linear layer that adapters may change.
 
-Shapes and dtypes: `a` [slots, max_rank, in_features] and `b` [slots, max_rank, out_features] in one
-floating dtype, both rank-major, so that the kernels see rank rows [slots * max_rank, features];
-tables `row0` and `rank` int32 [slots] and `scale` fp32 [slots]. Row `row0[s] + j` is rank row j of
-slot s. Rank 0: the adapter in that slot, if any, leaves this layer alone.
-
-On a CPU a site also holds `a` as panels of 16 rank rows, [panels, in_features, 16] a slot: there a
-sum over in_features reads memory in order, whatever the rank. Sites that read the same input form a
-`SiteGroup`, whose panels lie in one pool. That doubles the memory of `a`, not of `b`.
+Shapes and dtypes: `a` and `b` in one floating dtype; `b` [slots, max_rank, out_features]. On a GPU
+`a` is [slots, max_rank, in_features], so that the kernels see rank rows
+[slots * max_rank, features]. On a CPU it lies in panels of 16 rank rows, [slots, panels *
+in_features, 16]: there a sum over in_features reads memory in order, whatever the rank. Tables
+`row0` and `rank` int32 [slots] and `scale` fp32 [slots]: row `row0[s] + j` is rank row j of slot s.
+Rank 0: the adapter in that slot, if any, leaves this layer alone. Sites that read the same input
+form a `SiteGroup`.
 
 Two promises. Rows at or beyond a slot's rank hold zeros (`load` and `clear` wipe what a bigger
 adapter left behind). Loading and clearing change contents, never shapes or addresses, so captured
@@ -25,9 +24,12 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorabatch_kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PANEL = 16
@@ -52,7 +54,8 @@ class LoraSite:
     scale: Tensor
     ranks: list[int]
     scales: list[float]
-    panels: Tensor | None = None
+    in_features: int
+    paneled: bool
 
     @classmethod
     def allocate(
@@ -63,28 +66,29 @@ class LoraSite:
         out_features: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        pool: Tensor | None = None,
+        paneled: bool | None = None,
     ) -> LoraSite:
-        """An empty site: every slot has rank 0. `pool`: memory for its panels."""
+        """An empty site: every slot has rank 0. `paneled` None: on a CPU."""
         sizes = (slots, max_rank, in_features, out_features)
         if min(sizes) < 1:
             raise ValueError(f"(slots, max_rank, in, out) is {sizes}, wanted each 1 or more")
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}, wanted one of {DTYPES}")
         where = torch.device(device)
-        panels = None
-        if where.type == "cpu":
-            shape = (slots, -(-max_rank // PANEL), in_features, PANEL)
-            panels = lazy_zeros(shape, dtype, where) if pool is None else pool.view(shape)
+        paneled = where.type == "cpu" if paneled is None else paneled
+        shape = (slots, max_rank, in_features)
+        if paneled:
+            shape = (slots, -(-max_rank // PANEL) * in_features, PANEL)
         return cls(
-            a=lazy_zeros((slots, max_rank, in_features), dtype, where),
+            a=lazy_zeros(shape, dtype, where),
             b=lazy_zeros((slots, max_rank, out_features), dtype, where),
             row0=torch.arange(slots, dtype=torch.int32, device=where) * max_rank,
             rank=torch.zeros(slots, dtype=torch.int32, device=where),
             scale=torch.zeros(slots, dtype=torch.float32, device=where),
             ranks=[0] * slots,
             scales=[0.0] * slots,
-            panels=panels,
+            in_features=in_features,
+            paneled=paneled,
         )
 
     @property
@@ -93,11 +97,7 @@ class LoraSite:
 
     @property
     def max_rank(self) -> int:
-        return self.a.shape[1]
-
-    @property
-    def in_features(self) -> int:
-        return self.a.shape[2]
+        return self.b.shape[1]
 
     @property
     def out_features(self) -> int:
@@ -107,15 +107,23 @@ class LoraSite:
     def dtype(self) -> torch.dtype:
         return self.a.dtype
 
+    @property
+    def panels(self) -> int:
+        """Panels of one slot, where `a` lies in panels."""
+        return -(-self.max_rank // PANEL)
+
     def rows(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Views of a slot's `a` [rank, in_features] and `b` [rank, out_features]."""
+        """A slot's `a` [rank, in_features] and `b` [rank, out_features]; of panels a copy."""
         rank = self.ranks[slot]
-        return self.a[slot, :rank], self.b[slot, :rank]
+        if not self.paneled:
+            return self.a[slot, :rank], self.b[slot, :rank]
+        panels = self.a[slot].view(self.panels, self.in_features, PANEL)
+        return panels.transpose(1, 2).flatten(0, 1)[:rank], self.b[slot, :rank]
 
     @cached_property
     def alone(self) -> SiteGroup:
         """The group of this site by itself."""
-        return SiteGroup((self,), self.panels)
+        return SiteGroup((self,))
 
     def load(self, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
         """Put an adapter's `a` [rank, in_features] and `b` [out_features, rank] into `slot`."""
@@ -130,36 +138,44 @@ class LoraSite:
         if not math.isfinite(scale):
             raise ValueError(f"scale is {scale}, wanted a finite number")
         with torch.inference_mode():
-            self.a[slot, :rank].copy_(a)
             self.b[slot, :rank].copy_(b.t())
+            self._fill(slot, a)
         self._set(slot, rank, scale)
-        if self.panels is not None:
-            self._fill_panels(self.panels[slot], self.a[slot, :rank])
 
     def clear(self, slot: int) -> None:
         """Empty `slot`: its tokens get the base layer's output until the next `load`."""
         self._check_slot(slot)
         self._set(slot, 0, 0.0)
 
+    def _fill(self, slot: int, a: Tensor) -> None:
+        """Write all rows that `a` [rank, in_features] has a share in; of panels, whole ones."""
+        if not self.paneled:
+            self.a[slot, : a.shape[0]].copy_(a)
+            return
+        panels = self.a[slot].view(self.panels, self.in_features, PANEL)
+        for first in range(0, a.shape[0], PANEL):
+            rows = a[first : first + PANEL]
+            panels[first // PANEL, :, : rows.shape[0]].copy_(rows.t())
+
     def _set(self, slot: int, rank: int, scale: float) -> None:
         stale = self.ranks[slot]
         with torch.inference_mode():
             if stale > rank:
-                self.a[slot, rank:stale].zero_()
-                self.b[slot, rank:stale].zero_()
-                if self.panels is not None:
-                    self.panels[slot, : -(-stale // PANEL)].zero_()
+                self._wipe(slot, rank, stale)
             self.rank.select(0, slot).fill_(rank)
             self.scale.select(0, slot).fill_(scale)
         self.ranks[slot] = rank
         self.scales[slot] = scale
 
-    @staticmethod
-    def _fill_panels(panels: Tensor, a: Tensor) -> None:
-        with torch.inference_mode():
-            for number in range(-(-a.shape[0] // PANEL)):
-                rows = a[number * PANEL : (number + 1) * PANEL]
-                panels[number, :, : rows.shape[0]].copy_(rows.t())
+    def _wipe(self, slot: int, rank: int, stale: int) -> None:
+        """Zero rank rows [rank, stale)."""
+        self.b[slot, rank:stale].zero_()
+        if not self.paneled:
+            self.a[slot, rank:stale].zero_()
+            return
+        panels = self.a[slot].view(self.panels, self.in_features, PANEL)
+        for number in range(rank // PANEL, -(-stale // PANEL)):
+            panels[number, :, max(rank - number * PANEL, 0) :].zero_()
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.slots:
@@ -168,13 +184,9 @@ class LoraSite:
 
 @dataclass(frozen=True, eq=False)
 class SiteGroup:
-    """Sites of one input size that are always given the same input, such as q, k and v.
-
-    `pool` [sites, slots, panels, in_features, 16] holds all their panels on a CPU, else None.
-    """
+    """Sites of one input size that are always given the same input, such as q, k and v."""
 
     sites: tuple[LoraSite, ...]
-    pool: Tensor | None
 
     @classmethod
     def allocate(
@@ -187,18 +199,12 @@ class SiteGroup:
         device: torch.device | str,
     ) -> SiteGroup:
         """Empty sites, one for each of `out_features`."""
-        where = torch.device(device)
-        pool = None
-        if where.type == "cpu":
-            shape = (len(out_features), slots, -(-max_rank // PANEL), in_features, PANEL)
-            pool = lazy_zeros(shape, dtype, where)
-        sites = tuple(
-            LoraSite.allocate(
-                slots, max_rank, in_features, out, dtype, where, None if pool is None else pool[i]
+        return cls(
+            tuple(
+                LoraSite.allocate(slots, max_rank, in_features, out, dtype, device)
+                for out in out_features
             )
-            for i, out in enumerate(out_features)
         )
-        return cls(sites, pool)
 
     @property
     def in_features(self) -> int:
@@ -208,20 +214,17 @@ class SiteGroup:
     def dtype(self) -> torch.dtype:
         return self.sites[0].dtype
 
-    @property
-    def panels(self) -> int:
-        """Panels of one slot of one site."""
-        return -(-self.sites[0].max_rank // PANEL)
-
-    @property
-    def pool_rows(self) -> int:
-        """Panel rows in the pool."""
-        return len(self.sites) * self.sites[0].slots * self.panels * self.in_features
-
-    @property
-    def layout(self) -> tuple[object, ...]:
-        """Equal for groups whose pools are read at the same places with the same scales."""
-        parts: list[object] = [self.in_features]
-        for site in self.sites:
-            parts += (site.max_rank, tuple(site.ranks), tuple(site.scales))
-        return tuple(parts)
+    @cached_property
+    def structs(self) -> Any:
+        """The sites as the C kernel reads them; addresses stay, contents change."""
+        return (native.Site * len(self.sites))(
+            *(
+                native.Site(
+                    *(t.data_ptr() for t in (s.a, s.b, s.rank, s.scale)),
+                    s.panels,
+                    s.max_rank,
+                    s.out_features,
+                )
+                for s in self.sites
+            )
+        )

@@ -1,8 +1,8 @@
 """The step map: which tokens of a step's flat batch belong to which adapter slot.
 
 It is built once a step on the host and shared by all layers and all sites. `slots[t]` is the slot
-of token t, or -1 for the base model alone: such a token is in no tile, in no segment, and costs
-nothing. Slots may come in any order. On a GPU the map is a `TileMap`, on a CPU a `BagMap`.
+of token t, or -1 for the base model alone: such a token is in no tile and costs nothing. Slots may
+come in any order.
 
 For CUDA graphs pass `max_tiles` and a `buffer` of `buffer_ints(tokens, max_tiles)` int32 on the
 device: shapes and addresses then stay the same from step to step and only contents change. Capture
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabatch_kernels.bags import BagMap, build_bags
 from lorabatch_kernels.tiles import TileMap, build_tiles
 
 BASE_SLOT = -1
 TILE_SIZES = (16, 32, 64, 128)
+CPU_TILE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,7 @@ class StepMap:
     tokens: int
     device: torch.device
     active: tuple[int, ...]
-    tiles: TileMap | None
-    bags: BagMap | None
+    tiles: TileMap
 
 
 def group_tokens(slots: Sequence[int]) -> tuple[dict[int, list[int]], list[int]]:
@@ -60,15 +59,12 @@ def build_step_map(
     max_tiles: int | None = None,
     buffer: Tensor | None = None,
 ) -> StepMap:
-    """Map one step's tokens. `tile`, `max_tiles` and `buffer` only matter on a GPU."""
+    """Map one step's tokens. `tile`, `max_tiles` and `buffer` are for a GPU; a CPU's tile is 8."""
     if tile not in TILE_SIZES:
         raise ValueError(f"tile is {tile}, wanted one of {TILE_SIZES}")
     where = torch.device(device)
     groups, base = group_tokens(slots)
-    tiles: TileMap | None = None
-    bags: BagMap | None = None
     if where.type == "cpu":
-        bags = build_bags(groups)
-    else:
-        tiles = build_tiles(groups, base, where, tile=tile, max_tiles=max_tiles, buffer=buffer)
-    return StepMap(len(slots), where, tuple(groups), tiles, bags)
+        tile = CPU_TILE
+    tiles = build_tiles(groups, base, where, tile=tile, max_tiles=max_tiles, buffer=buffer)
+    return StepMap(len(slots), where, tuple(groups), tiles)

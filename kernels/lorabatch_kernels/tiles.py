@@ -1,4 +1,4 @@
-"""Tiles of tokens that share an adapter: the part of a step map that the Triton kernels read.
+"""Tiles of tokens that share an adapter: the part of a step map that the kernels read.
 
 Shapes and dtypes: all int32. `order` [tokens] lists token indices, tokens of one slot next to each
 other in batch order, base tokens last; `tile_slot`, `tile_start`, `tile_len` [tiles] say that tile
@@ -17,9 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lorabatch_kernels import native
 
 ALIGN_INTS = 4  # 16 bytes of int32
 
@@ -40,7 +44,7 @@ def buffer_ints(tokens: int, max_tiles: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class TileMap:
-    """Which tokens each program of the Triton kernels works on."""
+    """Which tokens each program of the kernels works on."""
 
     tile: int
     tokens: int
@@ -66,6 +70,12 @@ class TileMap:
     @property
     def tile_len(self) -> Tensor:
         return self._view(2)
+
+    @cached_property
+    def struct(self) -> Any:
+        """The map as the C kernel reads it."""
+        tables = (self.order, self.tile_slot, self.tile_start, self.tile_len)
+        return native.Tiles(*(table.data_ptr() for table in tables), self.tiles)
 
 
 def _cut(groups: Mapping[int, Sequence[int]], tile: int) -> tuple[list[int], list[list[int]]]:

@@ -73,7 +73,7 @@ def test_this_is_the_interpreter():
 @pytest.mark.parametrize("name", CASES)
 def test_shrink(name, split_k, dtype):
     shape = CASES[name]
-    site = poison_beyond_rank(shape.site(dtype))
+    site = poison_beyond_rank(shape.site(dtype, paneled=False))
     x, _ = shape.x_y(dtype)
     plan = replace(SMALL, split_k=split_k)
     planes = torch.full((split_k, len(shape.slots), shape.max_rank), NAN)
@@ -90,7 +90,7 @@ def test_shrink(name, split_k, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_expand(name, split_k, dtype):
     shape = CASES[name]
-    site = poison_beyond_rank(shape.site(dtype))
+    site = poison_beyond_rank(shape.site(dtype, paneled=False))
     _, y = shape.x_y(dtype)
     cells = written(shape)
     planes = torch.randn(split_k, *cells.shape, generator=torch.Generator().manual_seed(2))
@@ -113,7 +113,7 @@ def test_expand(name, split_k, dtype):
 def test_the_whole_with_its_own_plan(dtype, tile):
     shape = replace(MIXED, in_features=2100, slots=[*MIXED.slots, *[1] * 20])
     assert plan_for(shape.in_features, shape.max_rank, 16, dtype).split_k > 1
-    site = poison_beyond_rank(shape.site(dtype))
+    site = poison_beyond_rank(shape.site(dtype, paneled=False))
     x, y = shape.x_y(dtype)
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()
@@ -124,7 +124,7 @@ def test_the_whole_with_its_own_plan(dtype, tile):
 
 
 def test_one_buffer_serves_step_after_step():
-    site = MIXED.site(torch.float32)
+    site = MIXED.site(torch.float32, paneled=False)
     tokens, max_tiles = 6, 4
     buffer = torch.zeros(buffer_ints(tokens, max_tiles), dtype=torch.int32)
     for slots in ([0, 1, 2, 3, -1, -1], [2, 2, 2, 2, 2, -1], [-1] * 6):

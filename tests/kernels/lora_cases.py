@@ -47,9 +47,11 @@ class Shape:
     out_features: int = 50
     max_rank: int = 64
 
-    def site(self, dtype: torch.dtype, device: str = "cpu") -> LoraSite:
+    def site(
+        self, dtype: torch.dtype, device: str = "cpu", paneled: bool | None = None
+    ) -> LoraSite:
         sizes = (max(self.ranks) + 2, self.max_rank, self.in_features, self.out_features)
-        return fill(LoraSite.allocate(*sizes, dtype, device), self.ranks)
+        return fill(LoraSite.allocate(*sizes, dtype, device, paneled), self.ranks)
 
     def x_y(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(1)

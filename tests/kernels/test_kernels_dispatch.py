@@ -13,8 +13,6 @@ from lora_cases import Shape
 
 import lorabatch_kernels
 from lorabatch_kernels import LoraSite, add_lora, build_step_map
-from lorabatch_kernels.step_map import StepMap, group_tokens
-from lorabatch_kernels.tiles import build_tiles
 
 WITHOUT_TRITON = """
 import sys
@@ -51,7 +49,7 @@ def test_a_cpu_process_needs_no_triton():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_device_of_the_map_decides(monkeypatch):
+def test_the_layout_of_the_sites_decides(monkeypatch):
     calls = []
     monkeypatch.setattr(lorabatch_kernels.lora, "add_lora_cpu", lambda *args: calls.append("cpu"))
     fake = type(sys)("lorabatch_kernels.lora_triton")
@@ -59,12 +57,10 @@ def test_the_device_of_the_map_decides(monkeypatch):
     monkeypatch.setitem(sys.modules, "lorabatch_kernels.lora_triton", fake)
     shape = Shape([0, -1], {0: 4})
     x, y = shape.x_y(torch.float32)
-    site = shape.site(torch.float32)
-    on_cpu = build_step_map(shape.slots, "cpu")
-    add_lora(y, x, site, on_cpu)
-    tiles = build_tiles(*group_tokens(shape.slots), torch.device("cpu"), tile=16)
-    add_lora(y, x, site, StepMap(2, torch.device("cpu"), (0,), tiles, None))
-    add_lora(y, x, site, build_step_map([-1, -1], "cpu"))
+    step_map = build_step_map(shape.slots, "cpu")
+    add_lora(y, x, shape.site(torch.float32), step_map)
+    add_lora(y, x, shape.site(torch.float32, paneled=False), step_map)
+    add_lora(y, x, shape.site(torch.float32), build_step_map([-1, -1], "cpu"))
     assert calls == ["cpu", "triton"]
 
 

@@ -1,4 +1,4 @@
-"""LoRA on a CPU against the per-token reference, and against PEFT's own layer."""
+"""LoRA on a CPU, in C and without it, against the per-token reference and PEFT's own layer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lorabatch_kernels import (
     add_lora_group,
     add_lora_reference,
     build_step_map,
+    native,
 )
 
 RANKS = {0: 1, 1: 3, 2: 64, 3: 8, 5: 16}  # slot 4 is empty
@@ -29,16 +30,21 @@ CASES = {
     "wide batch": [slot for slot in (0, 1, 2, 3) for _ in range(20)],
     "wide scattered batch": [slot for slot in (1, 3, 5, 0) for _ in range(20)] + [-1],
 }
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float16),
-]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run(shape: Shape, dtype: torch.dtype, site_dtype: torch.dtype):
-    site = shape.site(site_dtype)
+@pytest.fixture(autouse=True, params=["C", "torch"])
+def which(request, monkeypatch):
+    """Every test runs with the C kernel, which must be there, and without it."""
+    if request.param == "C":
+        assert native.library() is not None, native.problem()
+    else:
+        monkeypatch.setattr(native, "library", lambda: None)
+    return request.param
+
+
+def run(shape: Shape, dtype: torch.dtype):
+    site = shape.site(dtype)
     x, y = shape.x_y(dtype)
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()
@@ -46,33 +52,52 @@ def run(shape: Shape, dtype: torch.dtype, site_dtype: torch.dtype):
     return y, ref, out
 
 
-@pytest.mark.parametrize(("dtype", "site_dtype"), DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_against_reference(name, dtype, site_dtype):
+def test_against_reference(name, dtype):
     shape = Shape(CASES[name], RANKS)
-    y, ref, out = run(shape, dtype, site_dtype)
+    y, ref, out = run(shape, dtype)
     assert_close("y", ref, out, TOLERANCE[dtype])
     assert_close("delta", ref - y.float(), out.float() - y.float(), 3 * TOLERANCE[dtype])
     base = rows_of_base(shape.slots)
     assert same_bits(out[base], y[base])
 
 
-@pytest.mark.parametrize("odd", [(1, 1), (7, 129), (576, 192), (193, 1)])
-def test_odd_sizes(odd):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("odd", [(1, 1), (7, 129), (576, 192), (193, 1), (257, 515)])
+def test_odd_sizes(odd, dtype):
     shape = Shape([0, 2, 1, -1, 2], RANKS, in_features=odd[0], out_features=odd[1])
-    _, ref, out = run(shape, torch.float32, torch.float32)
-    assert_close("y", ref, out, TOLERANCE[torch.float32])
+    _, ref, out = run(shape, dtype)
+    assert_close("y", ref, out, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_gets_the_same_bits_in_any_company(dtype, which):
+    if which == "torch":
+        return  # its products may round otherwise for another number of rows
+    slots = [0, 2, 1, -1, 2, 5] * 9
+    shape = Shape(slots, RANKS, 300, 270)
+    site = shape.site(dtype)
+    x, y = shape.x_y(dtype)
+    together = y.clone()
+    add_lora(together, x, site, build_step_map(slots, "cpu"))
+    for count in (1, 3, 8):
+        for first in range(0, len(slots) - count, 7):
+            own = slice(first, first + count)
+            few = y[own].clone()
+            add_lora(few, x[own], site, build_step_map(slots[own], "cpu"))
+            assert same_bits(few, together[own])
 
 
 def test_a_module_that_no_adapter_changes_leaves_y_alone():
     shape = Shape([4, 4, -1, 4] + [4] * 300, RANKS)
-    y, _, out = run(shape, torch.bfloat16, torch.bfloat16)
+    y, _, out = run(shape, torch.bfloat16)
     assert same_bits(out, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_of_base_tokens_is_unchanged_bit_for_bit(dtype):
-    y, _, out = run(Shape([-1] * 9, RANKS), dtype, dtype)
+    y, _, out = run(Shape([-1] * 9, RANKS), dtype)
     assert same_bits(out, y)
 
 
@@ -80,11 +105,11 @@ def test_a_batch_of_base_tokens_is_unchanged_bit_for_bit(dtype):
 def test_stale_rows_of_a_bigger_adapter_do_not_leak(slots):
     shape = Shape(slots, {0: 8, 1: 3, 2: 1, 3: 5})
     site = shape.site(torch.float32)
-    rows = {s: (site.a[s, :r].clone(), site.b[s, :r].T.clone()) for s, r in shape.ranks.items()}
+    rows = {s: [part.clone() for part in site.rows(s)] for s in shape.ranks}
     for slot, (a, b) in rows.items():
         nan = float("nan")
         site.load(slot, torch.full((64, 70), nan), torch.full((50, 64), nan), 1.0)
-        site.load(slot, a, b, 0.7)
+        site.load(slot, a, b.t(), 0.7)
     x, y = shape.x_y(torch.float32)
     ref = add_lora_reference(y, x, site, slots)
     add_lora(y, x, site, build_step_map(slots, "cpu"))
@@ -164,8 +189,9 @@ def test_agrees_with_peft_to_fp32_rounding():
     for slot, rank in shape.ranks.items():
         config = LoraConfig(r=rank, lora_alpha=rank)
         layer = Linear(base, adapter_name="it", config=config, r=rank, lora_alpha=rank)
-        layer.lora_A["it"].weight.data.copy_(site.a[slot, :rank])
-        layer.lora_B["it"].weight.data.copy_(site.b[slot, :rank].t())
+        a, b = site.rows(slot)
+        layer.lora_A["it"].weight.data.copy_(a)
+        layer.lora_B["it"].weight.data.copy_(b.t())
         layer.scaling["it"] = site.scales[slot]
         own = torch.tensor([other == slot for other in shape.slots])
         assert_close(f"y of slot {slot}", layer(x[own]).detach(), y[own], 1e-6)

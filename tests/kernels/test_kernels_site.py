@@ -10,17 +10,21 @@ from lora_cases import fill
 
 from lorabatch_kernels import LoraSite
 
-
-def small(dtype: torch.dtype = torch.float32) -> LoraSite:
-    return LoraSite.allocate(3, 8, 5, 7, dtype, "cpu")
+LAYOUTS = pytest.mark.parametrize("paneled", [True, False], ids=["panels", "rows"])
 
 
-def test_load_puts_rank_rows_and_tables():
-    site = small()
+def small(paneled: bool = True) -> LoraSite:
+    return LoraSite.allocate(3, 8, 5, 7, torch.float32, "cpu", paneled)
+
+
+@LAYOUTS
+def test_load_puts_rank_rows_and_tables(paneled):
+    site = small(paneled)
     a, b = torch.randn(3, 5), torch.randn(7, 3)
     site.load(1, a, b, 0.3)
-    assert torch.equal(site.a[1, :3], a)
-    assert torch.equal(site.b[1, :3], b.t())
+    rows = site.rows(1)
+    assert torch.equal(rows[0], a)
+    assert torch.equal(rows[1], b.t())
     assert site.rank.tolist() == site.ranks == [0, 3, 0]
     assert site.row0.tolist() == [0, 8, 16]
     assert site.scale.tolist() == pytest.approx([0.0, 0.3, 0.0])
@@ -28,35 +32,39 @@ def test_load_puts_rank_rows_and_tables():
     assert site.scale.dtype == torch.float32
 
 
-def test_a_smaller_adapter_wipes_what_a_bigger_one_left():
-    site = small()
+@LAYOUTS
+def test_a_smaller_adapter_wipes_what_a_bigger_one_left(paneled):
+    site = small(paneled)
     site.load(1, torch.full((8, 5), float("nan")), torch.full((7, 8), float("nan")), 1.0)
     site.load(1, torch.ones(2, 5), torch.ones(7, 2), 1.0)
-    assert site.a[1, :2].eq(1).all()
-    assert not site.a[1, 2:].any()
-    assert not site.b[1, 2:].any()
+    assert all(part.eq(1).all() for part in site.rows(1))
+    assert (site.a[1].sum(), site.b[1].sum()) == (10, 14)
 
 
-def test_panels_hold_the_same_rows():
+@pytest.mark.parametrize(("bigger", "smaller"), [(39, 17), (40, 16), (33, 1), (16, 15), (17, 33)])
+def test_panels_hold_rank_rows_by_column_and_nothing_stale(bigger, smaller):
     site = LoraSite.allocate(2, 40, 5, 7, torch.float32, "cpu")
-    fill(site, {0: 39, 1: 3})
-    fill(site, {0: 17}, seed=1)
-    assert site.panels.shape == (2, 3, 5, 16)
-    rows = site.panels.transpose(2, 3).reshape(2, 48, 5)
-    assert torch.equal(rows[:, :40], site.a)
-    assert not rows[:, 40:].any()
+    fill(site, {0: bigger, 1: 3})
+    a = torch.randn(smaller, 5)
+    site.load(0, a, torch.randn(7, smaller), 1.0)
+    assert site.a.shape == (2, 3 * 5, 16)
+    rows = site.a[0].view(3, 5, 16).transpose(1, 2).reshape(48, 5)
+    assert torch.equal(rows[:smaller], a)
+    assert not rows[smaller:].any()
     site.clear(0)
-    assert not site.panels[0].any()
+    assert not site.a[0].any()
+    assert site.a[1].any()
 
 
-def test_clear_wipes_everything():
-    site = fill(small(), {0: 8, 1: 3})
+@LAYOUTS
+def test_clear_wipes_everything(paneled):
+    site = fill(small(paneled), {0: 8, 1: 3})
     site.clear(0)
     assert not site.a[0].any()
     assert not site.b[0].any()
     assert site.rank.tolist() == site.ranks == [0, 3, 0]
     assert site.scale[0] == site.scales[0] == 0.0
-    assert site.a[1, :3].all()
+    assert site.rows(1)[0].all()
 
 
 def test_contents_change_but_addresses_do_not():
@@ -83,7 +91,7 @@ def test_allocation_takes_no_memory_until_written():
     site = LoraSite.allocate(64, 64, 65536, 64, torch.bfloat16, "cpu")  # 512 MiB of `a`
     pages = int(statm.read_text().split()[1]) - before
     assert pages < 4096, f"{pages} pages became resident"
-    assert not site.a[63, 63].any()
+    assert not site.a[63, 16 * 63].any()
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_cases import fill
 
-from lorabatch_kernels import SiteGroup, buffer_ints, build_step_map, tile_bound
-from lorabatch_kernels.bags import LONG_SEGMENT, Segment
-from lorabatch_kernels.site import PANEL
+from lorabatch_kernels import buffer_ints, build_step_map, tile_bound
 from lorabatch_kernels.step_map import group_tokens
 from lorabatch_kernels.tiles import TileMap, build_tiles
 
@@ -64,86 +59,11 @@ def test_tables_begin_at_multiples_of_16_bytes():
     assert tiles.tile_slot.tolist() == [0, 3]
 
 
-@settings(max_examples=80, deadline=None)
-@given(slots=BATCHES)
-def test_each_adapter_token_is_short_or_in_one_segment(slots):
-    bags = build_step_map(slots, "cpu").bags
-    token = torch.arange(len(slots))
-    apart = [(part.slot, token[part.tokens].tolist()) for part in bags.segments]
-    seen = [*bags.short, *((t, slot) for slot, tokens in apart for t in tokens)]
-    assert sorted(seen) == [(t, slot) for t, slot in enumerate(slots) if slot >= 0]
-    counts = Counter(slots)
-    assert all(counts[slot] < LONG_SEGMENT for _, slot in bags.short)
-    assert all(counts[part.slot] >= LONG_SEGMENT for part in bags.segments)
-
-
-@settings(max_examples=60, deadline=None)
-@given(slots=st.lists(st.integers(-1, 4), min_size=1, max_size=30))
-def test_a_plan_names_exactly_the_rows_of_each_short_token(slots):
-    bags = build_step_map(slots, "cpu").bags
-    if not bags.short:
-        return
-    ranks = [{0: 1, 1: 17, 3: 40}, {0: 16, 4: 3}]
-    group = SiteGroup.allocate(5, 40, 6, [7, 9], torch.float32, "cpu")
-    for site, loaded in zip(group.sites, ranks, strict=True):
-        fill(site, loaded)
-    plan = bags.plan(group)
-    cells = [
-        (token, number, slot, panel)
-        for number, site in enumerate(group.sites)
-        for token, slot in bags.short
-        for panel in range(-(-site.ranks[slot] // PANEL))
-    ]
-    if not cells:
-        assert plan is None
-        return
-    assert plan.x_rows.tolist() == [token for token, *_ in cells]
-    pool = torch.arange(group.pool_rows).view(2, 5, 3, 6)
-    wanted = [row for _, n, slot, panel in cells for row in pool[n, slot, panel].tolist()]
-    assert plan.a_index.tolist() == wanted
-    assert plan.a_offsets.tolist() == list(range(0, 6 * len(cells), 6))
-    for number, (site, expand) in enumerate(zip(group.sites, plan.expands, strict=True)):
-        if expand is None:
-            assert not any(site.ranks[slot] for _, slot in bags.short)
-            continue
-        span = bags.span
-        tokens = range(span.start, span.stop) if isinstance(span, slice) else span.tolist()
-        ends = [*expand.offsets.tolist()[1:], expand.index.numel()]
-        for token, start, end in zip(tokens, expand.offsets.tolist(), ends, strict=True):
-            slot = dict(bags.short).get(token, -1)
-            rank = site.ranks[slot] if slot >= 0 else 0
-            assert expand.index[start:end].tolist() == [slot * 40 + r for r in range(rank)]
-            first = cells.index((token, number, slot, 0)) * PANEL if rank else 0
-            assert expand.cells[start:end].tolist() == list(range(first, first + rank))
-
-
-def test_plans_are_shared_by_groups_of_the_same_layout_and_no_others():
-    bags = build_step_map([0, 1], "cpu").bags
-    one, same, other = (SiteGroup.allocate(2, 8, 6, [7], torch.float32, "cpu") for _ in range(3))
-    for group, rank in ((one, 3), (same, 3), (other, 4)):
-        fill(group.sites[0], {0: rank})
-    assert bags.plan(one) is bags.plan(same)
-    assert bags.plan(one) is not bags.plan(other)
-
-
-def test_a_prefill_chunk_is_apart_from_the_decode_tokens():
-    bags = build_step_map([*range(6, 37), *[5] * 256], "cpu").bags
-    assert bags.span == slice(0, 31)
-    assert [(part.slot, part.tokens) for part in bags.segments] == [(5, slice(31, 287))]
-
-
-def test_a_scattered_long_segment_is_held_as_indices():
-    slots = [0, 1] * 100
-    slots[10:14] = [2, 3, 4, 5]
-    (first, second) = build_step_map([*slots, 6, 7, 8, 9], "cpu").bags.segments
-    assert isinstance(first, Segment)
-    assert first.tokens.tolist() == [t for t, slot in enumerate(slots) if slot == 0]
-    assert second.tokens.tolist() == [t for t, slot in enumerate(slots) if slot == 1]
-
-
-def test_far_apart_short_tokens_get_no_bags_between_them():
-    bags = build_step_map([0, *[-1] * 50, 1], "cpu").bags
-    assert bags.span.tolist() == [0, 51]
+def test_a_map_for_a_cpu_has_tiles_of_8():
+    step_map = build_step_map([0] * 9 + [-1, 3], "cpu")
+    assert step_map.tiles.tile_slot.tolist() == [0, 0, 3]
+    assert step_map.tiles.tile_len.tolist() == [8, 1, 1]
+    assert step_map.active == (0, 3)
 
 
 def test_a_buffer_is_written_in_place():

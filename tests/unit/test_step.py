@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lorabatch import Job
+from lorabatch_kernels import native
 from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.sequence import Sequence
-from lorabatch_worker.step import StepContext, build_step, view_rows
+from lorabatch_worker.step import StepContext, build_step
 from tests.models import claim, generate, runner_of, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -39,11 +38,11 @@ def test_decode_and_prefill_in_one_flat_batch() -> None:
     assert step.decode_lengths.tolist() == [5, 1]
     assert step.decodes == 2
     assert step.fresh_blocks.tolist() == [2, 5, 1, 4]
-    assert [(s.start, s.end, s.past, s.length) for s in step.prefill] == [
+    assert [(s.start, s.end, s.past, s.length) for s in step.spans] == [
         (2, 5, 3, 6),
         (5, 7, 0, 2),
     ]
-    assert [s.blocks.tolist() for s in step.prefill] == [[3, 1], [4]]
+    assert [s.blocks.tolist() for s in step.spans] == [[3, 1], [4]]
     assert step.sample_index.tolist() == [0, 1, 6]
     assert step.step_map.active == (0, 1)
 
@@ -73,43 +72,13 @@ def test_blocks_of_a_job_that_made_nan_are_clean_for_the_next(rows: bool) -> Non
     torch.testing.assert_close(generate(runner, [[5, 6, 7]], [-1], 6, 9), clean)
 
 
-@given(
-    rows=st.lists(st.integers(0, 40), min_size=1, max_size=20, unique=True).map(sorted),
-    data=st.data(),
-)
-def test_each_decode_token_is_read_with_its_rows_or_apart(
-    rows: list[int], data: st.DataObject
+@pytest.mark.parametrize("compiled", [True, False], ids=["C", "torch"])
+def test_attention_over_rows_equals_attention_over_pages(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = [data.draw(st.sampled_from([1, 7, 60, 2000])) for _ in rows]
-    view = view_rows(rows, lengths)
-    assert view is not None
-    tokens = list(range(len(rows))) if view.tokens is None else view.tokens.tolist()
-    place = list(range(len(rows))) if view.place is None else view.place.tolist()
-    pairs = zip(tokens, place, strict=True)
-    together = [(t, view.first + p, view.lengths[p].item()) for t, p in pairs]
-    assert sorted([*together, *view.apart]) == [
-        (i, row, length) for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
-    ]
-    assert all(length <= view.width for _, _, length in together)
-    others = set(range(view.count)) - set(place)
-    assert all(view.lengths[p] == view.width for p in others)
-
-
-def test_one_long_sequence_does_not_widen_the_short_ones() -> None:
-    view = view_rows(list(range(8)), [50] * 7 + [4000])
-    assert view is not None
-    assert (view.count, view.width, view.apart) == (7, 50, ((7, 7, 4000),))
-    assert view_rows([], []) is None
-
-
-def test_rows_far_from_each_other_are_read_apart() -> None:
-    view = view_rows([0, 30], [50, 50])
-    assert view is not None
-    assert (view.count, view.apart) == (0, ((0, 0, 50), (1, 30, 50)))
-
-
-def test_attention_over_rows_equals_attention_over_pages() -> None:
     """Sequences of very different lengths, some of them ended, decode in a batch."""
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     prompts = [[i + 3] * n for i, n in enumerate((5, 9, 200, 3, 8, 20))]
     found = []
     for rows in (True, False):
@@ -118,12 +87,18 @@ def test_attention_over_rows_equals_attention_over_pages() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
 
 
-def test_an_infinite_key_that_another_job_left_in_a_row_is_not_seen() -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["C", "torch"])
+def test_what_other_jobs_left_in_a_row_is_not_seen(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     runner = runner_of(tiny_model(tiny_config("llama")), rows=True)
     prompts = [[5, 6, 7], [8] * 20, [9]]
     clean = generate(runner, prompts, [-1] * 3, 5, 9)
     runner.blocks.take_changes()
     with torch.inference_mode():
-        for keys, _ in runner.cache._pools.values():
-            keys.blocks.fill_(float("nan"))
+        for pools in runner.cache._pools.values():
+            for pool in pools:
+                pool.blocks.fill_(float("nan"))
     torch.testing.assert_close(generate(runner, prompts, [-1] * 3, 5, 9), clean)

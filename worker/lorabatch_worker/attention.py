@@ -2,10 +2,10 @@
 interface.
 
 One function serves decode tokens and prefill chunks of the same flat batch: it writes the new
-keys and values into the layer's pools, then decode tokens attend as one padded batch and each
-prefill chunk by itself. In a CPU's rows decode reads views; elsewhere blocks are gathered. Softmax
-in float32. Handles grouped queries, sliding windows, logit softcap and sinks; not covered: ALiBi
-and other additive biases, cross attention.
+keys and values into the layer's pools, then decode tokens attend as one padded batch of gathered
+blocks and each prefill chunk by itself. In a CPU's rows one kernel does it all, where it can.
+Softmax in float32. Handles grouped queries, sliding windows, logit softcap and sinks; not covered:
+ALiBi and other additive biases, cross attention.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lorabatch_kernels import weighted_rows
+from lorabatch_kernels import attend_rows, can_attend
 from lorabatch_worker.kv_cache import KVCache
-from lorabatch_worker.step import PrefillSpan, RowView, Step
+from lorabatch_worker.step import Span, Step
 
 __all__ = ["IMPLEMENTATION", "register"]
 
@@ -64,21 +64,23 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
         window = _window(module, layer) if sliding_window is None else sliding_window
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         kind = _Kind(scale, window, softcap, s_aux)
-        keys, values = cache.write(layer, key[0], value[0], step)
+        q, new = query[0], (key[0], value[0])
+        pools = cache.pools(layer, *new)
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        if cache.row_blocks and can_attend(q, key.shape[1], value.shape[-1]):
+            keys, values = (pool.tokens for pool in pools)
+            where = (step.kv_index, step.row_spans)
+            attend_rows(out, q, *new, keys, values, *where, scale, window, softcap, s_aux)
+            return out[None], None
+        cache.write(pools, *new, step)
         if step.decodes:
-            q = query[0, :, : step.decodes]
-            if step.rows is not None:
-                _decode_rows(out, q, keys, values, step, step.rows, kind, cache.row_blocks)
-            else:
-                hidden = _hidden_in_blocks(step, cache.block_size, window)
-                k, v = keys.of_decodes(step), values.of_decodes(step)
-                out[: step.decodes] = _decode(q, k, v, hidden, kind)
-        for span in step.prefill:
-            q = query[0, :, span.start : span.end]
-            causal = _prefill_mask(step, span, window)
-            k, v = keys.of_span(span), values.of_span(span)
-            out[span.start : span.end] = _prefill(q, k, v, causal, kind)
+            hidden = _hidden(step, cache.block_size, window)
+            k, v = (pool.of_decodes(step) for pool in pools)
+            out[: step.decodes] = _decode(q[:, : step.decodes], k, v, hidden, kind)
+        for span in step.spans:
+            causal = _mask(step, span, window)
+            k, v = (pool.of_span(span) for pool in pools)
+            out[span.start : span.end] = _prefill(q[:, span.start : span.end], k, v, causal, kind)
         return out[None], None
 
     AttentionInterface.register(name, attention)
@@ -91,64 +93,6 @@ def _window(module: nn.Module, layer: int) -> int | None:
     if kinds is None or kinds[layer] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
-
-
-def _decode_rows(
-    out: Tensor,
-    query: Tensor,
-    keys: Any,
-    values: Any,
-    step: Step,
-    view: RowView,
-    kind: _Kind,
-    row_blocks: int,
-) -> None:
-    """query [Hq, n, D]: writes out[:n] [n, Hq, Dv].
-
-    Scores come from one product over the rows as they lie; the sum over values is an embedding
-    bag, because a product with the few weights of one group of heads is slow.
-    """
-    heads, count, width = query.shape
-    groups = keys.blocks.shape[0]
-    q = (query * kind.scale).view(groups, heads // groups, count, width).transpose(1, 2)
-    if view.count:
-        asked = q
-        if view.place is not None:
-            asked = q.new_zeros(groups, view.count, heads // groups, width)
-            asked[:, view.place] = q[:, view.tokens]
-        scores = torch.matmul(asked, keys.of_rows(view, row_blocks).transpose(2, 3))
-        hidden = _hidden_in_rows(step, view, kind.window)
-        p = _softmax(scores, hidden, kind.softcap, _sinks(kind, groups))
-        index, offsets = _value_rows(step, view, values, heads // groups, row_blocks)
-        table = values.blocks.view(-1, values.blocks.shape[-1])
-        got = weighted_rows(table, index, offsets, p.flatten())
-        got = got.view(groups, view.count, heads // groups, -1).transpose(0, 1)
-        if view.place is None:
-            out[:count] = got.reshape(count, heads, -1)
-        else:
-            out[view.tokens] = got[view.place].reshape(len(view.place), heads, -1)
-    for token, row, length in view.apart:
-        start = 0 if kind.window is None else max(0, length - kind.window)
-        k, v = (pool.of_row(row, row_blocks, start, length) for pool in (keys, values))
-        whole = torch.zeros(1, 1, length - start, dtype=torch.bool)
-        out[token] = _decode(query[:, token : token + 1], k[:, None], v[:, None], whole, kind)[0]
-
-
-def _value_rows(
-    step: Step, view: RowView, values: Any, group: int, row_blocks: int
-) -> tuple[Tensor, Tensor]:
-    """Which rows of a layer's value table each bag sums: bags in the order [Hkv, rows, group]."""
-    heads, blocks, size, _ = values.blocks.shape
-    key = (f"values {heads} {group}", view.width)
-    if key not in step.memo:
-        dtype = torch.int32 if heads * blocks * size < 2**31 else torch.int64
-        row = torch.arange(view.first, view.first + view.count)[:, None, None] * row_blocks * size
-        head = torch.arange(heads)[:, None, None, None] * blocks * size
-        index = (head + row + torch.arange(view.width)).to(dtype)
-        index = step.memo[key] = index.expand(-1, -1, group, -1).flatten()
-        bags = torch.arange(0, index.numel(), view.width, dtype=dtype)
-        step.memo["bags of " + key[0], view.width] = bags
-    return step.memo[key], step.memo["bags of " + key[0], view.width]
 
 
 def _decode(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, kind: _Kind) -> Tensor:
@@ -203,43 +147,30 @@ def _softmax(scores: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor
     return wide.softmax(dim=-1).to(scores.dtype)
 
 
-def _hidden_in_blocks(step: Step, block_size: int, window: int | None) -> Tensor:
+def _hidden(step: Step, block_size: int, window: int | None) -> Tensor:
     """[B, 1, S]: which of a row's gathered positions are not its own, or out of the window."""
     key = ("decode", window)
-    if key not in step.memo:
+    if key not in step.masks:
         length = step.decode_lengths[:, None]
         position = torch.arange(step.decode_blocks.shape[1] * block_size, device=length.device)
         mask = position < length
         if window is not None:
             mask = mask & (position >= length - window)
-        step.memo[key] = ~mask[:, None]
-    return step.memo[key]
+        step.masks[key] = ~mask[:, None]
+    return step.masks[key]
 
 
-def _hidden_in_rows(step: Step, view: RowView, window: int | None) -> Tensor:
-    """[rows, 1, width]: which positions are not a row's own, or out of the window."""
-    key = ("rows", window)
-    if key not in step.memo:
-        length = view.lengths[:, None]
-        position = torch.arange(view.width)
-        own = position < length
-        if window is not None:
-            own = own & (position >= length - window)
-        step.memo[key] = ~own[:, None]
-    return step.memo[key]
-
-
-def _prefill_mask(step: Step, span: PrefillSpan, window: int | None) -> Tensor | None:
+def _mask(step: Step, span: Span, window: int | None) -> Tensor | None:
     """[n, S], or None where plain causal attention says the same."""
     if span.past == 0 and (window is None or window >= span.length):
         return None
     key = (f"prefill {span.start}", window)
-    if key not in step.memo:
+    if key not in step.masks:
         device = step.input_ids.device
         row = torch.arange(span.past, span.length, device=device)[:, None]
         column = torch.arange(span.length, device=device)
         mask = column <= row
         if window is not None:
             mask = mask & (column > row - window)
-        step.memo[key] = mask
-    return step.memo[key]
+        step.masks[key] = mask
+    return step.masks[key]

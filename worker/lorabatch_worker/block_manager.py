@@ -25,10 +25,10 @@ __all__ = ["BlockManager", "Change", "PagedBlocks"]
 
 @dataclass(frozen=True)
 class Change:
-    """To a CPU's cache rows. copy: blocks [first, last) of `row` come from `source`; wipe: they
-    become zeros; free: they give their memory back and become zeros."""
+    """To a CPU's cache rows. copy: blocks [first, last) of `row` come from `source`; free: they give
+    their memory back."""
 
-    kind: Literal["copy", "wipe", "free"]
+    kind: Literal["copy", "free"]
     row: int
     first: int
     last: int

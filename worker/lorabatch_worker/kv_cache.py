@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorabatch_worker.block_manager import Change
-from lorabatch_worker.step import PrefillSpan, RowView, Step, StepContext
+from lorabatch_worker.step import Span, Step, StepContext
 
 __all__ = ["KVCache"]
 
@@ -34,20 +34,23 @@ class KVCache:
         self.row_blocks = row_blocks
         self.context = context
         self.calls = 0
-        self._pools: dict[int, tuple[_Pool, _Pool]] = {}
+        self._pools: dict[int, tuple[Pool, Pool]] = {}
 
-    def write(self, layer: int, key: Tensor, value: Tensor, step: Step) -> tuple[_Pool, _Pool]:
-        """Store the step's key and value [Hkv, T, D]: the layer's pools."""
+    def pools(self, layer: int, key: Tensor, value: Tensor) -> tuple[Pool, Pool]:
+        """The layer's pools, for keys and values [Hkv, T, D] like these."""
         pools = self._pools.get(layer)
         if pools is None:
             pools = self._pools[layer] = (self._pool(key), self._pool(value))
+        return pools
+
+    def write(self, pools: tuple[Pool, Pool], key: Tensor, value: Tensor, step: Step) -> None:
+        """Store the step's key and value [Hkv, T, D]."""
         if not self.row_blocks:
             # Decode reads whole blocks. What is past a sequence's end has weight 0, but 0 * NaN is
             # NaN: what a broken adapter's job left behind must not reach the block's next owner.
             pools[1].blocks.index_fill_(1, step.fresh_blocks, 0.0)
         for pool, new in zip(pools, (key, value), strict=True):
             pool.tokens.index_copy_(1, step.kv_index, new)
-        return pools
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Carry out what the rows' manager noted, in order."""
@@ -59,8 +62,6 @@ class KVCache:
                     source = change.source * self.row_blocks + change.first
                     count = last - first
                     pool.blocks[:, first:last].copy_(pool.blocks[:, source : source + count])
-                elif change.kind == "wipe":
-                    pool.blocks[:, first:last].zero_()
                 else:
                     pool.free(first, last)
 
@@ -70,12 +71,12 @@ class KVCache:
         pools = [pool for pair in self._pools.values() for pool in pair]
         return sum(p.tokens.shape[0] * p.tokens.shape[2] * p.tokens.element_size() for p in pools)
 
-    def _pool(self, like: Tensor) -> _Pool:
+    def _pool(self, like: Tensor) -> Pool:
         heads, _, width = like.shape
-        return _Pool((heads, self.num_blocks, self.block_size, width), like)
+        return Pool((heads, self.num_blocks, self.block_size, width), like)
 
 
-class _Pool:
+class Pool:
     """One layer's keys, or its values."""
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
@@ -89,11 +90,10 @@ class _Pool:
             self.blocks = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.tokens = self.blocks.view(heads, -1, width)
 
-    def of_span(self, span: PrefillSpan) -> Tensor:
+    def of_span(self, span: Span) -> Tensor:
         """[Hkv, length, D] of one sequence; a view where its blocks lie side by side."""
-        if span.first_block is not None:
-            start = span.first_block * self.blocks.shape[2]
-            return self.tokens[:, start : start + span.length]
+        if span.blocks is None:
+            return self.tokens[:, span.first : span.first + span.length]
         return self.blocks.index_select(1, span.blocks).flatten(1, 2)[:, : span.length]
 
     def of_decodes(self, step: Step) -> Tensor:
@@ -102,21 +102,9 @@ class _Pool:
         gathered = self.blocks.index_select(1, step.decode_blocks.flatten())
         return gathered.view(heads, step.decodes, -1, width)
 
-    def of_rows(self, view: RowView, row_blocks: int) -> Tensor:
-        """[Hkv, rows, width, D], a view."""
-        heads, _, _, width = self.blocks.shape
-        rows = self.tokens.view(heads, -1, row_blocks * self.blocks.shape[2], width)
-        return rows[:, view.first : view.first + view.count, : view.width]
-
-    def of_row(self, row: int, row_blocks: int, start: int, end: int) -> Tensor:
-        """[Hkv, end - start, D] of one row, a view."""
-        first = row * row_blocks * self.blocks.shape[2]
-        return self.tokens[:, first + start : first + end]
-
     def free(self, first: int, last: int) -> None:
-        """Blocks [first, last) give their memory back; where that can't be done they are wiped."""
+        """Blocks [first, last) give their memory back, where that can be done."""
         if self._pages is None:
-            self.blocks[:, first:last].zero_()
             return
         heads, blocks, size, width = self.blocks.shape
         block_bytes = size * width * self.blocks.element_size()

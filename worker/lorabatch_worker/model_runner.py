@@ -74,7 +74,7 @@ class ModelRunner:
     def forward(self, chunks: list[Chunk]) -> Tensor:
         """Compute a plan's chunks: logits [n, vocabulary] of the n chunks that sample."""
         self.cache.apply(self.blocks.take_changes())
-        step = build_step(chunks, self.blocks.block_size, self.device, self.cache.row_blocks)
+        step = build_step(chunks, self.blocks.block_size, self.device, self.cache.row_blocks > 0)
         self.context.enter(step)
         keep: dict[str, Any] = {"logits_to_keep": step.sample_index} if self._keeps_logits else {}
         try:

@@ -91,7 +91,6 @@ class RowBlocks(BlockManager):
         self._used[row] = 0
         if not keep:
             self._forget(row, 0)
-            self._changes.append(Change("wipe", row, 0, len(sequence.blocks)))
         self._idle[row] = None
         if not self._texts[row]:
             self._idle.move_to_end(row, last=False)

@@ -1,8 +1,9 @@
 """One step's micro-batch as tensors: a flat list of tokens and where their KV lies.
 
-Decode tokens come first, prefill chunks after them. `Step` is built once a step on the host
-and read by the attention function and the LoRA layers through `StepContext`, because
-transformers' linear layers get nothing but their input. Index tensors are int64.
+Decode tokens come first, prefill chunks after them; where the cache has rows (a CPU), both are
+spans. `Step` is built once a step on the host and read by the attention function and the LoRA
+layers through `StepContext`, because transformers' linear layers get nothing but their input. Index
+tensors are int64.
 """
 
 from __future__ import annotations
@@ -13,28 +14,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import StepMap, build_step_map
+from lorabatch_kernels import RowSpans, StepMap, build_step_map
 from lorabatch_worker.scheduler import Chunk
 
-__all__ = ["PrefillSpan", "Step", "StepContext", "build_step"]
-
-
-# What it costs to read any row by itself, and each one, in cached tokens read (about 0.15 us each
-# with 3 key-value heads of 64 in fp32).
-SCATTER_TOKENS = 700
-APART_TOKENS = 150
+__all__ = ["Span", "Step", "StepContext", "build_step"]
 
 
 @dataclass(frozen=True)
-class PrefillSpan:
-    """Tokens [start, end) of the flat batch: positions [past, past + end - start) of a sequence."""
+class Span:
+    """Tokens [start, end) of the flat batch: positions [past, past + end - start) of a sequence.
+
+    Their keys lie in `blocks` [blocks], or side by side from position `first` of the pools on.
+    """
 
     start: int
     end: int
     past: int
-    blocks: Tensor
-    first_block: int | None = None
-    """Where the blocks lie side by side."""
+    blocks: Tensor | None = None
+    first: int = 0
 
     @property
     def length(self) -> int:
@@ -43,26 +40,8 @@ class PrefillSpan:
 
 
 @dataclass(frozen=True)
-class RowView:
-    """Decode tokens whose cache rows are read as one tensor [rows, width], without a copy.
-
-    `place` int64 [n]: the row, counted from `first`, of each token of `tokens` [n]; both None where
-    token i is in row `first` + i. `lengths` [rows]: positions that are a row's own (all of a row
-    that no token is in). `apart`: (token, row, length) of the few that are much longer.
-    """
-
-    first: int
-    count: int
-    width: int
-    lengths: Tensor
-    tokens: Tensor | None
-    place: Tensor | None
-    apart: tuple[tuple[int, int, int], ...]
-
-
-@dataclass(frozen=True)
 class Step:
-    """Tensors of one micro-batch of T tokens, D of them decode tokens.
+    """Tensors of one micro-batch of T tokens, D of them decode tokens that are read in blocks.
 
     input_ids, position_ids, kv_index [T]: kv_index is block * block_size + offset.
     decode_blocks [D, blocks of the longest], padded with block 0; decode_lengths [D].
@@ -76,12 +55,11 @@ class Step:
     decode_blocks: Tensor
     decode_lengths: Tensor
     fresh_blocks: Tensor
-    prefill: tuple[PrefillSpan, ...]
+    spans: tuple[Span, ...]
     sample_index: Tensor
     step_map: StepMap
-    rows: RowView | None = None
-    memo: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
-    """Masks and indices that attention makes once a step, for all layers."""
+    masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    """Made once a step, for all layers."""
 
     @property
     def tokens(self) -> int:
@@ -90,6 +68,11 @@ class Step:
     @cached_property
     def decodes(self) -> int:
         return self.decode_lengths.shape[0]
+
+    @cached_property
+    def row_spans(self) -> RowSpans:
+        """The spans of a cache that has rows."""
+        return RowSpans.of([(s.start, s.end - s.start, s.past, s.first) for s in self.spans])
 
 
 class StepContext:
@@ -108,10 +91,10 @@ class StepContext:
 
 
 def build_step(
-    chunks: list[Chunk], block_size: int, device: torch.device, row_blocks: int = 0
+    chunks: list[Chunk], block_size: int, device: torch.device, rows: bool = False
 ) -> Step:
-    """Lay out a plan's chunks, decode chunks first, as tensors on the device. `row_blocks`: how
-    many blocks a cache row has, 0 where the cache has no rows."""
+    """Lay out a plan's chunks, decode chunks first, as tensors on the device. `rows`: whether each
+    sequence's blocks lie side by side."""
     ids: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
@@ -120,7 +103,7 @@ def build_step(
     tables: list[list[int]] = []
     lengths: list[int] = []
     fresh: list[int] = []
-    spans: list[PrefillSpan] = []
+    spans: list[Span] = []
     for chunk in chunks:
         sequence, start = chunk.sequence, len(ids)
         ids += sequence.tokens(chunk.start, chunk.end)
@@ -131,14 +114,16 @@ def build_step(
         ]
         slots += [sequence.slot] * (chunk.end - chunk.start)
         used = sequence.blocks[: -(-chunk.end // block_size)]
-        fresh += used[-(-chunk.start // block_size) :]
-        if chunk.end - chunk.start == 1 and not spans:
-            tables.append(used)
-            lengths.append(chunk.end)
+        if rows:
+            spans.append(Span(start, len(ids), chunk.start, first=used[0] * block_size))
         else:
-            blocks = torch.tensor(used, device=device)
-            in_row = used[0] if row_blocks else None
-            spans.append(PrefillSpan(start, len(ids), chunk.start, blocks, in_row))
+            fresh += used[-(-chunk.start // block_size) :]
+            if chunk.end - chunk.start == 1 and not spans:
+                tables.append(used)
+                lengths.append(chunk.end)
+            else:
+                blocks = torch.tensor(used, device=device)
+                spans.append(Span(start, len(ids), chunk.start, blocks))
         if chunk.samples:
             samples.append(len(ids) - 1)
     widest = max((len(t) for t in tables), default=0)
@@ -154,47 +139,7 @@ def build_step(
         decode_blocks=tensor(padded),
         decode_lengths=tensor(lengths),
         fresh_blocks=tensor(fresh),
-        prefill=tuple(spans),
+        spans=tuple(spans),
         sample_index=tensor(samples),
         step_map=build_step_map(slots, device),
-        rows=view_rows([t[0] // row_blocks for t in tables], lengths) if row_blocks else None,
     )
-
-
-def view_rows(rows: list[int], lengths: list[int]) -> RowView | None:
-    """How decode tokens of these cache rows and lengths are read; None without any."""
-    if not rows:
-        return None
-    width = _shared_width(lengths)
-    if max(rows) - min(rows) >= 2 * len(rows):
-        width = 0  # mostly rows that no token is in
-    together = [i for i, length in enumerate(lengths) if length <= width]
-    apart = [(i, rows[i], lengths[i]) for i in range(len(rows)) if lengths[i] > width]
-    first = min((rows[i] for i in together), default=0)
-    count = max((rows[i] + 1 for i in together), default=0) - first
-    own = [width] * count
-    for i in together:
-        own[rows[i] - first] = lengths[i]
-    place = [rows[i] - first for i in together]
-    in_order = place == together == list(range(len(rows))) == list(range(count))
-    return RowView(
-        first=first,
-        count=count,
-        width=width,
-        lengths=torch.tensor(own, dtype=torch.int64),
-        tokens=None if in_order else torch.tensor(together, dtype=torch.int64),
-        place=None if in_order else torch.tensor(place, dtype=torch.int64),
-        apart=tuple(apart),
-    )
-
-
-def _shared_width(lengths: list[int]) -> int:
-    """The width at which reading rows together, padded, and the longer ones apart costs least."""
-    apart = sum(lengths) + APART_TOKENS * len(lengths)
-    best, best_cost = 0, SCATTER_TOKENS + apart
-    for count, width in enumerate(sorted(lengths), start=1):
-        apart -= width + APART_TOKENS
-        cost = count * width + apart + (SCATTER_TOKENS if apart else 0)
-        if cost <= best_cost:
-            best, best_cost = width, cost
-    return best

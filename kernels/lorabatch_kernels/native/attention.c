@@ -1,0 +1,226 @@
+/* Attention of one layer's new tokens over cached keys and values, which it stores first.
+
+   A span is a run of new tokens of one sequence: one token (decode) or a chunk of a prompt. Its keys
+   lie side by side in the pool, [kv head][position][width], from `first` on; token i of the span is
+   at position `past` + i and sees positions up to its own, the last `window` of them if window > 0.
+   Softmax runs over chunks of keys in fp32, with the running maximum and sum of each row. Only a
+   sequence's own positions are read, so nothing that others left in memory can reach it.
+
+   Widths of keys and values are multiples of 16, at most MAX_WIDTH (checked by the caller). */
+#include "vec.h"
+
+#define MAX_WIDTH 256
+#define KEYS 64      /* keys of a chunk */
+#define ROWS 6       /* rows of queries multiplied at once */
+#define MOST_ROWS 96 /* rows of a work item */
+
+typedef struct {
+    const int64_t *start, *count, *past, *first; /* of each span; `start` among the new tokens */
+    long spans;
+} Spans;
+
+typedef struct {
+    const void *data;
+    long head, token; /* strides */
+} View;
+
+typedef struct {
+    View query, key, value;      /* of the new tokens: [head][token][width] */
+    void *keys, *values;         /* pools: [kv head][position][width] */
+    const int64_t *index;        /* [tokens]: where in the pools each new token goes */
+    void *out;                   /* [token][head][value_width] */
+    const void *sinks;           /* [head] or NULL: a logit with no value */
+    long tokens, heads, kv_heads, width, value_width, positions, window;
+    float scale, softcap;        /* softcap 0: none */
+} Layer;
+
+typedef struct {
+    float query[MOST_ROWS][MAX_WIDTH];
+    float total[MOST_ROWS][MAX_WIDTH];
+    float keys[MAX_WIDTH][KEYS]; /* transposed */
+    float values[KEYS][MAX_WIDTH];
+    float score[MOST_ROWS][KEYS];
+    float highest[MOST_ROWS], share[MOST_ROWS];
+} Work;
+
+INLINE void store_new(const Layer *l, int half) {
+    long key_bytes = l->width * (half ? 2 : 4), value_bytes = l->value_width * (half ? 2 : 4);
+#pragma omp parallel for schedule(static) if (l->tokens > 64)
+    for (long t = 0; t < l->tokens; t++)
+        for (long h = 0; h < l->kv_heads; h++) {
+            long to = h * l->positions + l->index[t];
+            memcpy((char *)l->keys + to * key_bytes,
+                   at(l->key.data, h * l->key.head + t * l->key.token, half), key_bytes);
+            memcpy((char *)l->values + to * value_bytes,
+                   at(l->value.data, h * l->value.head + t * l->value.token, half), value_bytes);
+        }
+}
+
+/* score[row][0:count] of one row, whose keys lie as they are cached */
+INLINE void score_row(float *score, const float *query, const void *keys, long width, long count,
+                      int half) {
+    for (long j = 0; j < count; j++) {
+        vec acc = {0};
+        for (long d = 0; d < width; d += LANES)
+            acc += *(const vec *)(query + d) * load(keys, j * width + d, half);
+        score[j] = sum(acc);
+    }
+}
+
+/* score[r][0:KEYS] of `rows` rows, with transposed keys */
+INLINE void score_rows(float (*score)[KEYS], const float (*query)[MAX_WIDTH],
+                       const float (*keys)[KEYS], long width, int rows) {
+    vec acc[ROWS][KEYS / LANES];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < KEYS / LANES; c++) acc[r][c] = (vec){0};
+    for (long d = 0; d < width; d++) {
+        vec key[KEYS / LANES];
+        for (int c = 0; c < KEYS / LANES; c++) key[c] = *(const vec *)&keys[d][c * LANES];
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < KEYS / LANES; c++) acc[r][c] += query[r][d] * key[c];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < KEYS / LANES; c++) *(vec *)&score[r][c * LANES] = acc[r][c];
+}
+
+/* total[r][d:d+64] += score[r][0:count] * values[0:count][d:d+64]; `lanes` vectors of them */
+INLINE void add_values(float (*total)[MAX_WIDTH], const float (*score)[KEYS], const void *values,
+                       long row, long d, long count, int rows, int lanes, int half) {
+    vec acc[ROWS][4];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < lanes; c++) acc[r][c] = *(vec *)&total[r][d + c * LANES];
+    for (long j = 0; j < count; j++) {
+        vec value[4];
+        for (int c = 0; c < lanes; c++) value[c] = load(values, j * row + d + c * LANES, half);
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < lanes; c++) acc[r][c] += score[r][j] * value[c];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < lanes; c++) *(vec *)&total[r][d + c * LANES] = acc[r][c];
+}
+
+INLINE void add_all_values(float (*total)[MAX_WIDTH], const float (*score)[KEYS],
+                           const void *values, long row, long width, long count, int rows,
+                           int half) {
+    long d = 0;
+    for (; d + 4 * LANES <= width; d += 4 * LANES)
+        add_values(total, score, values, row, d, count, rows, 4, half);
+    for (; d < width; d += LANES) add_values(total, score, values, row, d, count, rows, 1, half);
+}
+
+/* Scores of keys [from, to) of a chunk become weights; the others' weights are 0. */
+INLINE void weigh(Work *w, long r, long from, long to, long width, float softcap) {
+    float *score = w->score[r];
+    if (softcap > 0)
+        for (long j = from; j < to; j++) score[j] = softcap * tanhf(score[j] / softcap);
+    for (long j = 0; j < from; j++) score[j] = -INFINITY;
+    for (long j = to > from ? to : from; j < KEYS; j++) score[j] = -INFINITY;
+    float highest = w->highest[r];
+    for (long j = from; j < to; j++) highest = score[j] > highest || score[j] != score[j] ? score[j] : highest;
+    if (highest == -INFINITY) {
+        memset(score, 0, sizeof w->score[r]);
+        return;
+    }
+    vec shares = {0};
+    for (long j = 0; j < KEYS; j += LANES) {
+        vec weight = expv(*(vec *)&score[j] - highest);
+        *(vec *)&score[j] = weight;
+        shares += weight;
+    }
+    if (highest != w->highest[r]) {
+        float keep = w->highest[r] == -INFINITY ? 0 : expf(w->highest[r] - highest);
+        w->share[r] *= keep;
+        for (long d = 0; d < width; d++) w->total[r][d] *= keep;
+        w->highest[r] = highest;
+    }
+    w->share[r] += sum(shares);
+}
+
+/* Tokens [begin, end) of a span, for all query heads of one kv head; rows are (token, head). */
+INLINE void attend(const Layer *l, const Spans *s, long span, long kv_head, long begin, long end,
+                   Work *w, int half) {
+    long group = l->heads / l->kv_heads, rows = (end - begin) * group;
+    long past = s->past[span], start = s->start[span];
+    const void *keys = at(l->keys, (kv_head * l->positions + s->first[span]) * l->width, half);
+    const void *values =
+        at(l->values, (kv_head * l->positions + s->first[span]) * l->value_width, half);
+    for (long r = 0; r < rows; r++) {
+        long head = kv_head * group + r % group, token = start + begin + r / group;
+        const void *query = at(l->query.data, head * l->query.head + token * l->query.token, half);
+        for (long d = 0; d < l->width; d++) w->query[r][d] = get(query, d, half) * l->scale;
+        for (long d = 0; d < l->value_width; d++) w->total[r][d] = 0;
+        w->highest[r] = l->sinks ? get(l->sinks, head, half) : -INFINITY;
+        w->share[r] = l->sinks ? 1 : 0;
+    }
+    long lowest = l->window ? past + begin + 1 - l->window : 0;
+    for (long k = lowest > 0 ? lowest : 0; k < past + end; k += KEYS) {
+        long count = past + end - k < KEYS ? past + end - k : KEYS;
+        const void *chunk = at(keys, k * l->width, half);
+        const void *its_values = at(values, k * l->value_width, half);
+        int few = end - begin == 1;
+        if (few) {
+            for (long r = 0; r < rows; r++)
+                score_row(w->score[r], w->query[r], chunk, l->width, count, half);
+        } else {
+            for (long j = 0; j < KEYS; j++)
+                for (long d = 0; d < l->width; d++)
+                    w->keys[d][j] = j < count ? get(chunk, j * l->width + d, half) : 0;
+            long r = 0;
+            for (; r + ROWS <= rows; r += ROWS)
+                score_rows(w->score + r, (const float(*)[MAX_WIDTH])w->query + r,
+                           (const float(*)[KEYS])w->keys, l->width, ROWS);
+            for (; r < rows; r++)
+                score_rows(w->score + r, (const float(*)[MAX_WIDTH])w->query + r,
+                           (const float(*)[KEYS])w->keys, l->width, 1);
+        }
+        for (long r = 0; r < rows; r++) {
+            long position = past + begin + r / group;
+            long from = l->window ? position + 1 - l->window - k : 0, to = position + 1 - k;
+            weigh(w, r, from < 0 ? 0 : from > KEYS ? KEYS : from, to > count ? count : to < 0 ? 0 : to,
+                  l->value_width, l->softcap);
+        }
+        long r = 0;
+        const float(*score)[KEYS] = (const float(*)[KEYS])w->score;
+        for (; r + ROWS <= rows; r += ROWS)
+            add_all_values(w->total + r, score + r, its_values, l->value_width, l->value_width,
+                           count, ROWS, half);
+        for (; r + 3 <= rows; r += 3)
+            add_all_values(w->total + r, score + r, its_values, l->value_width, l->value_width,
+                           count, 3, half);
+        for (; r < rows; r++)
+            add_all_values(w->total + r, score + r, its_values, l->value_width, l->value_width,
+                           count, 1, half);
+    }
+    for (long r = 0; r < rows; r++) {
+        long head = kv_head * group + r % group, token = start + begin + r / group;
+        long to = (token * l->heads + head) * l->value_width;
+        for (long d = 0; d < l->value_width; d++) put(l->out, to + d, w->total[r][d] / w->share[r], half);
+    }
+}
+
+INLINE void whole(const Layer *l, const Spans *s, int half) {
+    store_new(l, half);
+    long group = l->heads / l->kv_heads, block = MOST_ROWS / group;
+    long most = 1;
+    for (long i = 0; i < s->spans; i++) {
+        long blocks = (s->count[i] + block - 1) / block;
+        if (blocks > most) most = blocks;
+    }
+#pragma omp parallel
+    {
+        static __thread Work work;
+#pragma omp for schedule(dynamic)
+        for (long item = 0; item < s->spans * l->kv_heads * most; item++) {
+            long span = item / (l->kv_heads * most), kv_head = item / most % l->kv_heads;
+            long begin = item % most * block, end = begin + block;
+            if (begin >= s->count[span]) continue;
+            attend(l, s, span, kv_head, begin, end < s->count[span] ? end : s->count[span], &work,
+                   half);
+        }
+    }
+}
+
+void lorabatch_attention(const Layer *layer, const Spans *spans, int half) {
+    if (half) whole(layer, spans, 1);
+    else whole(layer, spans, 0);
+}

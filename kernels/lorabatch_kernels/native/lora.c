@@ -1,0 +1,131 @@
+/* y[t] += scale[s] * (x[t] A[s]^T) B[s] for all tokens t of a step, s the adapter slot of t.
+
+   One work item is a tile of up to 8 tokens of one slot and one site. A's rank rows lie in panels
+   of 16, [panel][in][16], so that v[0:16] is a sum of panel rows; B is [rank][out]. Every sum runs
+   over the same terms in the same order whatever else is in the tile. */
+#include "vec.h"
+
+#define TILE 8
+#define CHUNK 256   /* columns of x that are widened at once */
+#define MAX_PANELS 64
+
+typedef struct {
+    const void *a, *b;     /* [slots][panels][in][16], [slots][max_rank][out] */
+    const int32_t *rank;   /* [slots] */
+    const float *scale;    /* [slots] */
+    long panels, max_rank, out;
+} Site;
+
+typedef struct {
+    void *data;
+    long row; /* stride */
+} Output;
+
+typedef struct {
+    const int32_t *order, *slot, *start, *len; /* tokens by slot; the tiles */
+    long tiles;
+} Tiles;
+
+/* v[t][0:16] += sum over k of x[t][k] * panel[k][0:16] */
+INLINE void shrink(vec *v, const float (*x)[CHUNK], const void *panel, long count, int tokens,
+                   int half) {
+    vec even[TILE], odd[TILE];
+    for (int t = 0; t < tokens; t++) even[t] = v[t], odd[t] = (vec){0};
+    long k = 0;
+    for (; k + 1 < count; k += 2) {
+        vec first = load(panel, k * LANES, half), second = load(panel, (k + 1) * LANES, half);
+        for (int t = 0; t < tokens; t++) even[t] += x[t][k] * first;
+        for (int t = 0; t < tokens; t++) odd[t] += x[t][k + 1] * second;
+    }
+    if (k < count) {
+        vec first = load(panel, k * LANES, half);
+        for (int t = 0; t < tokens; t++) even[t] += x[t][k] * first;
+    }
+    for (int t = 0; t < tokens; t++) v[t] = even[t] + odd[t];
+}
+
+/* sums[t][0:count] += v[t][0:4] of 4 rank rows */
+INLINE void expand(float (*sums)[CHUNK], const float (*v)[MAX_PANELS * LANES], long r,
+                   const void *b, long out, long column, long count, int rows, int tokens,
+                   int half) {
+    long c = 0;
+    for (; c + LANES <= count; c += LANES) {
+        vec row[4];
+        for (int j = 0; j < rows; j++) row[j] = load(b, (r + j) * out + column + c, half);
+        for (int t = 0; t < tokens; t++) {
+            vec acc = *(vec *)&sums[t][c];
+            for (int j = 0; j < rows; j++) acc += v[t][r + j] * row[j];
+            *(vec *)&sums[t][c] = acc;
+        }
+    }
+    for (; c < count; c++)
+        for (int t = 0; t < tokens; t++)
+            for (int j = 0; j < rows; j++)
+                sums[t][c] += v[t][r + j] * get(b, (r + j) * out + column + c, half);
+}
+
+/* `tokens` is known to the compiler; the last tokens - filled of them are zeros. */
+INLINE void tile(Output y, const void *x, long x_row, long in, const Site *site,
+                 const int32_t *order, int slot, int filled, int tokens, int half) {
+    long rank = site->rank[slot];
+    const void *a = at(site->a, slot * site->panels * in * LANES, half);
+    const void *b = at(site->b, slot * site->max_rank * site->out, half);
+    float v[TILE][MAX_PANELS * LANES];
+    float wide[TILE][CHUNK];
+    long used = (rank + LANES - 1) / LANES;
+    for (int t = 0; t < tokens; t++) memset(v[t], 0, used * LANES * sizeof(float));
+    for (int t = filled; t < tokens; t++) memset(wide[t], 0, sizeof wide[t]);
+    for (long k = 0; k < in; k += CHUNK) {
+        long count = in - k < CHUNK ? in - k : CHUNK;
+        for (int t = 0; t < filled; t++)
+            for (long c = 0; c < count; c++) wide[t][c] = get(x, order[t] * x_row + k + c, half);
+        for (long p = 0; p < used; p++) {
+            vec part[TILE];
+            for (int t = 0; t < tokens; t++) part[t] = *(vec *)&v[t][p * LANES];
+            shrink(part, wide, at(a, (p * in + k) * LANES, half), count, tokens, half);
+            for (int t = 0; t < tokens; t++) *(vec *)&v[t][p * LANES] = part[t];
+        }
+    }
+    float scale = site->scale[slot];
+    for (int t = 0; t < tokens; t++)
+        for (long r = 0; r < rank; r++) v[t][r] *= scale;
+    for (long n = 0; n < site->out; n += CHUNK) {
+        long count = site->out - n < CHUNK ? site->out - n : CHUNK;
+        for (int t = 0; t < tokens; t++) memset(wide[t], 0, sizeof wide[t]);
+        long r = 0;
+        for (; r + 4 <= rank; r += 4)
+            expand(wide, (const float(*)[MAX_PANELS * LANES])v, r, b, site->out, n, count, 4,
+                   tokens, half);
+        for (; r < rank; r++)
+            expand(wide, (const float(*)[MAX_PANELS * LANES])v, r, b, site->out, n, count, 1,
+                   tokens, half);
+        for (int t = 0; t < filled; t++) {
+            long first = order[t] * y.row + n;
+            for (long c = 0; c < count; c++)
+                put(y.data, first + c, get(y.data, first + c, half) + wide[t][c], half);
+        }
+    }
+}
+
+INLINE void all_tiles(const Output *ys, const void *x, long x_row, long in, const Site *sites,
+                      long count, const Tiles *tiles, int half) {
+#pragma omp parallel for schedule(dynamic)
+    for (long item = 0; item < tiles->tiles * count; item++) {
+        long i = item / count;
+        const Site *site = &sites[item % count];
+        Output y = ys[item % count];
+        int slot = tiles->slot[i];
+        const int32_t *order = tiles->order + tiles->start[i];
+        if (!site->rank[slot]) continue;
+        int filled = tiles->len[i];
+        if (filled == 1) tile(y, x, x_row, in, site, order, slot, filled, 1, half);
+        else if (filled <= 4) tile(y, x, x_row, in, site, order, slot, filled, 4, half);
+        else tile(y, x, x_row, in, site, order, slot, filled, TILE, half);
+    }
+}
+
+void lorabatch_add_lora(const Output *ys, const void *x, long x_row, long in, const Site *sites,
+                        long count, const Tiles *tiles, int half) {
+    if (half) all_tiles(ys, x, x_row, in, sites, count, tiles, 1);
+    else all_tiles(ys, x, x_row, in, sites, count, tiles, 0);
+}

@@ -1,0 +1,99 @@
+/* Row by row work between the products of a decoder layer. Widths are any; sums are fp32. */
+#include "vec.h"
+
+/* out = weight * (x / sqrt(mean(x^2) + epsilon)), the quotient rounded to the type of x */
+INLINE void norm(void *out, const void *x, const void *weight, long width, float epsilon,
+                 int half) {
+    vec squares = {0};
+    float tail = 0;
+    long d = 0;
+    for (; d + LANES <= width; d += LANES) {
+        vec v = load(x, d, half);
+        squares += v * v;
+    }
+    for (; d < width; d++) tail += get(x, d, half) * get(x, d, half);
+    float factor = 1 / sqrtf((sum(squares) + tail) / width + epsilon);
+    for (d = 0; d + LANES <= width; d += LANES) {
+        vec v = load(x, d, half) * factor;
+        if (half) {
+            uint16_t rounded[LANES];
+            store(rounded, 0, v, 1);
+            v = load(rounded, 0, 1);
+        }
+        store(out, d, v * load(weight, d, half), half);
+    }
+    for (; d < width; d++) {
+        float v = get(x, d, half) * factor;
+        put(out, d, (half ? widen(narrow(v)) : v) * get(weight, d, half), half);
+    }
+}
+
+void lorabatch_rms_norm(void *out, const void *x, const void *weight, long rows, long width,
+                        float epsilon, int half) {
+#pragma omp parallel for schedule(static) if (rows * width > 16384)
+    for (long r = 0; r < rows; r++) {
+        void *to = (char *)out + r * width * (half ? 2 : 4);
+        if (half) norm(to, at(x, r * width, 1), weight, width, epsilon, 1);
+        else norm(to, at(x, r * width, 0), weight, width, epsilon, 0);
+    }
+}
+
+/* out[r] = silu(x[r][0:width]) * x[r][width:2 width], silu rounded to the type of x */
+INLINE void gate(void *out, const void *x, long width, int half) {
+    long d = 0;
+    for (; d + LANES <= width; d += LANES) {
+        vec g = load(x, d, half);
+        vec negative = (vec)((ivec)g | (int32_t)0x80000000), e = expv(negative);
+        /* 1 / (1 + e^-g), from e^-|g| so that nothing overflows */
+        vec above = 1 / (1 + e), below = e / (1 + e);
+        ivec is_negative = g < 0;
+        vec s = g * (vec)(((ivec)below & is_negative) | ((ivec)above & ~is_negative));
+        if (half) {
+            uint16_t rounded[LANES];
+            store(rounded, 0, s, 1);
+            s = load(rounded, 0, 1);
+        }
+        store(out, d, s * load(x, width + d, half), half);
+    }
+    for (; d < width; d++) {
+        float g = get(x, d, half), s = g / (1 + expf(-g));
+        put(out, d, (half ? widen(narrow(s)) : s) * get(x, width + d, half), half);
+    }
+}
+
+void lorabatch_silu_gate(void *out, const void *x, long rows, long width, int half) {
+#pragma omp parallel for schedule(static) if (rows * width > 8192)
+    for (long r = 0; r < rows; r++) {
+        if (half) gate((char *)out + r * width * 2, at(x, r * 2 * width, 1), width, 1);
+        else gate((char *)out + r * width * 4, at(x, r * 2 * width, 0), width, 0);
+    }
+}
+
+/* In place: the first `width` of each head of x[token] turned by its cos and sin [token][width];
+   lane d pairs with lane d + width / 2. */
+INLINE void turn(void *x, const void *cosine, const void *sine, long width, int half) {
+    long middle = width / 2, d = 0;
+    for (; d + LANES <= middle; d += LANES) {
+        vec a = load(x, d, half), b = load(x, middle + d, half);
+        store(x, d, a * load(cosine, d, half) - b * load(sine, d, half), half);
+        store(x, middle + d,
+              b * load(cosine, middle + d, half) + a * load(sine, middle + d, half), half);
+    }
+    for (; d < middle; d++) {
+        float a = get(x, d, half), b = get(x, middle + d, half);
+        put(x, d, a * get(cosine, d, half) - b * get(sine, d, half), half);
+        put(x, middle + d, b * get(cosine, middle + d, half) + a * get(sine, middle + d, half),
+            half);
+    }
+}
+
+void lorabatch_rotary(void *x, long row, long heads, const void *cosine, const void *sine,
+                      long tokens, long width, int half) {
+#pragma omp parallel for schedule(static) if (tokens * heads * width > 16384)
+    for (long t = 0; t < tokens; t++)
+        for (long h = 0; h < heads; h++) {
+            char *one = (char *)x + (t * row + h * width) * (half ? 2 : 4);
+            if (half) turn(one, at(cosine, t * width, 1), at(sine, t * width, 1), width, 1);
+            else turn(one, at(cosine, t * width, 0), at(sine, t * width, 0), width, 0);
+        }
+}
