@@ -25,8 +25,8 @@ __all__ = ["BlockManager", "Change", "PagedBlocks"]
 
 @dataclass(frozen=True)
 class Change:
-    """To a CPU's cache rows. copy: blocks [first, last) of `row` come from `source`; free: they give
-    their memory back."""
+    """To a CPU's cache rows. copy: blocks [first, last) of `row` come from `source`; free: they
+    give their memory back."""
 
     kind: Literal["copy", "free"]
     row: int
