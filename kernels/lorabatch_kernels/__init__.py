@@ -1,4 +1,5 @@
-"""LoRA kernels: many adapters in one batch, on a GPU (Triton) or a CPU (C).
+"""Kernels: LoRA for many adapters in one batch, on a GPU (Triton) or a CPU (C); attention and
+the rest of a decoder layer on a CPU.
 
 Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `add_lora` on each
 layer's output. Importing this package loads torch and never triton.
@@ -11,6 +12,7 @@ from lorabatch_kernels.attention_cpu import (
     can_attend,
 )
 from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
+from lorabatch_kernels.rows_cpu import rms_norm, rotary_, silu_gate
 from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
 from lorabatch_kernels.tiles import buffer_ints, tile_bound
@@ -29,5 +31,8 @@ __all__ = [
     "buffer_ints",
     "build_step_map",
     "can_attend",
+    "rms_norm",
+    "rotary_",
+    "silu_gate",
     "tile_bound",
 ]

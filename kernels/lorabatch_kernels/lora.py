@@ -2,8 +2,9 @@
 
     y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t; nothing for slot -1
 
-Shapes and dtypes: y [tokens, out_features] and x [tokens, in_features] in one dtype (bf16, fp16 or
-fp32) that the site has too, columns next to each other, any row stride. Sums are fp32.
+Shapes and dtypes: y [tokens, out_features (of all sites of a group)] and x [tokens, in_features] in
+one dtype (bf16, fp16 or fp32) that the site has too, columns next to each other, any row stride.
+Sums are fp32.
 
 Raises ValueError, naming the value seen and the value wanted, for shapes, dtypes, devices and slots
 that do not fit together.
@@ -24,22 +25,21 @@ from lorabatch_kernels.step_map import StepMap
 
 def add_lora(y: Tensor, x: Tensor, site: LoraSite, step_map: StepMap) -> None:
     """Add the adapters' terms of one step to `y` in place; returns at once where there are none."""
-    add_lora_group((y,), x, site.alone, step_map)
+    add_lora_group(y, x, site.alone, step_map)
 
 
-def add_lora_group(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
-    """`add_lora` for sites that share their input, one y a site."""
+def add_lora_group(y: Tensor, x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
+    """`add_lora` for sites that share their input, whose outputs lie side by side in `y`."""
     if not step_map.active:
         return
-    for y, site in zip(ys, group.sites, strict=True):
-        _check(y, x, site, step_map)
+    _check(y, x, group, step_map)
     if group.sites[0].paneled:
-        add_lora_cpu(ys, x, group, step_map.tiles)
+        add_lora_cpu(y, x, group, step_map.tiles)
     else:
         from lorabatch_kernels.lora_triton import add_lora_triton  # a CPU process needs no triton
 
-        for y, site in zip(ys, group.sites, strict=True):
-            add_lora_triton(y, x, site, step_map.tiles)
+        for part, site in zip(group.split(y), group.sites, strict=True):
+            add_lora_triton(part, x, site, step_map.tiles)
 
 
 def add_lora_reference(y: Tensor, x: Tensor, site: LoraSite, slots: Sequence[int]) -> Tensor:
@@ -54,12 +54,12 @@ def add_lora_reference(y: Tensor, x: Tensor, site: LoraSite, slots: Sequence[int
     return total
 
 
-def _check(y: Tensor, x: Tensor, site: LoraSite, step_map: StepMap) -> None:
-    tokens = step_map.tokens
+def _check(y: Tensor, x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
+    tokens, site = step_map.tokens, group.sites[0]
     if x.shape != (tokens, site.in_features):
         raise ValueError(f"x is {list(x.shape)}, wanted {[tokens, site.in_features]}")
-    if y.shape != (tokens, site.out_features):
-        raise ValueError(f"y is {list(y.shape)}, wanted {[tokens, site.out_features]}")
+    if y.shape != (tokens, group.out_features):
+        raise ValueError(f"y is {list(y.shape)}, wanted {[tokens, group.out_features]}")
     if x.stride(1) != 1 or y.stride(1) != 1:
         raise ValueError(f"column strides are x {x.stride(1)}, y {y.stride(1)}, wanted 1")
     if y.dtype != x.dtype:

@@ -6,7 +6,7 @@ The kernel (native/lora.c) takes tiles of up to 8 tokens of one slot. Of `b` exa
 in use are read, of `a` their panels of 16: the cost follows the sum of the tokens' ranks, whatever
 the number of adapters. A token's term does not depend on what else is in the step, not even in
 rounding. Where there is no C kernel, or for fp16, each adapter gets two products of its own.
-Shapes: ys[i] [tokens, out_features of site i], x [tokens, in_features], all in the sites' dtype.
+Shapes: y [tokens, out_features of all sites], x [tokens, in_features], all in the sites' dtype.
 Sums are fp32; the term is rounded once, when it is added.
 
 Raises nothing of its own: lora.py has checked the shapes.
@@ -17,7 +17,6 @@ Source: ours. Measured against a padded batch of bmm and embedding bags in docs/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from ctypes import addressof
 
 import torch
@@ -28,27 +27,27 @@ from lorabatch_kernels.site import PANEL, SiteGroup
 from lorabatch_kernels.tiles import TileMap
 
 
-def add_lora_cpu(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
-    """Add every token's LoRA term to `ys` in place, one y a site."""
+def add_lora_cpu(y: Tensor, x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
+    """Add every token's LoRA term to `y` in place, in which the sites' outputs lie side by side."""
     library = native.library()
     ranked = group.sites[0].max_rank <= native.MAX_PANELS * PANEL
     if library is None or not native.supports(x.dtype) or not ranked:
-        _add_plain(ys, x, group, tiles)
+        _add_plain(y, x, group, tiles)
         return
-    outputs = (native.Output * len(ys))(*(native.Output(y.data_ptr(), y.stride(0)) for y in ys))
     library.lorabatch_add_lora(
-        addressof(outputs),
+        y.data_ptr(),
+        y.stride(0),
         x.data_ptr(),
         x.stride(0),
         group.in_features,
         addressof(group.structs),
-        len(ys),
+        len(group.sites),
         addressof(tiles.struct),
         native.is_half(x.dtype),
     )
 
 
-def _add_plain(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
+def _add_plain(y: Tensor, x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
     order = tiles.order.long()
     lengths: dict[int, list[int]] = {}
     for slot, start, length in zip(
@@ -59,8 +58,9 @@ def _add_plain(ys: Sequence[Tensor], x: Tensor, group: SiteGroup, tiles: TileMap
     for slot, (start, count) in lengths.items():
         tokens = order[start : start + count]
         rows = x.index_select(0, tokens).float()
-        for y, site in zip(ys, group.sites, strict=True):
+        for part, site in zip(group.split(y), group.sites, strict=True):
             if site.ranks[slot]:
                 a, b = site.rows(slot)
                 term = torch.mm(torch.mm(rows, a.float().t()) * site.scales[slot], b.float())
-                y.index_copy_(0, tokens, (y.index_select(0, tokens).float() + term).to(y.dtype))
+                total = part.index_select(0, tokens).float() + term
+                part.index_copy_(0, tokens, total.to(y.dtype))

@@ -215,16 +215,20 @@ class SiteGroup:
         return self.sites[0].dtype
 
     @cached_property
+    def out_features(self) -> int:
+        """Of all sites."""
+        return sum(site.out_features for site in self.sites)
+
+    def split(self, y: Tensor) -> tuple[Tensor, ...]:
+        """Views of the sites' columns of `y` [tokens, out_features]."""
+        return torch.split(y, [site.out_features for site in self.sites], dim=1)
+
+    @cached_property
     def structs(self) -> Any:
         """The sites as the C kernel reads them; addresses stay, contents change."""
-        return (native.Site * len(self.sites))(
-            *(
-                native.Site(
-                    *(t.data_ptr() for t in (s.a, s.b, s.rank, s.scale)),
-                    s.panels,
-                    s.max_rank,
-                    s.out_features,
-                )
-                for s in self.sites
-            )
-        )
+        made, column = [], 0
+        for s in self.sites:
+            addresses = [t.data_ptr() for t in (s.a, s.b, s.rank, s.scale)]
+            made.append(native.Site(*addresses, s.panels, s.max_rank, s.out_features, column))
+            column += s.out_features
+        return (native.Site * len(made))(*made)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabatch.errors import UnsupportedModel
+from lorabatch_kernels import native
 from lorabatch_worker.adapters.weights import AdapterTarget, read_adapter
 from lorabatch_worker.lora_layers import linear_shapes
 from lorabatch_worker.model_runner import ModelRunner
@@ -151,6 +152,25 @@ def test_mixed_adapters_equal_peft(kind: str, tmp_path: Path) -> None:
         if slot >= 0:
             plain = eager(references[2], prompt, tokens)
             assert (logits - plain).abs().max() > 0.05 * plain.std()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma2"])
+def test_layers_of_the_llama_kind_are_fused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields: dict[str, Any] = {"hidden_act": "silu"} if kind != "gemma2" else {}
+    if kind in ("mistral", "qwen2"):
+        fields |= {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}
+    model = tiny_model(small_vocabulary(kind, **fields))
+    layers = model.config.num_hidden_layers
+    paged = runner_of(copy.deepcopy(model), rows=False)
+    fused = runner_of(copy.deepcopy(model))
+    assert fused.fused_layers == (0 if kind == "gemma2" else layers)
+    monkeypatch.setattr(native, "library", lambda: None)
+    without = runner_of(model)
+    assert without.fused_layers == 0
+    wanted = generate(without, PROMPTS, [-1] * 4, NEW, 7)
+    monkeypatch.undo()
+    for runner in (paged, fused):
+        assert_same_logits(generate(runner, PROMPTS, [-1] * 4, NEW, 7), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

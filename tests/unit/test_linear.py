@@ -52,17 +52,17 @@ def test_layers_that_share_their_input_are_multiplied_once(kind: str) -> None:
     for round_ in range(2):
         x = torch.randn(1, 3, 5)
         for number in (2, 0, 1):
-            part = shared.parts(x, number, lambda parts: made.append(len(parts)))
+            part = shared.part(x, number, lambda whole: made.append(whole.shape[-1]))
             own = bias if number == 1 else None
             torch.testing.assert_close(part, F.linear(x, weights[number], own))
-        assert made == [3] * (round_ + 1)
+        assert made == [12] * (round_ + 1)
 
 
 def test_another_input_in_between_is_computed_anew() -> None:
     weights = [torch.randn(4, 5), torch.randn(2, 5)]
     shared = SharedInput(weights, [None, None])
     x, other = torch.randn(1, 3, 5), torch.randn(1, 3, 5)
-    shared.parts(x, 0, lambda parts: None)
+    shared.part(x, 0, lambda whole: None)
     torch.testing.assert_close(
-        shared.parts(other, 1, lambda parts: None), F.linear(other, weights[1])
+        shared.part(other, 1, lambda whole: None), F.linear(other, weights[1])
     )

@@ -10,6 +10,7 @@ ALiBi and other additive biases, cross attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,8 @@ class _Kind:
         return self.softcap is None and self.sinks is None
 
 
-def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
-    """Make `name` an attention implementation that works on this cache."""
+def register(cache: KVCache, name: str = IMPLEMENTATION) -> Callable[..., tuple[Tensor, None]]:
+    """Make `name` an attention implementation that works on this cache; and that function."""
 
     def attention(
         module: nn.Module,
@@ -84,6 +85,7 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> None:
         return out[None], None
 
     AttentionInterface.register(name, attention)
+    return attention
 
 
 def _window(module: nn.Module, layer: int) -> int | None:

@@ -54,12 +54,13 @@ class SharedInput:
         self._left = 0
         self._parts: Sequence[Tensor] = ()
 
-    def parts(self, x: Tensor, number: int, then: Callable[[Sequence[Tensor]], None]) -> Tensor:
-        """Part `number` of the product. `then` is called with all parts when they are made."""
+    def part(self, x: Tensor, number: int, then: Callable[[Tensor], None]) -> Tensor:
+        """Columns of layer `number`. `then` is called with the whole product when it is made."""
         if self._x is not x:
-            self._parts = self.dense(x).split(self.widths, dim=-1)
+            whole = self.dense(x)
+            then(whole)
+            self._parts = torch.split(whole, self.widths, dim=-1)
             self._x, self._left = x, len(self.widths)
-            then(self._parts)
         part = self._parts[number]
         self._left -= 1
         if self._left == 0:

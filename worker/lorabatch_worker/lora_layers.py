@@ -31,13 +31,21 @@ class LoraGroup:
         self.sites = sites
         self.context = context
 
-    def part(self, x: Tensor, number: int) -> Tensor:
-        def add_adapters(parts: Any) -> None:
-            rows = [part.view(-1, part.shape[-1]) for part in parts]
-            flat = x.reshape(-1, x.shape[-1])
-            add_lora_group(rows, flat, self.sites, self.context.step.step_map)
+    def whole(self, x: Tensor) -> Tensor:
+        """x [1, T, in] -> [1, T, out of all layers, side by side]."""
+        y: Tensor = self.product.dense(x)
+        self._add_adapters(x, y)
+        return y
 
-        return self.product.parts(x, number, add_adapters)
+    def part(self, x: Tensor, number: int) -> Tensor:
+        """The output of layer `number` alone."""
+        return self.product.part(x, number, lambda y: self._add_adapters(x, y))
+
+    def _add_adapters(self, x: Tensor, y: Tensor) -> None:
+        step_map = self.context.step.step_map
+        if step_map.active:
+            rows = x.reshape(-1, x.shape[-1])
+            add_lora_group(y.view(-1, y.shape[-1]), rows, self.sites, step_map)
 
 
 class LoraLinear(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 from lorabatch_worker.attention import IMPLEMENTATION, register
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.block_manager import BlockManager, PagedBlocks
+from lorabatch_worker.decoder_layer import fuse_layers
 from lorabatch_worker.kv_cache import KVCache
 from lorabatch_worker.lora_layers import attach_sites, own_weights, pack_head
 from lorabatch_worker.probe import (
@@ -24,6 +25,7 @@ from lorabatch_worker.probe import (
     PROBE_ROWS,
     check_attention,
     check_config,
+    eager_logits,
 )
 from lorabatch_worker.row_manager import RowBlocks
 from lorabatch_worker.scheduler import Chunk
@@ -63,12 +65,14 @@ class ModelRunner:
             self.blocks = RowBlocks(count, row_blocks, budget, block_size, prefix_cache)
         self.cache = KVCache(self.blocks.num_blocks, block_size, self.context, row_blocks)
         name = f"{IMPLEMENTATION}_{id(self.cache)}"
-        register(self.cache, name)
+        attend = register(self.cache, name)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        wanted = eager_logits(base, block_size)
         self.sites = attach_sites(self.model, self.context, adapter_slots, max_adapter_rank)
         pack_head(self.model)
         own_weights(self.model)
-        check_attention(self, name)
+        self.fused_layers = fuse_layers(self.model, attend)
+        check_attention(self, name, wanted)
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:

@@ -21,9 +21,10 @@ from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.sequence import Sequence
 
 if TYPE_CHECKING:
+    from lorabatch_worker.base_model import BaseModel
     from lorabatch_worker.model_runner import ModelRunner
 
-__all__ = ["PROBE_BLOCKS", "check_attention", "check_config"]
+__all__ = ["PROBE_BLOCKS", "check_attention", "check_config", "eager_logits"]
 
 # What the three sequences need, whatever the block size.
 PROBE_BLOCKS = 8
@@ -63,26 +64,30 @@ def check_config(config: Any) -> None:
 
 
 @torch.inference_mode()
-def check_attention(runner: ModelRunner, implementation: str) -> None:
-    """Run three short sequences through engine and eager attention, then switch to the engine's."""
-    model, name = runner.model, type(runner.model).__name__
-    vocabulary = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(vocabulary, (n,), generator=generator).tolist()
-        for n in (3, runner.blocks.block_size + 3, 7)
-    ]
-    runner.context.enter(None)
+def eager_logits(base: BaseModel, block_size: int) -> Tensor:
+    """What the model says by itself, before anything of it is replaced: the last two positions'
+    logits [3, 2, vocabulary] of three short prompts, with its own attention."""
+    model: Any = base.model
     try:
-        expected = _eager(runner, prompts)
+        model.set_attn_implementation("eager")
+        ids = [torch.tensor([prompt], device=base.device) for prompt in _prompts(model, block_size)]
+        rows = [model(input_ids=one, use_cache=False).logits[0, -2:].float() for one in ids]
+    except Exception as error:  # a class may fail in any way on a call that it is not made for
+        raise _first_step_failed(model, error) from error
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def check_attention(runner: ModelRunner, implementation: str, expected: Tensor) -> None:
+    """Switch the model to the engine's attention and run the same prompts through the engine."""
+    model, name = runner.model, type(runner.model).__name__
+    prompts = _prompts(model, runner.blocks.block_size)
+    try:
         model.set_attn_implementation(implementation)
         runner.cache.calls = 0
         got, steps = _packed(runner, prompts)
-    except Exception as error:  # a class may fail in any way on a call that it is not made for
-        reason = str(error).strip().splitlines() or [""]
-        raise UnsupportedModel(
-            f"{name}: a first step failed: {type(error).__name__}: {reason[0]}"
-        ) from error
+    except Exception as error:  # as above
+        raise _first_step_failed(model, error) from error
     layers = model.config.get_text_config().num_hidden_layers
     if runner.cache.calls != steps * layers:
         raise UnsupportedModel(
@@ -98,22 +103,18 @@ def check_attention(runner: ModelRunner, implementation: str) -> None:
         )
 
 
-def _eager(runner: ModelRunner, prompts: list[list[int]]) -> Tensor:
-    """Last two positions' logits of each prompt by itself, with the model's own attention."""
-    model = runner.model
-    model.set_attn_implementation("eager")
-    from lorabatch_worker.step import build_step
+def _prompts(model: Any, block_size: int) -> list[list[int]]:
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(vocabulary, (n,), generator=generator).tolist()
+        for n in (3, block_size + 3, 7)
+    ]
 
-    rows = []
-    for prompt in prompts:
-        # The LoRA layers need a step to look at; it holds no adapter.
-        chunk = Chunk(_sequence(prompt), 0, len(prompt))
-        chunk.sequence.blocks = [1] * len(prompt)
-        runner.context.enter(build_step([chunk], runner.blocks.block_size, runner.device))
-        ids = torch.tensor([prompt], device=runner.device)
-        rows.append(model(input_ids=ids, use_cache=False).logits[0, -2:].float())
-    runner.context.enter(None)
-    return torch.stack(rows)
+
+def _first_step_failed(model: Any, error: Exception) -> UnsupportedModel:
+    name, reason = type(model).__name__, str(error).strip().splitlines() or [""]
+    return UnsupportedModel(f"{name}: a first step failed: {type(error).__name__}: {reason[0]}")
 
 
 def _packed(runner: ModelRunner, prompts: list[list[int]]) -> tuple[Tensor, int]:

@@ -35,8 +35,8 @@ MAX_WIDTH, MAX_GROUP = 256, 96  # as in attention.c
 
 Address, Long, Float, Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[Any]] = {
-    # outputs, x, its row stride, its width, sites, their number, tiles, whether bf16
-    "lorabatch_add_lora": [Address, Address, Long, Long, Address, Long, Address, Int],
+    # y, its row stride, x, its row stride, its width, sites, their number, tiles, whether bf16
+    "lorabatch_add_lora": [Address, Long, Address, Long, Long, Address, Long, Address, Int],
     # layer, spans, whether bf16
     "lorabatch_attention": [Address, Address, Int],
     # out, x, weight, rows, width, epsilon, whether bf16
@@ -55,13 +55,7 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
 class Site(ctypes.Structure):
     """As in lora.c."""
 
-    _fields_ = [*_fields(Address, "a b rank scale"), *_fields(Long, "panels max_rank out")]
-
-
-class Output(ctypes.Structure):
-    """As in lora.c."""
-
-    _fields_ = [("data", Address), ("row", Long)]
+    _fields_ = [*_fields(Address, "a b rank scale"), *_fields(Long, "panels max_rank out column")]
 
 
 class Tiles(ctypes.Structure):

@@ -56,15 +56,32 @@ INLINE void store_new(const Layer *l, int half) {
         }
 }
 
-/* score[row][0:count] of one row, whose keys lie as they are cached */
-INLINE void score_row(float *score, const float *query, const void *keys, long width, long count,
-                      int half) {
-    for (long j = 0; j < count; j++) {
-        vec acc = {0};
-        for (long d = 0; d < width; d += LANES)
-            acc += *(const vec *)(query + d) * load(keys, j * width + d, half);
-        score[j] = sum(acc);
+/* score[r][0:count] of `rows` rows, whose keys lie as they are cached */
+INLINE void score_few(float (*score)[KEYS], const float (*query)[MAX_WIDTH], const void *keys,
+                      long width, long count, int rows, int half) {
+    long j = 0;
+    for (; j + 4 <= count; j += 4) {
+        vec acc[4][4];
+        for (int r = 0; r < rows; r++)
+            for (int k = 0; k < 4; k++) acc[r][k] = (vec){0};
+        for (long d = 0; d < width; d += LANES) {
+            vec key[4];
+            for (int k = 0; k < 4; k++) key[k] = load(keys, (j + k) * width + d, half);
+            for (int r = 0; r < rows; r++) {
+                vec q = *(const vec *)&query[r][d];
+                for (int k = 0; k < 4; k++) acc[r][k] += q * key[k];
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            *(quad *)&score[r][j] = sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
     }
+    for (; j < count; j++)
+        for (int r = 0; r < rows; r++) {
+            vec acc = {0};
+            for (long d = 0; d < width; d += LANES)
+                acc += *(const vec *)&query[r][d] * load(keys, j * width + d, half);
+            score[r][j] = sum4(acc, acc, acc, acc)[0];
+        }
 }
 
 /* score[r][0:KEYS] of `rows` rows, with transposed keys */
@@ -115,8 +132,11 @@ INLINE void weigh(Work *w, long r, long from, long to, long width, float softcap
         for (long j = from; j < to; j++) score[j] = softcap * tanhf(score[j] / softcap);
     for (long j = 0; j < from; j++) score[j] = -INFINITY;
     for (long j = to > from ? to : from; j < KEYS; j++) score[j] = -INFINITY;
-    float highest = w->highest[r];
-    for (long j = from; j < to; j++) highest = score[j] > highest || score[j] != score[j] ? score[j] : highest;
+    vec most = *(vec *)score;
+    for (long j = LANES; j < KEYS; j += LANES) most = larger(most, *(vec *)&score[j]);
+    float before = w->highest[r], highest = before;
+    for (int lane = 0; lane < LANES; lane++)
+        highest = most[lane] > highest || most[lane] != most[lane] ? most[lane] : highest;
     if (highest == -INFINITY) {
         memset(score, 0, sizeof w->score[r]);
         return;
@@ -127,74 +147,90 @@ INLINE void weigh(Work *w, long r, long from, long to, long width, float softcap
         *(vec *)&score[j] = weight;
         shares += weight;
     }
-    if (highest != w->highest[r]) {
-        float keep = w->highest[r] == -INFINITY ? 0 : expf(w->highest[r] - highest);
+    if (highest != before) {
+        float keep = before == -INFINITY ? 0 : expf(before - highest);
         w->share[r] *= keep;
-        for (long d = 0; d < width; d++) w->total[r][d] *= keep;
+        for (long d = 0; d < width; d += LANES) *(vec *)&w->total[r][d] *= keep;
         w->highest[r] = highest;
     }
-    w->share[r] += sum(shares);
+    w->share[r] += sum4(shares, shares, shares, shares)[0];
 }
 
 /* Tokens [begin, end) of a span, for all query heads of one kv head; rows are (token, head). */
+/* to[d][j] = keys[j][d], zeros from `count` on */
+INLINE void transpose(float (*to)[KEYS], const void *keys, long width, long count, int half) {
+    for (long j = 0; j < KEYS; j += 4)
+        for (long d = 0; d < width; d += LANES) {
+            vec row[4];
+            for (int k = 0; k < 4; k++)
+                row[k] = j + k < count ? load(keys, (j + k) * width + d, half) : (vec){0};
+            for (int lane = 0; lane < LANES; lane++)
+                *(quad *)&to[d + lane][j] =
+                    (quad){row[0][lane], row[1][lane], row[2][lane], row[3][lane]};
+        }
+}
+
 INLINE void attend(const Layer *l, const Spans *s, long span, long kv_head, long begin, long end,
-                   Work *w, int half) {
+                   Work *w, long width, long value_width, int half) {
     long group = l->heads / l->kv_heads, rows = (end - begin) * group;
     long past = s->past[span], start = s->start[span];
-    const void *keys = at(l->keys, (kv_head * l->positions + s->first[span]) * l->width, half);
+    const void *keys = at(l->keys, (kv_head * l->positions + s->first[span]) * width, half);
     const void *values =
-        at(l->values, (kv_head * l->positions + s->first[span]) * l->value_width, half);
+        at(l->values, (kv_head * l->positions + s->first[span]) * value_width, half);
     for (long r = 0; r < rows; r++) {
         long head = kv_head * group + r % group, token = start + begin + r / group;
         const void *query = at(l->query.data, head * l->query.head + token * l->query.token, half);
-        for (long d = 0; d < l->width; d++) w->query[r][d] = get(query, d, half) * l->scale;
-        for (long d = 0; d < l->value_width; d++) w->total[r][d] = 0;
+        for (long d = 0; d < width; d += LANES)
+            *(vec *)&w->query[r][d] = load(query, d, half) * l->scale;
+        for (long d = 0; d < value_width; d += LANES) *(vec *)&w->total[r][d] = (vec){0};
         w->highest[r] = l->sinks ? get(l->sinks, head, half) : -INFINITY;
         w->share[r] = l->sinks ? 1 : 0;
     }
     long lowest = l->window ? past + begin + 1 - l->window : 0;
     for (long k = lowest > 0 ? lowest : 0; k < past + end; k += KEYS) {
         long count = past + end - k < KEYS ? past + end - k : KEYS;
-        const void *chunk = at(keys, k * l->width, half);
-        const void *its_values = at(values, k * l->value_width, half);
+        const void *chunk = at(keys, k * width, half);
+        const void *its_values = at(values, k * value_width, half);
         int few = end - begin == 1;
         if (few) {
-            for (long r = 0; r < rows; r++)
-                score_row(w->score[r], w->query[r], chunk, l->width, count, half);
+            long r = 0;
+            const float(*query)[MAX_WIDTH] = (const float(*)[MAX_WIDTH])w->query;
+            for (; r + 3 <= rows; r += 3)
+                score_few(w->score + r, query + r, chunk, width, count, 3, half);
+            for (; r < rows; r++) score_few(w->score + r, query + r, chunk, width, count, 1, half);
         } else {
-            for (long j = 0; j < KEYS; j++)
-                for (long d = 0; d < l->width; d++)
-                    w->keys[d][j] = j < count ? get(chunk, j * l->width + d, half) : 0;
+            transpose(w->keys, chunk, width, count, half);
             long r = 0;
             for (; r + ROWS <= rows; r += ROWS)
                 score_rows(w->score + r, (const float(*)[MAX_WIDTH])w->query + r,
-                           (const float(*)[KEYS])w->keys, l->width, ROWS);
+                           (const float(*)[KEYS])w->keys, width, ROWS);
             for (; r < rows; r++)
                 score_rows(w->score + r, (const float(*)[MAX_WIDTH])w->query + r,
-                           (const float(*)[KEYS])w->keys, l->width, 1);
+                           (const float(*)[KEYS])w->keys, width, 1);
         }
         for (long r = 0; r < rows; r++) {
             long position = past + begin + r / group;
             long from = l->window ? position + 1 - l->window - k : 0, to = position + 1 - k;
             weigh(w, r, from < 0 ? 0 : from > KEYS ? KEYS : from, to > count ? count : to < 0 ? 0 : to,
-                  l->value_width, l->softcap);
+                  value_width, l->softcap);
         }
         long r = 0;
         const float(*score)[KEYS] = (const float(*)[KEYS])w->score;
         for (; r + ROWS <= rows; r += ROWS)
-            add_all_values(w->total + r, score + r, its_values, l->value_width, l->value_width,
+            add_all_values(w->total + r, score + r, its_values, value_width, value_width,
                            count, ROWS, half);
         for (; r + 3 <= rows; r += 3)
-            add_all_values(w->total + r, score + r, its_values, l->value_width, l->value_width,
+            add_all_values(w->total + r, score + r, its_values, value_width, value_width,
                            count, 3, half);
         for (; r < rows; r++)
-            add_all_values(w->total + r, score + r, its_values, l->value_width, l->value_width,
+            add_all_values(w->total + r, score + r, its_values, value_width, value_width,
                            count, 1, half);
     }
     for (long r = 0; r < rows; r++) {
         long head = kv_head * group + r % group, token = start + begin + r / group;
-        long to = (token * l->heads + head) * l->value_width;
-        for (long d = 0; d < l->value_width; d++) put(l->out, to + d, w->total[r][d] / w->share[r], half);
+        long to = (token * l->heads + head) * value_width;
+        for (long d = 0; d < value_width; d += LANES)
+            store(l->out, to + d, *(vec *)&w->total[r][d] / w->share[r], half);
     }
 }
 
@@ -214,8 +250,11 @@ INLINE void whole(const Layer *l, const Spans *s, int half) {
             long span = item / (l->kv_heads * most), kv_head = item / most % l->kv_heads;
             long begin = item % most * block, end = begin + block;
             if (begin >= s->count[span]) continue;
-            attend(l, s, span, kv_head, begin, end < s->count[span] ? end : s->count[span], &work,
-                   half);
+            if (end > s->count[span]) end = s->count[span];
+            if (l->width == 64 && l->value_width == 64)
+                attend(l, s, span, kv_head, begin, end, &work, 64, 64, half);
+            else
+                attend(l, s, span, kv_head, begin, end, &work, l->width, l->value_width, half);
         }
     }
 }

@@ -14,12 +14,8 @@ typedef struct {
     const int32_t *rank;   /* [slots] */
     const float *scale;    /* [slots] */
     long panels, max_rank, out;
+    long column; /* where this site's output begins in a row of y */
 } Site;
-
-typedef struct {
-    void *data;
-    long row; /* stride */
-} Output;
 
 typedef struct {
     const int32_t *order, *slot, *start, *len; /* tokens by slot; the tiles */
@@ -65,7 +61,7 @@ INLINE void expand(float (*sums)[CHUNK], const float (*v)[MAX_PANELS * LANES], l
 }
 
 /* `tokens` is known to the compiler; the last tokens - filled of them are zeros. */
-INLINE void tile(Output y, const void *x, long x_row, long in, const Site *site,
+INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const Site *site,
                  const int32_t *order, int slot, int filled, int tokens, int half) {
     long rank = site->rank[slot];
     const void *a = at(site->a, slot * site->panels * in * LANES, half);
@@ -73,12 +69,18 @@ INLINE void tile(Output y, const void *x, long x_row, long in, const Site *site,
     float v[TILE][MAX_PANELS * LANES];
     float wide[TILE][CHUNK];
     long used = (rank + LANES - 1) / LANES;
+    for (long i = 0; i < rank * site->out; i += half ? 32 : 16) /* B comes while A is summed */
+        __builtin_prefetch(at(b, i, half), 0, 2);
     for (int t = 0; t < tokens; t++) memset(v[t], 0, used * LANES * sizeof(float));
     for (int t = filled; t < tokens; t++) memset(wide[t], 0, sizeof wide[t]);
     for (long k = 0; k < in; k += CHUNK) {
         long count = in - k < CHUNK ? in - k : CHUNK;
-        for (int t = 0; t < filled; t++)
-            for (long c = 0; c < count; c++) wide[t][c] = get(x, order[t] * x_row + k + c, half);
+        for (int t = 0; t < filled; t++) {
+            long first = order[t] * x_row + k, c = 0;
+            for (; c + LANES <= count; c += LANES)
+                *(vec *)&wide[t][c] = load(x, first + c, half);
+            for (; c < count; c++) wide[t][c] = get(x, first + c, half);
+        }
         for (long p = 0; p < used; p++) {
             vec part[TILE];
             for (int t = 0; t < tokens; t++) part[t] = *(vec *)&v[t][p * LANES];
@@ -100,32 +102,35 @@ INLINE void tile(Output y, const void *x, long x_row, long in, const Site *site,
             expand(wide, (const float(*)[MAX_PANELS * LANES])v, r, b, site->out, n, count, 1,
                    tokens, half);
         for (int t = 0; t < filled; t++) {
-            long first = order[t] * y.row + n;
-            for (long c = 0; c < count; c++)
-                put(y.data, first + c, get(y.data, first + c, half) + wide[t][c], half);
+            long first = order[t] * y_row + site->column + n;
+            long c = 0;
+            for (; c + LANES <= count; c += LANES)
+                store(y, first + c, load(y, first + c, half) + *(vec *)&wide[t][c],
+                      half);
+            for (; c < count; c++)
+                put(y, first + c, get(y, first + c, half) + wide[t][c], half);
         }
     }
 }
 
-INLINE void all_tiles(const Output *ys, const void *x, long x_row, long in, const Site *sites,
+INLINE void all_tiles(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
                       long count, const Tiles *tiles, int half) {
 #pragma omp parallel for schedule(dynamic)
     for (long item = 0; item < tiles->tiles * count; item++) {
         long i = item / count;
         const Site *site = &sites[item % count];
-        Output y = ys[item % count];
         int slot = tiles->slot[i];
         const int32_t *order = tiles->order + tiles->start[i];
         if (!site->rank[slot]) continue;
         int filled = tiles->len[i];
-        if (filled == 1) tile(y, x, x_row, in, site, order, slot, filled, 1, half);
-        else if (filled <= 4) tile(y, x, x_row, in, site, order, slot, filled, 4, half);
-        else tile(y, x, x_row, in, site, order, slot, filled, TILE, half);
+        if (filled == 1) tile(y, y_row, x, x_row, in, site, order, slot, filled, 1, half);
+        else if (filled <= 4) tile(y, y_row, x, x_row, in, site, order, slot, filled, 4, half);
+        else tile(y, y_row, x, x_row, in, site, order, slot, filled, TILE, half);
     }
 }
 
-void lorabatch_add_lora(const Output *ys, const void *x, long x_row, long in, const Site *sites,
+void lorabatch_add_lora(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
                         long count, const Tiles *tiles, int half) {
-    if (half) all_tiles(ys, x, x_row, in, sites, count, tiles, 1);
-    else all_tiles(ys, x, x_row, in, sites, count, tiles, 0);
+    if (half) all_tiles(y, y_row, x, x_row, in, sites, count, tiles, 1);
+    else all_tiles(y, y_row, x, x_row, in, sites, count, tiles, 0);
 }

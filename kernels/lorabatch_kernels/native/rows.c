@@ -12,7 +12,7 @@ INLINE void norm(void *out, const void *x, const void *weight, long width, float
         squares += v * v;
     }
     for (; d < width; d++) tail += get(x, d, half) * get(x, d, half);
-    float factor = 1 / sqrtf((sum(squares) + tail) / width + epsilon);
+    float factor = 1 / sqrtf((sum4(squares, squares, squares, squares)[0] + tail) / width + epsilon);
     for (d = 0; d + LANES <= width; d += LANES) {
         vec v = load(x, d, half) * factor;
         if (half) {

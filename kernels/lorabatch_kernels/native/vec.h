@@ -6,6 +6,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -48,9 +51,13 @@ INLINE const void *at(const void *from, long i, int half) {
 
 INLINE vec load(const void *from, long i, int half) {
     if (!half) return *(const vec *)((const float *)from + i);
-    hvec bits = *(const hvec *)((const uint16_t *)from + i);
-    uvec wide = __builtin_convertvector(bits, uvec) << 16;
-    return (vec)wide;
+    const uint16_t *bits = (const uint16_t *)from + i;
+#ifdef __AVX512F__ /* gcc 12 makes six instructions of the line below */
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)bits));
+    return (vec)_mm512_slli_epi32(wide, 16);
+#else
+    return (vec)(__builtin_convertvector(*(const hvec *)bits, uvec) << 16);
+#endif
 }
 
 INLINE void store(void *to, long i, vec value, int half) {
@@ -65,14 +72,28 @@ INLINE void store(void *to, long i, vec value, int half) {
         __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), hvec);
 }
 
-INLINE float sum(vec v) {
-    typedef float half_vec __attribute__((vector_size(32)));
-    typedef float quarter __attribute__((vector_size(16)));
-    half_vec h = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    quarter q = __builtin_shufflevector(h, h, 0, 1, 2, 3) +
-                __builtin_shufflevector(h, h, 4, 5, 6, 7);
-    return (q[0] + q[2]) + (q[1] + q[3]);
+/* {sum(a), sum(b), sum(c), sum(d)} */
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+INLINE quad sum4(vec a, vec b, vec c, vec d) {
+#define HALVES(x, y)                                                                            \
+    (__builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +     \
+     __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    vec ab = HALVES(a, b), cd = HALVES(c, d);
+#undef HALVES
+    vec all4 =
+        __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    all4 += __builtin_shufflevector(all4, all4, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12,
+                                    13);
+    all4 += __builtin_shufflevector(all4, all4, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15,
+                                    14);
+    return __builtin_shufflevector(all4, all4, 0, 4, 8, 12);
+}
+
+INLINE vec larger(vec a, vec b) { /* NaN where either is */
+    ivec first = (a > b) | (a != a);
+    return (vec)(((ivec)a & first) | ((ivec)b & ~first));
 }
 
 /* e^x within 2 units in the last place for x <= 0 (and up to 88); below -87 it is 0. NaN stays. */
