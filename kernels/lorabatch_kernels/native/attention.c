@@ -134,9 +134,7 @@ INLINE void weigh(Work *w, long r, long from, long to, long width, float softcap
     for (long j = to > from ? to : from; j < KEYS; j++) score[j] = -INFINITY;
     vec most = *(vec *)score;
     for (long j = LANES; j < KEYS; j += LANES) most = larger(most, *(vec *)&score[j]);
-    float before = w->highest[r], highest = before;
-    for (int lane = 0; lane < LANES; lane++)
-        highest = most[lane] > highest || most[lane] != most[lane] ? most[lane] : highest;
+    float before = w->highest[r], highest = largest(larger(most, all(before)));
     if (highest == -INFINITY) {
         memset(score, 0, sizeof w->score[r]);
         return;

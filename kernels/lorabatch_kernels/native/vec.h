@@ -96,6 +96,18 @@ INLINE vec larger(vec a, vec b) { /* NaN where either is */
     return (vec)(((ivec)a & first) | ((ivec)b & ~first));
 }
 
+INLINE float largest(vec v) {
+    v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6,
+                                          7));
+    v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10,
+                                          11));
+    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12,
+                                          13));
+    v = larger(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15,
+                                          14));
+    return v[0];
+}
+
 /* e^x within 2 units in the last place for x <= 0 (and up to 88); below -87 it is 0. NaN stays. */
 INLINE vec expv(vec x) {
     vec small = (vec)((ivec)(x < -87.0f));
