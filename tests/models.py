@@ -184,6 +184,7 @@ def settings_for(folder: Path, home: Path, **fields: Any) -> Settings:
             "base_model": str(folder),
             "base_model_aliases": ("acme/tiny",),
             "device": "cpu",
+            "dtype": "float32",
             "threads": 1,
             "max_seqs": 8,
             "max_step_tokens": 256,
@@ -303,6 +304,7 @@ def real_desk() -> Desk:
         home=home,
         adapters=",".join(f"{name}={path}" for name, path in {**adapters, **random}.items()),
         device="cpu",
+        dtype="float32",
         threads=1,
         max_seqs=64,
     )

@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: float32 on cpu, bfloat16 on cuda"
+        default="auto", description="auto: bfloat16 on cuda and on CPUs that have it, else float32"
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads; 0: all cores")
     max_seqs: int = Field(default=32, ge=1, le=4096, description="sequences that run at once")

@@ -1,9 +1,10 @@
 """Block sizes of the Triton kernels, chosen from shapes alone, never from a batch's contents.
 
-The tests compile what `plan_for` returns for sm_80 and sm_90 and hold it to zero spills. The sizes
-are reasoned, not yet tuned on a GPU: a tile of 16 (decode) reads ranks in blocks of 16, so that
-programs beyond an adapter's rank leave at once; larger tiles (prefill) take the whole rank, since
-there reading x once matters more. fp32 has no tensor core path at "ieee" and gets smaller blocks.
+The tests compile what `plan_for` returns for sm_80, sm_90, sm_100 and gfx942 and hold it to zero
+spills. The sizes are reasoned, not yet tuned on a GPU: a tile of 16 (decode) reads ranks in blocks
+of 16, so that programs beyond an adapter's rank leave at once; larger tiles (prefill) take the
+whole rank, since there reading x once matters more. fp32 has no tensor core path at "ieee" and gets
+smaller blocks.
 
 Raises nothing.
 Does not cover: autotuning.
@@ -57,7 +58,7 @@ def plan_for(in_features: int, max_rank: int, tile: int, dtype: torch.dtype) -> 
     return Plan(
         block_m=tile,
         block_k=block_k,
-        block_n=64 if tile >= 64 or full else 128,
+        block_n=32 if full and tile == 16 else 64 if full or tile >= 64 else 128,
         block_r=_rank_block(max_rank, tile, dtype),
         split_k=max(1, min(MAX_SPLIT_K, wanted)),
         num_warps=8 if tile == 128 else 4,

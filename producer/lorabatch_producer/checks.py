@@ -44,6 +44,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} on {platform.platform()}")
     yield Check("lorabatch", "ok", lorabatch.__version__)
     yield from _packages()
+    yield _compiler()
     yield _device()
     yield _home(settings.home)
     yield _database(settings)
@@ -66,6 +67,15 @@ def _packages() -> Iterator[Check]:
             yield Check(name, "warning", "PostgreSQL needs it: pip install 'lorabatch[postgres]'")
         else:
             yield Check(name, "warning", f"not installed; {WORKER_EXTRA}")
+
+
+def _compiler() -> Check:
+    name = os.environ.get("CC", "cc").split()[0]
+    found = shutil.which(name)
+    if found is None:
+        why = f"no {name}: workers on a CPU compile their kernels with it; install gcc"
+        return Check("C compiler", "warning", f"{why}, or they compute slower")
+    return Check("C compiler", "ok", found)
 
 
 def _device() -> Check:

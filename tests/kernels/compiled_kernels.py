@@ -1,7 +1,8 @@
-"""Every kernel variant compiles for sm_80 and sm_90, without a GPU, a spill or too much memory.
+"""Every kernel variant compiles for sm_80, sm_90 and sm_100 without a spill, and for gfx942.
 
 Not collected by name: test_kernels_triton.py runs this file in a process without TRITON_INTERPRET.
-Spills show as stack or local memory in what the cuobjdump shipped with triton says of a cubin.
+No GPU is needed. Spills show as stack or local memory in what the cuobjdump shipped with triton
+says of a cubin, and as counts in AMD's assembly.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from lorabatch_kernels.plan import COMPILE_OPTIONS, Plan, plan_for
 from lorabatch_kernels.shrink import shrink_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+GFX942_LDS_BYTES = 64 * 1024
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INTS = ("order", "tile_slot", "tile_start", "tile_len", "row0", "rank")
 
@@ -56,7 +58,10 @@ def constants(layer: Layer, plan: Plan) -> dict[str, dict[str, int]]:
     }
 
 
-def compile_kernel(kernel: str, layer: Layer, dtype: torch.dtype, arch: int, **options: int) -> Any:
+def compile_kernel(
+    kernel: str, layer: Layer, dtype: torch.dtype, arch: int | str, **options: int
+) -> Any:
+    """`arch` 90: sm_90; "gfx942": AMD's."""
     plan = plan_for(layer.features, layer.max_rank, layer.tile, dtype)
     fn = {"shrink": shrink_kernel, "expand": expand_kernel}[kernel]
     consts = constants(layer, plan)[kernel]
@@ -75,7 +80,8 @@ def compile_kernel(kernel: str, layer: Layer, dtype: torch.dtype, arch: int, **o
     )
     stages = {"shrink": plan.shrink_stages, "expand": plan.expand_stages}[kernel]
     options = {"num_warps": plan.num_warps, "num_stages": stages, **COMPILE_OPTIONS, **options}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    return triton.compile(source, target=target, options=options)
 
 
 def spilled_bytes(compiled: Any, folder: Path) -> int:
@@ -92,11 +98,11 @@ def check(kernel: str, layer: Layer, dtype: torch.dtype, arch: int, folder: Path
     compiled = compile_kernel(kernel, layer, dtype, arch)
     assert spilled_bytes(compiled, folder) == 0
     assert 0 < compiled.metadata.shared <= SHARED_BYTES[arch]
-    fast = "wgmma" if "wgmma" in compiled.asm["ptx"] else "mma.sync"
-    assert (fast in compiled.asm["ptx"]) == (dtype != torch.float32), "fp32 must not become tf32"
+    on_tensor_cores = any(op in compiled.asm["ptx"] for op in ("wgmma", "mma.sync", "tcgen05.mma"))
+    assert on_tensor_cores == (dtype != torch.float32), "fp32 must not become tf32"
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype", list(NAMES), ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("kernel", ["shrink", "expand"])
@@ -104,10 +110,23 @@ def test_compiles(kernel, name, dtype, arch, tmp_path):
     check(kernel, LAYERS[name], dtype, arch, tmp_path)
 
 
+@pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("name", LARGE)
 @pytest.mark.parametrize("kernel", ["shrink", "expand"])
-def test_compiles_with_large_tiles(kernel, name, tmp_path):
-    check(kernel, LARGE[name], torch.bfloat16, 90, tmp_path)
+def test_compiles_with_large_tiles(kernel, name, arch, tmp_path):
+    check(kernel, LARGE[name], torch.bfloat16, arch, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", list(NAMES), ids=str)
+@pytest.mark.parametrize("name", [*LAYERS, *LARGE])
+@pytest.mark.parametrize("kernel", ["shrink", "expand"])
+def test_compiles_for_amd(kernel, name, dtype):
+    compiled = compile_kernel(kernel, {**LAYERS, **LARGE}[name], dtype, "gfx942")
+    assert compiled.asm["hsaco"]
+    assert 0 < compiled.metadata.shared <= GFX942_LDS_BYTES
+    spills = re.findall(r"\.[sv]gpr_spill_count: +(\d+)", compiled.asm["amdgcn"])
+    assert spills, "the assembly names no spill counts"
+    assert set(spills) == {"0"}
 
 
 def test_a_spill_would_be_seen(tmp_path):

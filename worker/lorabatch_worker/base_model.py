@@ -126,8 +126,18 @@ def pick_device(wanted: str) -> torch.device:
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        fast = device.type != "cpu" or has_bfloat16()
+        return torch.bfloat16 if fast else torch.float32
     return DTYPES[wanted]
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bf16 itself, which makes it the faster of the two."""
+    try:
+        words = set(cpuinfo.read_text().split())
+    except OSError:
+        return False
+    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

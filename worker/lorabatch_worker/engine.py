@@ -22,6 +22,7 @@ import torch
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
 from lorabatch.settings import Settings
+from lorabatch_kernels import native
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.store import AdapterStore
@@ -148,8 +149,15 @@ class Engine:
             "base_model": self.base.name,
             "device": str(self.base.device),
             "dtype": str(self.base.dtype).removeprefix("torch."),
+            "kernels": self._kernels(),
             "adapters": self.store.catalog.names(),
         }
+
+    def _kernels(self) -> str:
+        if self.base.device.type != "cpu":
+            return "triton"
+        problem = native.problem()
+        return "compiled" if problem is None else f"torch operators, slower: {problem}"
 
     def start(
         self,
