@@ -30,6 +30,8 @@ __all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings"]
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PREFIX = "LORABATCH_"
+# Variables of the environment alone: where lorabatch.toml is; 0 turns compiled CPU kernels off.
+READ_ELSEWHERE = ("config", "native")
 REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"
 QUEUE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$"
 
@@ -169,7 +171,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _known_variables_only(cls, values: dict[str, Any]) -> dict[str, Any]:
-        known = {PREFIX + name.upper() for name in cls.model_fields} | {PREFIX + "CONFIG"}
+        known = {PREFIX + name.upper() for name in (*cls.model_fields, *READ_ELSEWHERE)}
         unknown = sorted(k for k in os.environ if k.startswith(PREFIX) and k not in known)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: no such setting; known: {sorted(known)}")

@@ -45,15 +45,17 @@ class RowSpans:
         return native.Spans(*(row.data_ptr() for row in self.table), self.table.shape[1])
 
 
-def can_attend(query: Tensor, kv_heads: int, value_width: int) -> bool:
-    """Whether `attend_rows` works on this machine for this query and these sizes."""
+def can_attend(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend_rows` works on this machine for such a query, key and value."""
     heads, _, width = query.shape
     return (
         query.device.type == "cpu"
         and native.supports(query.dtype)
-        and width % 16 == 0 == value_width % 16
-        and max(width, value_width) <= native.MAX_WIDTH
-        and heads // kv_heads <= native.MAX_GROUP
+        and query.dtype == key.dtype == value.dtype
+        and width == key.shape[2]
+        and width % 16 == 0 == value.shape[2] % 16
+        and max(width, value.shape[2]) <= native.MAX_WIDTH
+        and heads // key.shape[0] <= native.MAX_GROUP
         and native.library() is not None
     )
 

@@ -12,7 +12,7 @@ Sums are fp32; the term is rounded once, when it is added.
 Raises nothing of its own: lora.py has checked the shapes.
 Does not cover: gradients.
 
-Source: ours. Measured against a padded batch of bmm and embedding bags in docs/decisions/0008.
+Source: ours. Measured against what it replaced in docs/decisions/0007 and 0008.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lorabatch_kernels.tiles import TileMap
 def add_lora_cpu(y: Tensor, x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
     """Add every token's LoRA term to `y` in place, in which the sites' outputs lie side by side."""
     library = native.library()
-    ranked = group.sites[0].max_rank <= native.MAX_PANELS * PANEL
-    if library is None or not native.supports(x.dtype) or not ranked:
+    fits = tiles.tile <= native.MAX_TILE and group.sites[0].max_rank <= native.MAX_PANELS * PANEL
+    if library is None or not native.supports(x.dtype) or not fits:
         _add_plain(y, x, group, tiles)
         return
     library.lorabatch_add_lora(

@@ -25,7 +25,7 @@ from lorabatch_kernels.tiles import TileMap, build_tiles
 
 BASE_SLOT = -1
 TILE_SIZES = (16, 32, 64, 128)
-CPU_TILE = 8
+CPU_TILE = 8  # TILE in native/lora.c
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,7 +70,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _compiler() -> Check:
-    name = os.environ.get("CC", "cc").split()[0]
+    name = (os.environ.get("CC") or "cc").split()[0]
     found = shutil.which(name)
     if found is None:
         why = f"no {name}: workers on a CPU compile their kernels with it; install gcc"

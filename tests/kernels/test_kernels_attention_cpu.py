@@ -45,7 +45,7 @@ class Case:
 
     def run(self, **kind):
         heads, tokens, width = self.query.shape
-        assert can_attend(self.query, self.key.shape[0], self.value.shape[-1])
+        assert can_attend(self.query, self.key, self.value)
         out = torch.full((tokens, heads, self.value.shape[-1]), math.nan).to(self.dtype)
         new = (self.query, self.key, self.value)
         pools = (self.keys, self.values)
@@ -127,15 +127,25 @@ def test_a_token_gets_the_same_bits_in_any_company():
         assert same_bits(alone.run(), together[own]), f"span {number}"
 
 
-def test_sizes_that_the_kernel_does_not_take():
-    query = torch.zeros(4, 3, 32)
-    assert can_attend(query, 2, 32)
-    assert not can_attend(query, 2, 40)
-    assert not can_attend(torch.zeros(4, 3, 24), 2, 32)
-    assert not can_attend(torch.zeros(4, 3, 512), 2, 32)
-    assert not can_attend(torch.zeros(100, 3, 32), 1, 32)
-    assert not can_attend(query.half(), 2, 32)
-    assert not can_attend(query.to("meta"), 2, 32)
+@pytest.mark.parametrize(
+    ("fits", "query", "key", "value"),
+    [
+        (True, (4, 32), (2, 32), (2, 32)),
+        (True, (4, 32), (2, 32), (2, 48)),
+        (False, (4, 32), (2, 32), (2, 40)),
+        (False, (4, 24), (2, 24), (2, 32)),
+        (False, (4, 512), (2, 512), (2, 32)),
+        (False, (4, 32), (2, 64), (2, 64)),
+        (False, (100, 32), (1, 32), (1, 32)),
+    ],
+)
+def test_sizes_that_the_kernel_takes(fits, query, key, value):
+    new = [torch.zeros(heads, 3, width) for heads, width in (query, key, value)]
+    assert can_attend(*new) is fits
+    assert can_attend(*(x.bfloat16() for x in new)) is fits
+    assert not can_attend(*(x.half() for x in new))
+    assert not can_attend(new[0], new[1], new[2].bfloat16())
+    assert not can_attend(*(x.to("meta") for x in new))
 
 
 def test_why_there_are_no_kernels_is_said(monkeypatch, tmp_path):
@@ -144,6 +154,7 @@ def test_why_there_are_no_kernels_is_said(monkeypatch, tmp_path):
         ("LORABATCH_NATIVE", "0", "LORABATCH_NATIVE is 0"),
         ("CC", "no-such-compiler", "no C compiler 'no-such-compiler' on PATH"),
         ("CC", "false", "the C compiler failed: exit status 1"),
+        ("CC", 'gcc "-O2', "No closing quotation"),
     ):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

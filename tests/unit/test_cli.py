@@ -347,6 +347,8 @@ def test_the_doctor_finds_all_well(
     (tmp_path / "config.json").touch()
     monkeypatch.setenv("LORABATCH_ADAPTERS", f"sql={tmp_path},org/a@v1")
     monkeypatch.setenv("LORABATCH_BASE_MODEL", str(tmp_path))
+    monkeypatch.setenv("LORABATCH_NATIVE", "0")
+    monkeypatch.setenv("CC", "")
     found = lines(cli("doctor"))
     assert found["database"].startswith("ok: sqlite:///")
     assert found["broker"].startswith("ok: embedded, not running")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lorabatch import Job
 from lorabatch.errors import AdapterUnavailable
+from lorabatch_kernels import native
 from lorabatch_worker.adapters import store as store_module
 from lorabatch_worker.engine import Engine
 from lorabatch_worker.stop import decode
@@ -521,7 +522,9 @@ def test_every_job_is_reported_once_under_random_submits_aborts_and_drops(
     leave_nothing(desk.engine)
 
 
-def test_load_and_description_tell_what_runs(desk: Desk, tiny_adapters: dict[str, Path]) -> None:
+def test_load_and_description_tell_what_runs(
+    desk: Desk, tiny_adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = desk.engine.load
     desk.run(job("counted", max_new_tokens=4))
     after = desk.engine.load
@@ -529,6 +532,9 @@ def test_load_and_description_tell_what_runs(desk: Desk, tiny_adapters: dict[str
     assert after["steps"] == before["steps"] + 4
     assert (after["waiting"], after["running"]) == (0, 0)
     assert desk.engine.description["adapters"] == sorted(tiny_adapters)
+    assert desk.engine.description["kernels"] == "compiled"
+    monkeypatch.setattr(native, "problem", lambda: "no compiler")
+    assert desk.engine.description["kernels"] == "torch operators, slower: no compiler"
     assert desk.engine.last_progress_s <= time.monotonic()
 
 

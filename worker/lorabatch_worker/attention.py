@@ -68,7 +68,7 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> Callable[..., tuple[
         q, new = query[0], (key[0], value[0])
         pools = cache.pools(layer, *new)
         out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        if cache.row_blocks and can_attend(q, key.shape[1], value.shape[-1]):
+        if cache.row_blocks and can_attend(q, *new):
             keys, values = (pool.tokens for pool in pools)
             where = (step.kv_index, step.row_spans)
             attend_rows(out, q, *new, keys, values, *where, scale, window, softcap, s_aux)

@@ -47,12 +47,13 @@ def _fits(layer: Any) -> bool:
     if not all(isinstance(linear, LoraLinear) for linear in linears):
         return False
     q, k, v, _, gate, up, _ = linears
-    norm = layer.input_layernorm.weight
+    norms = (layer.input_layernorm.weight, layer.post_attention_layernorm.weight)
     return (
         q.group is k.group is v.group
         and gate.group is up.group
-        and norm.device.type == "cpu"
-        and native.supports(norm.dtype)
+        and q.site.a.device.type == "cpu"
+        and all(norm.dtype == q.site.dtype for norm in norms)
+        and native.supports(q.site.dtype)
         and native.library() is not None
         and attention.config.hidden_act in ("silu", "swish")
     )

@@ -156,6 +156,8 @@ class Engine:
     def _kernels(self) -> str:
         if self.base.device.type != "cpu":
             return "triton"
+        if not native.supports(self.base.dtype):
+            return f"torch operators, slower: the compiled ones take no {self.base.dtype}"
         problem = native.problem()
         return "compiled" if problem is None else f"torch operators, slower: {problem}"
 

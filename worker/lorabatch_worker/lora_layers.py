@@ -2,8 +2,8 @@
 
 Each `nn.Linear` (and gpt2's Conv1D) but the output head becomes a `LoraLinear`, which adds the
 adapters' share for those tokens that have one. Layers that read the same input (q, k and v; gate
-and up) are multiplied as one matrix, and their adapters' first halves as one sum. Module names
-stay PEFT's, so that adapter files address the layers by the names they were trained on.
+and up) are multiplied as one matrix, and one call adds all their adapters. Module names stay
+PEFT's, so that adapter files address the layers by the names they were trained on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The KV cache of a CPU: one row for each running sequence, in memory that is taken when written.
 
-A row is `row_blocks` consecutive blocks, room for the longest sequence allowed; sequences side by
-side can then be read as one tensor, without a copy (docs/decisions/0007). Address space costs
-nothing; what counts against the budget is blocks written to. A row that nobody holds keeps its
-text. A sequence that begins with it takes that row over, or gets a copy of the beginning.
+A row is `row_blocks` consecutive blocks, room for the longest sequence allowed: its keys lie side
+by side and are read without a copy (docs/decisions/0007). Address space costs nothing; what counts
+against the budget is blocks written to. A row that nobody holds keeps its text. A sequence that
+begins with it takes that row over, or gets a copy of the beginning.
 
 Changes to the memory itself are noted in order and carried out before the next step.
 """

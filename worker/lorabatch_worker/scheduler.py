@@ -74,7 +74,6 @@ class Scheduler:
         """The next step's chunks, decode first, and the sequences that begin to run with it."""
         self._make_room()
         decode = [Chunk(s, s.computed, s.length) for s in self.running.values() if s.pending == 1]
-        decode.sort(key=lambda chunk: chunk.sequence.blocks[0])  # in the order of the cache's rows
         budget = self.max_step_tokens - len(decode)
         prefill: list[Chunk] = []
         for sequence in [s for s in self.running.values() if s.pending > 1]:

@@ -12,6 +12,6 @@ __all__ = ["compute_with"]
 
 
 def compute_with(threads: int) -> None:
-    """From now on this thread, and no other, computes with so many."""
+    """From now on this thread computes with so many, whatever others set."""
     torch.get_num_threads()
     torch.set_num_threads(threads)

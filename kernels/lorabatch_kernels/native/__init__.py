@@ -1,9 +1,9 @@
 """The CPU kernels in C, compiled for this machine when they are first needed.
 
-`library()` compiles the sources beside this file with the system's C compiler ($CC, else cc), about
-5 seconds once a machine, and loads what came of it. They are plain C with the compiler's vector
-types: no headers but the standard library's. OpenMP's runtime is not linked: the one that torch has
-loaded is used, so that both work with one pool of threads.
+`library()` compiles the sources beside this file with $CC, else cc, which must be gcc 12 or newer,
+about 5 seconds once a machine, and loads what came of it. They are plain C with the compiler's
+vector types: no headers but the standard library's and the compiler's. OpenMP's runtime is not
+linked: the one that torch has loaded is used, so that both work with one pool of threads.
 
 Where no compiler is found, or its result does not load, `library()` is None, `problem()` says why,
 and callers take torch operators, which are slower. LORABATCH_NATIVE=0 asks for that.
@@ -30,7 +30,7 @@ SOURCES = ("lora.c", "attention.c", "rows.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
 COMPILE_TIMEOUT_S = 300
 
-MAX_PANELS = 64  # as in lora.c
+MAX_PANELS, MAX_TILE = 64, 8  # as in lora.c
 MAX_WIDTH, MAX_GROUP = 256, 96  # as in attention.c
 
 Address, Long, Float, Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
@@ -117,23 +117,27 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     except subprocess.CalledProcessError as error:
         said = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
         return None, f"the C compiler failed: {said}"
-    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+    except (OSError, AttributeError, ValueError, RuntimeError) as error:
         return None, str(error)
+    except subprocess.TimeoutExpired:
+        return None, f"the C compiler took more than {COMPILE_TIMEOUT_S} s"
     return made, None
 
 
 def _compiled() -> Path:
     """The shared library for these sources, this compiler and this processor."""
-    wanted = shlex.split(os.environ.get("CC", "cc"))
+    wanted = shlex.split(os.environ.get("CC") or "cc") or ["cc"]
     compiler = shutil.which(wanted[0])
     if compiler is None:
-        raise OSError(f"no C compiler {wanted[0]!r} on PATH: install gcc or clang, or set CC")
+        raise OSError(f"no C compiler {wanted[0]!r} on PATH: install gcc, or set CC")
     command = [compiler, *wanted[1:]]
     sources = [HERE / name for name in SOURCES]
     digest = hashlib.sha256()
     for path in (HERE / "vec.h", *sources):
         digest.update(path.read_bytes())
-    digest.update(repr((command, FLAGS, platform.machine(), _processor())).encode())
+    program = os.stat(compiler)
+    version = (program.st_size, program.st_mtime_ns)  # of the file behind a link
+    digest.update(repr((command, version, FLAGS, platform.machine(), _processor())).encode())
     target = _cache_folder() / f"cpu-{digest.hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -38,22 +38,19 @@ typedef struct {
     float query[MOST_ROWS][MAX_WIDTH];
     float total[MOST_ROWS][MAX_WIDTH];
     float keys[MAX_WIDTH][KEYS]; /* transposed */
-    float values[KEYS][MAX_WIDTH];
     float score[MOST_ROWS][KEYS];
     float highest[MOST_ROWS], share[MOST_ROWS];
 } Work;
 
-INLINE void store_new(const Layer *l, int half) {
+INLINE void store_token(const Layer *l, long t, int half) {
     long key_bytes = l->width * (half ? 2 : 4), value_bytes = l->value_width * (half ? 2 : 4);
-#pragma omp parallel for schedule(static) if (l->tokens > 64)
-    for (long t = 0; t < l->tokens; t++)
-        for (long h = 0; h < l->kv_heads; h++) {
-            long to = h * l->positions + l->index[t];
-            memcpy((char *)l->keys + to * key_bytes,
-                   at(l->key.data, h * l->key.head + t * l->key.token, half), key_bytes);
-            memcpy((char *)l->values + to * value_bytes,
-                   at(l->value.data, h * l->value.head + t * l->value.token, half), value_bytes);
-        }
+    for (long h = 0; h < l->kv_heads; h++) {
+        long to = h * l->positions + l->index[t];
+        memcpy((char *)l->keys + to * key_bytes,
+               at(l->key.data, h * l->key.head + t * l->key.token, half), key_bytes);
+        memcpy((char *)l->values + to * value_bytes,
+               at(l->value.data, h * l->value.head + t * l->value.token, half), value_bytes);
+    }
 }
 
 /* score[r][0:count] of `rows` rows, whose keys lie as they are cached */
@@ -117,12 +114,11 @@ INLINE void add_values(float (*total)[MAX_WIDTH], const float (*score)[KEYS], co
 }
 
 INLINE void add_all_values(float (*total)[MAX_WIDTH], const float (*score)[KEYS],
-                           const void *values, long row, long width, long count, int rows,
-                           int half) {
+                           const void *values, long width, long count, int rows, int half) {
     long d = 0;
     for (; d + 4 * LANES <= width; d += 4 * LANES)
-        add_values(total, score, values, row, d, count, rows, 4, half);
-    for (; d < width; d += LANES) add_values(total, score, values, row, d, count, rows, 1, half);
+        add_values(total, score, values, width, d, count, rows, 4, half);
+    for (; d < width; d += LANES) add_values(total, score, values, width, d, count, rows, 1, half);
 }
 
 /* Scores of keys [from, to) of a chunk become weights; the others' weights are 0. */
@@ -154,7 +150,6 @@ INLINE void weigh(Work *w, long r, long from, long to, long width, float softcap
     w->share[r] += sum4(shares, shares, shares, shares)[0];
 }
 
-/* Tokens [begin, end) of a span, for all query heads of one kv head; rows are (token, head). */
 /* to[d][j] = keys[j][d], zeros from `count` on */
 INLINE void transpose(float (*to)[KEYS], const void *keys, long width, long count, int half) {
     for (long j = 0; j < KEYS; j += 4)
@@ -168,6 +163,7 @@ INLINE void transpose(float (*to)[KEYS], const void *keys, long width, long coun
         }
 }
 
+/* Tokens [begin, end) of a span, for all query heads of one kv head; rows are (token, head). */
 INLINE void attend(const Layer *l, const Spans *s, long span, long kv_head, long begin, long end,
                    Work *w, long width, long value_width, int half) {
     long group = l->heads / l->kv_heads, rows = (end - begin) * group;
@@ -215,14 +211,14 @@ INLINE void attend(const Layer *l, const Spans *s, long span, long kv_head, long
         long r = 0;
         const float(*score)[KEYS] = (const float(*)[KEYS])w->score;
         for (; r + ROWS <= rows; r += ROWS)
-            add_all_values(w->total + r, score + r, its_values, value_width, value_width,
-                           count, ROWS, half);
+            add_all_values(w->total + r, score + r, its_values, value_width, count,
+                           ROWS, half);
         for (; r + 3 <= rows; r += 3)
-            add_all_values(w->total + r, score + r, its_values, value_width, value_width,
-                           count, 3, half);
+            add_all_values(w->total + r, score + r, its_values, value_width, count,
+                           3, half);
         for (; r < rows; r++)
-            add_all_values(w->total + r, score + r, its_values, value_width, value_width,
-                           count, 1, half);
+            add_all_values(w->total + r, score + r, its_values, value_width, count,
+                           1, half);
     }
     for (long r = 0; r < rows; r++) {
         long head = kv_head * group + r % group, token = start + begin + r / group;
@@ -232,10 +228,15 @@ INLINE void attend(const Layer *l, const Spans *s, long span, long kv_head, long
     }
 }
 
-INLINE void whole(const Layer *l, const Spans *s, int half) {
-    store_new(l, half);
-    long group = l->heads / l->kv_heads, block = MOST_ROWS / group;
-    long most = 1;
+INLINE void attend_any(const Layer *l, const Spans *s, long span, long kv_head, long begin, long end,
+                       Work *w, int half) {
+    if (l->width == 64 && l->value_width == 64)
+        attend(l, s, span, kv_head, begin, end, w, 64, 64, half);
+    else attend(l, s, span, kv_head, begin, end, w, l->width, l->value_width, half);
+}
+
+void lorabatch_attention(const Layer *l, const Spans *s, int half) {
+    long group = l->heads / l->kv_heads, block = MOST_ROWS / group, most = 1;
     for (long i = 0; i < s->spans; i++) {
         long blocks = (s->count[i] + block - 1) / block;
         if (blocks > most) most = blocks;
@@ -243,21 +244,18 @@ INLINE void whole(const Layer *l, const Spans *s, int half) {
 #pragma omp parallel
     {
         static __thread Work work;
+#pragma omp for schedule(static)
+        for (long t = 0; t < l->tokens; t++) store_token(l, t, half);
+        /* All are stored: the loop above ends with a barrier. */
 #pragma omp for schedule(dynamic)
         for (long item = 0; item < s->spans * l->kv_heads * most; item++) {
             long span = item / (l->kv_heads * most), kv_head = item / most % l->kv_heads;
             long begin = item % most * block, end = begin + block;
             if (begin >= s->count[span]) continue;
             if (end > s->count[span]) end = s->count[span];
-            if (l->width == 64 && l->value_width == 64)
-                attend(l, s, span, kv_head, begin, end, &work, 64, 64, half);
-            else
-                attend(l, s, span, kv_head, begin, end, &work, l->width, l->value_width, half);
+            /* In the loop, so that each is compiled for its type. */
+            if (half) attend_any(l, s, span, kv_head, begin, end, &work, 1);
+            else attend_any(l, s, span, kv_head, begin, end, &work, 0);
         }
     }
-}
-
-void lorabatch_attention(const Layer *layer, const Spans *spans, int half) {
-    if (half) whole(layer, spans, 1);
-    else whole(layer, spans, 0);
 }

@@ -40,7 +40,7 @@ INLINE void shrink(vec *v, const float (*x)[CHUNK], const void *panel, long coun
     for (int t = 0; t < tokens; t++) v[t] = even[t] + odd[t];
 }
 
-/* sums[t][0:count] += v[t][0:4] of 4 rank rows */
+/* sums[t][0:count] += v[t][r : r + rows] times as many rank rows */
 INLINE void expand(float (*sums)[CHUNK], const float (*v)[MAX_PANELS * LANES], long r,
                    const void *b, long out, long column, long count, int rows, int tokens,
                    int half) {
@@ -113,24 +113,24 @@ INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const 
     }
 }
 
-INLINE void all_tiles(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
-                      long count, const Tiles *tiles, int half) {
-#pragma omp parallel for schedule(dynamic)
-    for (long item = 0; item < tiles->tiles * count; item++) {
-        long i = item / count;
-        const Site *site = &sites[item % count];
-        int slot = tiles->slot[i];
-        const int32_t *order = tiles->order + tiles->start[i];
-        if (!site->rank[slot]) continue;
-        int filled = tiles->len[i];
-        if (filled == 1) tile(y, y_row, x, x_row, in, site, order, slot, filled, 1, half);
-        else if (filled <= 4) tile(y, y_row, x, x_row, in, site, order, slot, filled, 4, half);
-        else tile(y, y_row, x, x_row, in, site, order, slot, filled, TILE, half);
-    }
+INLINE void any_tile(void *y, long y_row, const void *x, long x_row, long in, const Site *site,
+                     const int32_t *order, int slot, int filled, int half) {
+    if (filled == 1) tile(y, y_row, x, x_row, in, site, order, slot, filled, 1, half);
+    else if (filled <= 4) tile(y, y_row, x, x_row, in, site, order, slot, filled, 4, half);
+    else tile(y, y_row, x, x_row, in, site, order, slot, filled, TILE, half);
 }
 
 void lorabatch_add_lora(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
                         long count, const Tiles *tiles, int half) {
-    if (half) all_tiles(y, y_row, x, x_row, in, sites, count, tiles, 1);
-    else all_tiles(y, y_row, x, x_row, in, sites, count, tiles, 0);
+#pragma omp parallel for schedule(dynamic)
+    for (long item = 0; item < tiles->tiles * count; item++) {
+        long i = item / count;
+        const Site *site = &sites[item % count];
+        int slot = tiles->slot[i], filled = tiles->len[i];
+        const int32_t *order = tiles->order + tiles->start[i];
+        if (!site->rank[slot] || !filled) continue;
+        /* In the loop, so that each is compiled for its type. */
+        if (half) any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 1);
+        else any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 0);
+    }
 }
