@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Set to a CUDA build where there is a GPU; torch comes first, so that nothing else picks one.
 TORCH ?= torch==2.13.0
+# What `make bench` measures in.
+BENCH_DTYPE ?= bfloat16
 # Where the demo and the tests keep the embedded servers and the base model.
 export LORABATCH_HOME ?= $(CURDIR)/.lorabatch
 
@@ -41,12 +43,13 @@ parity: setup
 	$(VENV)/bin/python -m tests.parity
 
 bench: setup
-	$(VENV)/bin/python -m bench.kernels
-	$(VENV)/bin/python -m bench.throughput --adapters 32 0
-	$(VENV)/bin/python -m bench.adapters
-	$(VENV)/bin/python -m bench.breakdown
-	$(VENV)/bin/python -m bench.prefix
-	$(VENV)/bin/python -m bench.end_to_end
+	$(VENV)/bin/python -m bench.throughput --adapters 32 0 --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.adapters --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.breakdown --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.latency --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.prefix --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.end_to_end --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.kernels --quick
 	$(VENV)/bin/python -m bench.goals
 
 clean:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -185,9 +187,13 @@ def main() -> None:
     parser.add_argument("--max-step-tokens", type=int, default=512)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    folder = bundled_checkpoint(DEFAULT_BASE_MODEL, HOME)
-    for count in args.adapters:
-        measure(args, folder, count)
+    if len(args.adapters) > 1:
+        # Each in a process of its own: two pools of OpenMP threads in one slow each other down.
+        for count in args.adapters:
+            alone = [sys.executable, "-m", "bench.breakdown", *sys.argv[1:], "--adapters", count]
+            subprocess.run([str(word) for word in alone], check=True)
+        return
+    measure(args, bundled_checkpoint(DEFAULT_BASE_MODEL, HOME), args.adapters[0])
 
 
 if __name__ == "__main__":
