@@ -1,12 +1,13 @@
 """Where the time of the workload goes, and how much of it is matrix products alone.
 
-    python -m bench.breakdown [--adapters 0 32] [--dtype float32] [--max-seqs 32] [--batch 32]
+    python -m bench.breakdown [--adapters 0 32] [--dtype float32] [--max-seqs 32]
 
 For the whole workload and for decode steps of a full batch: seconds in the base model's products,
 attention, LoRA, sampling, scheduling (plan and tensors of the step) and the rest (norms,
 activations, Python). Then the products are run again by themselves, with the sizes that the steps
-had: `gemm_to_wall` is that time over the wall time of the workload, `gemm_to_step` the same for a
-decode step. The wall time is taken without the clocks around the parts.
+had; where noise made that longer than they took in the run, what they took counts. `gemm_to_wall`
+is that time over the wall time of the workload, `gemm_to_step` the same for a decode step. The wall
+time is taken without the clocks around the parts.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> None:
     if full:
         for part in {p for _, parts in full for p in parts}:
             decode[part] = statistics.median(parts.get(part, 0.0) for _, parts in full) * 1e3
-    gemm = sum(floors[sizes] for sizes, _, _ in steps)
+    gemm = sum(min(floors[sizes], parts["gemm"]) for sizes, _, parts in steps)
+    gemm_step_ms = min(floors[full[0][0]] * 1e3, decode["gemm"]) if full else 0.0
     step_ms = statistics.median(sum(p.values()) for _, p in full) * 1e3 if full else 0.0
     record(
         "breakdown",
@@ -172,7 +174,7 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> None:
         gemm_to_wall=round(gemm / statistics.median(plain), 3),
         decode_step_ms={part: round(ms, 1) for part, ms in sorted(decode.items())},
         decode_step_total_ms=round(step_ms, 1),
-        gemm_to_step=round(floors[full[0][0]] * 1e3 / step_ms, 3) if full else None,
+        gemm_to_step=round(gemm_step_ms / step_ms, 3) if full else None,
         peak_rss_mb=peak_rss_mb(),
     )
 

@@ -58,6 +58,15 @@ def test_a_layer_outside_of_a_step_is_a_bug_that_shows() -> None:
         _ = StepContext().step
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+
+
+BOTH_WAYS = pytest.mark.parametrize("kernels", ["C", "torch"], indirect=True)
+
+
 @pytest.mark.parametrize("rows", [True, False])
 def test_blocks_of_a_job_that_made_nan_are_clean_for_the_next(rows: bool) -> None:
     """An adapter with huge weights gives NaN for its own job, and for nobody else's."""
@@ -72,13 +81,10 @@ def test_blocks_of_a_job_that_made_nan_are_clean_for_the_next(rows: bool) -> Non
     torch.testing.assert_close(generate(runner, [[5, 6, 7]], [-1], 6, 9), clean)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["C", "torch"])
-def test_attention_over_rows_equals_attention_over_pages(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@BOTH_WAYS
+@pytest.mark.usefixtures("kernels")
+def test_attention_over_rows_equals_attention_over_pages() -> None:
     """Sequences of very different lengths, some of them ended, decode in a batch."""
-    if not compiled:
-        monkeypatch.setattr(native, "library", lambda: None)
     prompts = [[i + 3] * n for i, n in enumerate((5, 9, 200, 3, 8, 20))]
     found = []
     for rows in (True, False):
@@ -87,12 +93,9 @@ def test_attention_over_rows_equals_attention_over_pages(
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["C", "torch"])
-def test_what_other_jobs_left_in_a_row_is_not_seen(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setattr(native, "library", lambda: None)
+@BOTH_WAYS
+@pytest.mark.usefixtures("kernels")
+def test_what_other_jobs_left_in_a_row_is_not_seen() -> None:
     runner = runner_of(tiny_model(tiny_config("llama")), rows=True)
     prompts = [[5, 6, 7], [8] * 20, [9]]
     clean = generate(runner, prompts, [-1] * 3, 5, 9)

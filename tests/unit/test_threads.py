@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorabatch import Job
+from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.threads import compute_with
 from tests.models import WAIT_S, Desk, engine_for
 
@@ -43,9 +44,9 @@ def test_the_engine_computes_with_its_threads_after_adapters_were_loaded(
     counts: list[int] = []
     step = engine._step
 
-    def watched(chunks: object) -> None:
+    def watched(chunks: list[Chunk]) -> None:
         counts.append(torch.get_num_threads())
-        step(chunks)  # type: ignore[arg-type]
+        step(chunks)
 
     monkeypatch.setattr(engine, "_step", watched)
     loads: list[int] = []

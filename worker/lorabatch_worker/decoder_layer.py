@@ -1,7 +1,7 @@
-"""Decoder layers of the Llama kind on a CPU, in a dozen calls instead of sixty.
+"""Decoder layers of the Llama kind on a CPU, in few calls.
 
-A step of a small batch spends more time between the matrix products than it should: transformers'
-norms, rotary embedding and gated MLP are some forty operators a layer. For the classes named in
+Norms, rotary embedding and gated MLP are many small operators in transformers, and their calls take
+as long as the work in a small batch (docs/decisions/0008). For the classes named in
 `WINDOWS` the same sums are made here by the C kernels, over the projections as they come out of
 one product. Every other class, and a machine without compiled kernels, keeps transformers' own
 layers. `probe.py` compares the result with the untouched model before any job runs. Raises nothing.
@@ -79,7 +79,10 @@ class FusedLayer:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """hidden_states [1, T, hidden] -> the same; position_embeddings: cos and sin [1, T, D]."""
+        """hidden_states [1, T, hidden] -> the same; position_embeddings: cos and sin [1, T, D].
+
+        What else transformers passes (mask, cache, positions) is the step's, which `attend` reads.
+        """
         assert position_embeddings is not None
         cos, sin = (part[0] for part in position_embeddings)
         h = hidden_states
