@@ -1,4 +1,4 @@
-"""Tiny random models, and how tests run jobs on them.
+"""Tiny random models, and the logits that the engine's runner and the model alone give.
 
 `tiny_config(kind)` makes a configuration of any architecture small enough to build in
 milliseconds; `checkpoint` saves one as a folder with the bundled model's tokenizer.
@@ -7,10 +7,8 @@ milliseconds; `checkpoint` saves one as a folder with the bundled model's tokeni
 from __future__ import annotations
 
 import copy
-import functools
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from lorabatch import Job, Result, Settings
-from lorabatch.ledger import Claim, Outcome
+from lorabatch import Job
+from lorabatch.ledger import Claim
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.bundled import bundled_checkpoint
-from lorabatch_worker.engine import Engine, build_engine
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.sequence import Sequence as Running
 
 ROOT = Path(__file__).parents[1]
 BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WAIT_S = 120.0
 
 logging.disable_progress_bar()
 
@@ -176,81 +172,8 @@ def random_adapter(model: nn.Module, folder: Path, seed: int = 0, **fields: Any)
     return folder
 
 
-def settings_for(folder: Path, home: Path, **fields: Any) -> Settings:
-    """Small, on one thread."""
-    return Settings.load(
-        home=home,
-        **{
-            "base_model": str(folder),
-            "base_model_aliases": ("acme/tiny",),
-            "device": "cpu",
-            "dtype": "float32",
-            "threads": 1,
-            "max_seqs": 8,
-            "max_step_tokens": 256,
-            "max_context_tokens": 256,
-            "kv_cache_tokens": 4096,
-            "block_size": 8,
-            "adapter_slots": 3,
-            "max_adapter_rank": 8,
-            **fields,
-        },
-    )
-
-
-def engine_for(folder: Path, home: Path, **fields: Any) -> Engine:
-    return build_engine(settings_for(folder, home, **{"threads": 1, **fields}))
-
-
 def claim(job: Job, attempt: int = 1) -> Claim:
     return Claim(job, attempt, attempt, 1, 2)
-
-
-class Desk:
-    """Submits to an engine and keeps what is reported, in order."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.started: list[str] = []
-        self.outcomes: list[Outcome] = []
-        self._changed = threading.Condition()
-        engine.start(self._on_started, self._on_finished)
-
-    def _on_started(self, job_ids: Sequence[str]) -> None:
-        with self._changed:
-            self.started.extend(job_ids)
-            self._changed.notify_all()
-
-    def _on_finished(self, outcomes: Sequence[Outcome]) -> None:
-        with self._changed:
-            self.outcomes.extend(outcomes)
-            self._changed.notify_all()
-
-    def submit(self, *jobs: Job) -> None:
-        self.engine.submit([claim(job) for job in jobs])
-
-    def reported(self) -> list[str]:
-        with self._changed:
-            return [o.claim.job.job_id for o in self.outcomes]
-
-    def wait(self, job_ids: Iterable[str]) -> dict[str, Result]:
-        """Results of these jobs, once all are in."""
-        wanted = set(job_ids)
-        with self._changed:
-            found = self._changed.wait_for(lambda: wanted <= self._done().keys(), WAIT_S)
-            assert found, f"no outcome for {sorted(wanted - self._done().keys())}"
-            return {i: r for i, r in self._done().items() if i in wanted}
-
-    def wait_started(self, job_id: str) -> None:
-        with self._changed:
-            assert self._changed.wait_for(lambda: job_id in self.started, WAIT_S)
-
-    def _done(self) -> dict[str, Result]:
-        return {o.claim.job.job_id: o.result for o in self.outcomes}
-
-    def run(self, *jobs: Job) -> dict[str, Result]:
-        self.submit(*jobs)
-        return self.wait(job.job_id for job in jobs)
 
 
 def generate(
@@ -289,23 +212,3 @@ def eager(model: Any, prompt: list[int], tokens: Sequence[int]) -> Tensor:
     ids = torch.tensor([[*prompt, *tokens[:-1]]])
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return logits[len(prompt) - 1 :]
-
-
-@functools.cache
-def real_desk() -> Desk:
-    """The bundled model with the shipped adapters and PEFT's random ones; one for all tests."""
-    from tests.parity import SHIPPED, load_reference, write_random_adapters
-
-    home = ROOT / ".lorabatch"
-    adapters = {p.parent.name: p.parent for p in sorted(SHIPPED.glob("*/adapter_config.json"))}
-    with old_names():
-        random = write_random_adapters(load_reference(bundled_folder()), home / "parity-adapters")
-    settings = Settings.load(
-        home=home,
-        adapters=",".join(f"{name}={path}" for name, path in {**adapters, **random}.items()),
-        device="cpu",
-        dtype="float32",
-        threads=1,
-        max_seqs=64,
-    )
-    return Desk(build_engine(settings))

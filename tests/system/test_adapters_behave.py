@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from lorabatch import Job, Result
-from tests.models import ROOT, real_desk
+from tests.desk import real_desk
+from tests.models import ROOT
 
 sys.path.insert(0, str(ROOT / "examples"))
 from adapter_data import HELD_OUT, PREDICATES

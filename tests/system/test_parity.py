@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.models import bundled_folder, old_names, real_desk
+from tests.desk import real_desk
+from tests.models import bundled_folder, old_names
 from tests.parity import RANDOM, compare, load_reference, with_adapters
 
 

@@ -20,7 +20,8 @@ from lorabatch_worker.base_model import (
     pick_device,
     pick_dtype,
 )
-from tests.models import BUNDLED_ID, bundled_folder, settings_for
+from tests.desk import settings_for
+from tests.models import BUNDLED_ID, bundled_folder
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from lorabatch_worker.adapters import store as store_module
 from lorabatch_worker.engine import Engine
 from lorabatch_worker.stop import decode
 from tests.bad_adapters import write
-from tests.models import WAIT_S, Desk, engine_for, load_with_peft
+from tests.desk import WAIT_S, Desk, engine_for
+from tests.models import load_with_peft
 
 PROMPTS = (
     "Once upon a time",

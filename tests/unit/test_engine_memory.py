@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorabatch import Job, Result
-from tests.models import Desk, engine_for
+from tests.desk import Desk, engine_for
 
 STORY = "Once upon a time there was a river that ran past a mill and a garden. " * 3
 

@@ -12,7 +12,7 @@ import torch
 from lorabatch import Job
 from lorabatch_worker.scheduler import Chunk
 from lorabatch_worker.threads import compute_with
-from tests.models import WAIT_S, Desk, engine_for
+from tests.desk import WAIT_S, Desk, engine_for
 
 
 def in_thread(call: Callable[[], None]) -> None:

@@ -1,0 +1,109 @@
+"""An engine behind a desk: jobs go in, outcomes are kept in the order in which they come."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorabatch import Job, Result, Settings
+from lorabatch.ledger import Outcome
+from lorabatch_worker.engine import Engine, build_engine
+from tests.models import ROOT, bundled_folder, claim, old_names
+
+WAIT_S = 120.0
+
+
+def settings_for(folder: Path, home: Path, **fields: Any) -> Settings:
+    """Small, on one thread."""
+    return Settings.load(
+        home=home,
+        **{
+            "base_model": str(folder),
+            "base_model_aliases": ("acme/tiny",),
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 1,
+            "max_seqs": 8,
+            "max_step_tokens": 256,
+            "max_context_tokens": 256,
+            "kv_cache_tokens": 4096,
+            "block_size": 8,
+            "adapter_slots": 3,
+            "max_adapter_rank": 8,
+            **fields,
+        },
+    )
+
+
+def engine_for(folder: Path, home: Path, **fields: Any) -> Engine:
+    return build_engine(settings_for(folder, home, **{"threads": 1, **fields}))
+
+
+class Desk:
+    """Submits to an engine and keeps what is reported, in order."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.started: list[str] = []
+        self.outcomes: list[Outcome] = []
+        self._changed = threading.Condition()
+        engine.start(self._on_started, self._on_finished)
+
+    def _on_started(self, job_ids: Sequence[str]) -> None:
+        with self._changed:
+            self.started.extend(job_ids)
+            self._changed.notify_all()
+
+    def _on_finished(self, outcomes: Sequence[Outcome]) -> None:
+        with self._changed:
+            self.outcomes.extend(outcomes)
+            self._changed.notify_all()
+
+    def submit(self, *jobs: Job) -> None:
+        self.engine.submit([claim(job) for job in jobs])
+
+    def reported(self) -> list[str]:
+        with self._changed:
+            return [o.claim.job.job_id for o in self.outcomes]
+
+    def wait(self, job_ids: Iterable[str]) -> dict[str, Result]:
+        """Results of these jobs, once all are in."""
+        wanted = set(job_ids)
+        with self._changed:
+            found = self._changed.wait_for(lambda: wanted <= self._done().keys(), WAIT_S)
+            assert found, f"no outcome for {sorted(wanted - self._done().keys())}"
+            return {i: r for i, r in self._done().items() if i in wanted}
+
+    def wait_started(self, job_id: str) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: job_id in self.started, WAIT_S)
+
+    def _done(self) -> dict[str, Result]:
+        return {o.claim.job.job_id: o.result for o in self.outcomes}
+
+    def run(self, *jobs: Job) -> dict[str, Result]:
+        self.submit(*jobs)
+        return self.wait(job.job_id for job in jobs)
+
+
+@functools.cache
+def real_desk() -> Desk:
+    """The bundled model with the shipped adapters and PEFT's random ones; one for all tests."""
+    from tests.parity import SHIPPED, load_reference, write_random_adapters
+
+    home = ROOT / ".lorabatch"
+    adapters = {p.parent.name: p.parent for p in sorted(SHIPPED.glob("*/adapter_config.json"))}
+    with old_names():
+        random = write_random_adapters(load_reference(bundled_folder()), home / "parity-adapters")
+    settings = Settings.load(
+        home=home,
+        adapters=",".join(f"{name}={path}" for name, path in {**adapters, **random}.items()),
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        max_seqs=64,
+    )
+    return Desk(build_engine(settings))
