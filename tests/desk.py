@@ -14,6 +14,12 @@ from lorabatch_worker.engine import Engine, build_engine
 from tests.models import ROOT, bundled_folder, claim, old_names
 
 WAIT_S = 120.0
+PROMPTS = (
+    "Once upon a time",
+    "The",
+    "A longer prompt that takes more than one block, to be sure, and more than one chunk too",
+    "x y z " * 12,
+)
 
 
 def settings_for(folder: Path, home: Path, **fields: Any) -> Settings:
@@ -87,6 +93,28 @@ class Desk:
     def run(self, *jobs: Job) -> dict[str, Result]:
         self.submit(*jobs)
         return self.wait(job.job_id for job in jobs)
+
+
+def start(folder: Path, home: Path, adapters: str = "", **fields: Any) -> Desk:
+    return Desk(engine_for(folder, home, adapters=adapters, **fields))
+
+
+def job(job_id: str, prompt: str = PROMPTS[0], adapter: str | None = None, **params: Any) -> Job:
+    params = {"max_new_tokens": 8, "ignore_eos": True, **params}
+    return Job(job_id=job_id, prompt=prompt, adapter_id=adapter, sampling_params=params)
+
+
+def long(job_id: str, **fields: Any) -> Job:
+    """Runs until it is ended."""
+    return job(job_id, max_new_tokens=240, **fields)
+
+
+def leave_nothing(engine: Engine) -> None:
+    """No block, slot or sequence is held when all jobs have ended."""
+    scheduler = engine.scheduler
+    assert scheduler.blocks.free == scheduler.blocks.capacity
+    assert not any(scheduler.slots._users)
+    assert not [*scheduler.running, *scheduler.waiting, *engine._preparing, *engine._arrived]
 
 
 @functools.cache

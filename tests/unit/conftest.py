@@ -1,7 +1,8 @@
-"""One tiny checkpoint and a few adapters for it, shared by all unit tests."""
+"""One tiny checkpoint, a few adapters for it and engines on it, shared by all unit tests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.desk import WAIT_S, Desk, start
 from tests.models import bundled_folder, checkpoint, random_adapter
 
 
@@ -41,3 +43,26 @@ def tiny_adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         name: random_adapter(model, folder / name, seed, **extra)
         for seed, (name, extra) in enumerate(fields.items())
     }
+
+
+@pytest.fixture(scope="module")
+def configured(tiny_adapters: dict[str, Path]) -> str:
+    return ",".join(f"{name}={path}" for name, path in tiny_adapters.items())
+
+
+@pytest.fixture(scope="module")
+def desk(
+    tiny_folder: Path, configured: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Desk]:
+    """One engine for the tests that leave nothing behind."""
+    made = start(tiny_folder, tmp_path_factory.mktemp("home"), configured)
+    yield made
+    assert made.engine.drain(WAIT_S) == []
+
+
+@pytest.fixture
+def own(tiny_folder: Path, configured: str, home: Path) -> Iterator[Desk]:
+    """An engine for one test, which may break or stop it."""
+    made = start(tiny_folder, home, configured)
+    yield made
+    made.engine.drain(0)
