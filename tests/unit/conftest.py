@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.desk import WAIT_S, Desk, start
 from tests.models import bundled_folder, checkpoint, random_adapter
+from tests.scheduling import LAYOUT
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,10 @@ def own(tiny_folder: Path, configured: str, home: Path) -> Iterator[Desk]:
     made = start(tiny_folder, home, configured)
     yield made
     made.engine.drain(0)
+
+
+@pytest.fixture(params=["pages", "rows"])
+def layout(request: pytest.FixtureRequest) -> Iterator[str]:
+    LAYOUT["rows"] = request.param == "rows"
+    yield request.param
+    LAYOUT["rows"] = False

@@ -1,0 +1,135 @@
+"""What runs next: chunks, priority, residency and age, and no starvation."""
+
+from __future__ import annotations
+
+import random
+import time
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.scheduling import play, run, scheduler, sequence
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that moves when told to."""
+    now = SimpleNamespace(s=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now.s)
+    return now
+
+
+@given(prompt=st.integers(1, 60), step_tokens=st.integers(1, 17))
+@settings(max_examples=50, deadline=None)
+def test_a_long_prompt_is_computed_in_chunks_that_fill_the_budget(
+    prompt: int, step_tokens: int
+) -> None:
+    s = scheduler(max_seqs=1, step_tokens=step_tokens)
+    s.add(sequence("long", prompt, new=1))
+    sizes = []
+    while s.running or s.waiting:
+        chunks, _ = s.plan()
+        sizes += [c.end - c.start for c in chunks]
+        assert [c.samples for c in chunks] == [sum(sizes) == prompt]
+        play(s, chunks)
+    full, rest = divmod(prompt, step_tokens)
+    assert sizes == [step_tokens] * full + ([rest] if rest else [])
+
+
+def test_decode_goes_on_while_a_long_prompt_is_prefilled() -> None:
+    s = scheduler(step_tokens=8)
+    s.add(sequence("short", 2, new=9))
+    play(s, s.plan()[0])
+    s.add(sequence("long", 40, new=1))
+    for _ in range(3):
+        chunks, _ = s.plan()
+        assert [(c.sequence.job_id, c.end - c.start) for c in chunks] == [("short", 1), ("long", 7)]
+        play(s, chunks)
+
+
+def test_nothing_is_admitted_when_told_so() -> None:
+    s = scheduler()
+    s.add(sequence("a"))
+    assert s.plan(admit=False) == ([], [])
+    assert list(s.waiting) == ["a"]
+
+
+def test_priority_goes_before_residency_and_age(clock: SimpleNamespace) -> None:
+    s = scheduler(max_seqs=1, slots=1)
+    for job_id, name, priority in [("old", "a", 0), ("low", "a", -5), ("high", "b", 5)]:
+        s.add(sequence(job_id, name=name, priority=priority))
+        clock.s += 20
+    assert run(s) == ["high", "old", "low"]
+
+
+def test_jobs_of_a_resident_adapter_go_first_until_others_are_old(clock: SimpleNamespace) -> None:
+    s = scheduler(max_seqs=1, slots=1)
+    for job_id, name in [("a1", "a"), ("b1", "b"), ("a2", "a"), ("base", None)]:
+        s.add(sequence(job_id, name=name))
+        clock.s += 0.01
+    assert run(s) == ["base", "a1", "a2", "b1"]
+    assert s.slots.loads == 2
+    for job_id, name in [("a3", "a"), ("b2", "b"), ("a4", "a")]:
+        s.add(sequence(job_id, name=name))
+        clock.s += 0.01
+    clock.s += 10
+    assert run(s) == ["a3", "b2", "a4"]
+
+
+def test_more_adapters_than_slots_starve_nobody(clock: SimpleNamespace) -> None:
+    """Two adapters could keep both slots for ever; eight others must get their turn."""
+    s = scheduler(max_seqs=8, slots=2, age_cap_s=5.0, blocks=100)
+    rng = random.Random(0)
+    serial = iter(range(10**6))
+    submitted: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    for step in range(2000):
+        clock.s += 0.1
+        for greedy in ("x0", "x1"):
+            version = f"version of {greedy}"
+            while sum(w.adapter_version == version for w in s.waiting.values()) < 4:
+                s.add(sequence(f"greedy-{next(serial)}", new=rng.randrange(5, 30), name=greedy))
+        if step % 100 == 0:
+            job_id = f"rare-{next(serial)}"
+            submitted[job_id] = clock.s
+            s.add(sequence(job_id, new=5, name=f"y{step // 100 % 8}"))
+        chunks, admitted = s.plan()
+        rare = [a.job_id for a in admitted if a.job_id in submitted]
+        waited |= {job_id: clock.s - submitted[job_id] for job_id in rare}
+        play(s, chunks)
+    assert {j for j, t in submitted.items() if t < clock.s - 15} <= set(waited)
+    assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
+
+
+@pytest.mark.usefixtures("layout")
+def test_a_big_old_job_gets_its_blocks(clock: SimpleNamespace) -> None:
+    """Small jobs keep coming and always fit; the one that needs all blocks must run too."""
+    s = scheduler(max_seqs=4, blocks=8, step_tokens=64)
+    s.add(sequence("small-0", new=5))
+    play(s, s.plan()[0])
+    s.add(sequence("big", prompt=20, new=12))
+    for step in range(400):
+        clock.s += 0.1
+        if len(s.waiting) < 4:
+            s.add(sequence(f"small-{step + 1}", new=5))
+        chunks, admitted = s.plan()
+        play(s, chunks)
+        if "big" in [a.job_id for a in admitted]:
+            return
+    pytest.fail("the big job was never admitted")
+
+
+def test_jobs_that_need_no_slot_go_on_while_an_old_one_waits_for_its_slot(
+    clock: SimpleNamespace,
+) -> None:
+    s = scheduler(max_seqs=4, slots=1)
+    s.add(sequence("a1", new=30, name="a"))
+    play(s, s.plan()[0])
+    s.add(sequence("b1", new=2, name="b"))
+    clock.s += 10
+    s.add(sequence("base", new=2))
+    s.add(sequence("a2", new=2, name="a"))
+    _, admitted = s.plan()
+    assert [a.job_id for a in admitted] == ["base"]
