@@ -1,0 +1,91 @@
+"""Bulk files by the command line: submitted, followed and written."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorabatch import Ledger
+from lorabatch_producer import progress
+from tests.bad_inputs import short
+from tests.command_line import Cli
+from tests.played_worker import by_adapter, run_queued, working
+
+
+def test_a_batch_from_file_to_file(cli: Cli, ledger: Ledger, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with working(ledger, by_adapter):
+        found = cli("batch", "submit", file, "--tenant", "acme", "--output", out, code=1)
+    batch_id = found.stdout.split()[1]
+    assert "2 lines accepted, 1 bad" in found.stdout
+    assert "2/2 done, 1 failed" in found.stdout
+    assert "line 2: not_json: not valid JSON: Expecting value at 1" in found.stderr
+    assert "bad lines: 1, failed jobs: 1" in found.stderr
+    assert [json.loads(raw)["custom_id"] for raw in out.read_text().splitlines()] == ["x", None]
+    assert (tmp_path / "out.errors.jsonl").read_text().count("\n") == 1
+    status = json.loads(cli("batch", "status", batch_id, "--json").stdout)
+    assert (status["succeeded"], status["failed"], status["rejected_lines"]) == (1, 1, 1)
+    first = out.read_bytes()
+    out.unlink()
+    cli("batch", "output", batch_id, file, "--output", out, code=1)
+    assert out.read_bytes() == first
+    assert cli("batch", "submit", file, "--tenant", "acme", code=1).stdout.split()[1] == batch_id
+    again = cli("batch", "submit", file, "--tenant", "acme", "--new", code=1)
+    assert again.stdout.split()[1] != batch_id
+    assert ledger.counts() == {"succeeded": 1, "failed": 1, "queued": 2}
+
+
+def test_a_good_batch_ends_well(cli: Cli, ledger: Ledger, tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(short())
+    with working(ledger):
+        cli("batch", "submit", path, "--wait")
+    cli("batch", "submit", path, "--queue", "other", "--new")
+    assert "of 1 jobs are open" in cli("batch", "output", *_newest(ledger, path), code=2).stderr
+
+
+def _newest(ledger: Ledger, path: Path) -> list[object]:
+    with ledger.engine.connect() as connection:
+        query = "SELECT batch_id FROM batches ORDER BY created_us DESC LIMIT 1"
+        batch_id = connection.exec_driver_sql(query).scalar_one()
+    return [batch_id, path, "--output", path.with_name("out")]
+
+
+def test_only_the_first_bad_lines_are_shown(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(b'{"\x1b[31m": 1}\n' + b"x\n" * 30)
+    found = cli("batch", "submit", path, code=1)
+    assert found.stderr.count("not_json") == 10
+    assert "... and 21 more bad lines" in found.stderr
+    assert "\x1b" not in found.stderr
+
+
+def test_a_batch_without_workers_says_so(
+    cli: Cli, ledger: Ledger, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "IDLE_S", 0.0)
+
+    def nobody(app: Any) -> list[str]:
+        run_queued(ledger)
+        return []
+
+    monkeypatch.setattr(progress, "answering", nobody)
+    assert "no worker seems to run" in cli("batch", "submit", file, "--wait", code=1).stdout
+
+
+def test_a_bar_on_a_terminal(cli: Cli, ledger: Ledger, file: Path) -> None:
+    from rich.console import Console
+
+    from lorabatch_producer import Producer
+    from lorabatch_producer.batch import submit
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Producer() as producer:
+        batch_id = submit(producer, file).batch_id
+        with working(ledger):
+            assert progress.follow(producer, batch_id, console).succeeded == 2
+    assert "2/2" in console.file.getvalue()  # type: ignore[attr-defined]
