@@ -1,89 +1,20 @@
-"""The client, blocking and awaitable, by the same tests, against a real Valkey."""
+"""Enqueueing by the client against a real Valkey: checked, keyed, sent in chunks, none lost."""
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
 
-import lorabatch_producer
 from lorabatch import Job, Ledger, Settings
-from lorabatch.database import open_database
 from lorabatch.embedded import ensure_valkey, stop_valkey
-from lorabatch.errors import (
-    IdempotencyConflict,
-    InvalidJob,
-    JobCancelled,
-    JobFailed,
-    JobNotFound,
-    QueueNotReady,
-    WaitTimeout,
-)
-from lorabatch_producer import AsyncProducer, NotSent, Producer
-from tests.played_worker import by_adapter, fails, run_queued, working
+from lorabatch.errors import IdempotencyConflict, InvalidJob, QueueNotReady
+from lorabatch_producer import NotSent, Producer
+from tests.played_worker import run_queued, working
 
 DOWN = "redis://127.0.0.1:1/0"
-
-
-class Blocking:
-    """An AsyncProducer that is called like a Producer."""
-
-    def __init__(self, producer: AsyncProducer) -> None:
-        self._producer = producer
-        self._runner = asyncio.Runner()
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._producer, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found = method(*args, **kwargs)
-            if inspect.isasyncgen(found):
-                return self._each(found)
-            return self._runner.run(found)
-
-        return call
-
-    def _each(self, found: Any) -> Iterator[Any]:
-        async def following() -> Any:
-            return await anext(found, None)
-
-        while (item := self._runner.run(following())) is not None:
-            yield item
-
-    def end(self) -> None:
-        self.close()
-        self._runner.close()
-
-
-@pytest.fixture(params=["sync", "async"])
-def make(request: pytest.FixtureRequest) -> Iterator[Any]:
-    made: list[Any] = []
-
-    def build(settings: Settings) -> Any:
-        sync = request.param == "sync"
-        made.append(Producer(settings) if sync else Blocking(AsyncProducer(settings)))
-        return made[-1]
-
-    yield build
-    for producer in made:
-        producer.close() if isinstance(producer, Producer) else producer.end()
-
-
-@pytest.fixture
-def producer(make: Any, settings: Settings) -> Any:
-    return make(settings)
-
-
-@pytest.fixture
-def ledger(settings: Settings) -> Iterator[Ledger]:
-    engine = open_database(settings)
-    yield Ledger(engine)
-    engine.dispose()
 
 
 def queue_length(settings: Settings) -> int:
@@ -226,70 +157,6 @@ def test_the_embedded_broker_may_be_restarted_under_a_producer(
     assert queue_length(settings) == 2
 
 
-def test_who_waits_is_told_how_it_failed(producer: Any, ledger: Ledger) -> None:
-    job_id = producer.enqueue(prompt="a", adapter_id="nope")
-    run_queued(ledger, fails)
-    with pytest.raises(JobFailed, match=f"{job_id}.*unknown_adapter: no adapter of that id"):
-        producer.wait(job_id)
-    assert producer.result(job_id).state == "failed"
-
-
-def test_many_are_yielded_failed_ones_too(producer: Any, ledger: Ledger) -> None:
-    ids = producer.enqueue_many(
-        [{"prompt": "a", "adapter_id": adapter} for adapter in ("sql", "broken")]
-    )
-    with working(ledger, by_adapter):
-        states = {result.job_id: result.state for result in producer.wait(ids)}
-    assert states == dict(zip(ids, ("succeeded", "failed"), strict=True))
-
-
-def test_cancelled_jobs(producer: Any, ledger: Ledger) -> None:
-    queued, running = producer.enqueue(prompt="a"), producer.enqueue(prompt="b")
-    ledger.claim([running], "me", 60)
-    assert producer.cancel([queued, running]) == {queued: "cancelled", running: "running"}
-    with pytest.raises(JobCancelled, match=queued):
-        producer.wait(queued)
-    one = producer.enqueue(prompt="c")
-    assert producer.cancel(one) == {one: "cancelled"}
-    with pytest.raises(JobNotFound, match="'nobody'"):
-        producer.cancel("nobody")
-
-
-def test_waiting_ends_when_time_is_up(producer: Any, ledger: Ledger) -> None:
-    first, second = producer.enqueue(prompt="a"), producer.enqueue(prompt="b")
-    with pytest.raises(WaitTimeout, match=rf"job '{first}' is queued after 0\.05 s"):
-        producer.wait(first, timeout_s=0.05)
-    ledger.claim([first], "me", 60)
-    with pytest.raises(WaitTimeout, match=rf"2 jobs are open, the first '{first}' \(running\)"):
-        list(producer.wait([first, second], timeout_s=0))
-    run_queued(ledger)
-    results = iter(producer.wait([first, second], timeout_s=0))
-    assert next(results).job_id == second
-    with pytest.raises(WaitTimeout, match=first):
-        next(results)
-
-
-def test_unknown_ids(producer: Any) -> None:
-    for ask in (
-        lambda: producer.result("nobody"),
-        lambda: producer.wait("nobody"),
-        lambda: list(producer.wait(["nobody"])),
-        lambda: producer.status("nobody"),
-    ):
-        with pytest.raises(JobNotFound, match="'nobody'"):
-            ask()
-
-
-def test_both_databases(make: Any, database: Any, home: Any) -> None:
-    url = database.url.render_as_string(hide_password=False)
-    producer = make(Settings.load(home=home, database_url=url))
-    asked = [{"prompt": f"naïve 🦜 {i}", "adapter_id": "sql"} for i in range(50)]
-    ids = producer.enqueue_many(asked)
-    with working(Ledger(database)):
-        texts = {result.job_id: result.text for result in producer.wait(ids)}
-    assert [texts[job_id] for job_id in ids] == [f"sql: naïve 🦜 {i}" for i in range(50)]
-
-
 def test_threads_may_share_a_producer(settings: Settings) -> None:
     found: list[str] = []
     with Producer(settings) as producer:
@@ -305,24 +172,3 @@ def test_threads_may_share_a_producer(settings: Settings) -> None:
             thread.join()
         assert (len(found), len(set(found))) == (40, 20)
         assert producer.ledger.counts() == {"queued": 20}
-
-
-async def test_waits_do_not_hold_threads(settings: Settings, ledger: Ledger) -> None:
-    async with AsyncProducer(settings) as producer:
-        ids = await producer.enqueue_many({"prompt": "a"} for _ in range(50))
-        waits = asyncio.gather(*(producer.wait(job_id) for job_id in ids))
-        with working(ledger):
-            results = await waits
-    assert [result.job_id for result in results] == ids
-
-
-def test_the_package_exports_what_it_says() -> None:
-    assert lorabatch_producer.__all__ == ["AsyncProducer", "NotSent", "Producer"]
-    assert all(hasattr(lorabatch_producer, name) for name in lorabatch_producer.__all__)
-
-
-def test_both_clients_have_the_same_methods() -> None:
-    def methods(kind: type) -> set[str]:
-        return {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"}
-
-    assert methods(AsyncProducer) == methods(Producer) - {"app", "sender"}
