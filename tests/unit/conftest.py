@@ -1,4 +1,4 @@
-"""One tiny checkpoint, a few adapters for it and engines on it, shared by all unit tests."""
+"""A tiny checkpoint with adapters and engines, and a filled ledger, shared by all unit tests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorabatch import Job, Ledger
+from lorabatch.tables import usage_events
 from tests.desk import WAIT_S, Desk, start
+from tests.ended_jobs import JOBS, ended
 from tests.models import bundled_folder, checkpoint, random_adapter
 from tests.scheduling import LAYOUT
 
@@ -71,6 +75,28 @@ def own(tiny_folder: Path, configured: str, home: Path) -> Iterator[Desk]:
 
 @pytest.fixture(params=["pages", "rows"])
 def layout(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both block managers, one after the other, for `tests.scheduling.scheduler`."""
     LAYOUT["rows"] = request.param == "rows"
     yield request.param
     LAYOUT["rows"] = False
+
+
+@pytest.fixture
+def filled(ledger: Ledger) -> Ledger:
+    """The ended jobs of `tests.ended_jobs`, one that is open and one that runs."""
+    ledger.accept(
+        [
+            Job(job_id=row[0], tenant=row[1], adapter_id=row[2], batch_id=row[3], prompt="p")
+            for row in JOBS
+        ]
+        + [Job(job_id="open", tenant="acme", prompt="p"), Job(job_id="runs", prompt="p")]
+    )
+    claims = ledger.claim([row[0] for row in JOBS], "me", 60)
+    ledger.claim(["runs"], "me", 60)
+    ledger.record([ended(claim) for claim in claims.values()])
+    with ledger.engine.begin() as connection:
+        for job_id, *_, when in JOBS:
+            micros = round(when.timestamp() * 1e6)
+            query = sa.update(usage_events).where(usage_events.c.job_id == job_id)
+            connection.execute(query.values(occurred_us=micros))
+    return ledger
