@@ -74,6 +74,11 @@ def tiny_config(kind: str, **fields: Any) -> Any:
     return AutoConfig.for_model(kind, **{k: v for k, v in COMMON.items() if k in known} | fields)
 
 
+def small_vocabulary(kind: str, **fields: Any) -> Any:
+    """Configurations differ in what they call the end tokens; none lies outside of the model."""
+    return tiny_config(kind, **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | fields)
+
+
 def tiny_model(config: Any, seed: int = 0) -> Any:
     """A random model in fp32 whose norms and biases are not the identity."""
     torch.manual_seed(seed)
