@@ -1,0 +1,153 @@
+"""SQL of the ledger's transactions: each works on the caller's connection and commits nothing.
+
+Raises IdempotencyConflict; database errors pass through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from lorabatch.claim import Claim
+from lorabatch.errors import IdempotencyConflict
+from lorabatch.job import Job
+from lorabatch.result import Result
+from lorabatch.rows import result_row, stored_job, usage_row
+from lorabatch.tables import job_attempts, jobs, results, usage_events
+
+__all__ = [
+    "chunks",
+    "end_attempt",
+    "known_jobs",
+    "lease",
+    "locked",
+    "same_request",
+    "write_results",
+]
+
+CHUNK = 500
+T = TypeVar("T")
+
+
+def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), CHUNK):
+        yield items[start : start + CHUNK]
+
+
+def locked(
+    connection: sa.Connection,
+    job_ids: Sequence[str],
+    condition: sa.ColumnElement[bool] | None = None,
+    skip_locked: bool = False,
+) -> Iterator[Any]:
+    """Job rows locked for this transaction, in id order so that two callers never deadlock."""
+    for chunk in chunks(sorted(set(job_ids))):
+        query = sa.select(jobs).where(jobs.c.job_id.in_(chunk)).order_by(jobs.c.job_id)
+        if condition is not None:
+            query = query.where(condition)
+        yield from connection.execute(query.with_for_update(skip_locked=skip_locked)).all()
+
+
+def known_jobs(connection: sa.Connection, asked: Sequence[Job]) -> dict[tuple[str, str], Any]:
+    """Rows by (tenant, idempotency key)."""
+    found: dict[tuple[str, str], Any] = {}
+    columns = (jobs.c.job_id, jobs.c.tenant, jobs.c.idempotency_key, jobs.c.request_hash)
+    for chunk in chunks(asked):
+        keys = [job.key for job in chunk]
+        tenants = {job.tenant for job in chunk}
+        query = sa.select(*columns).where(
+            jobs.c.tenant.in_(tenants), jobs.c.idempotency_key.in_(keys)
+        )
+        found.update(((r.tenant, r.idempotency_key), r) for r in connection.execute(query))
+    return found
+
+
+def same_request(job: Job, known: dict[tuple[str, str], Any]) -> str:
+    """The id that this request is known by; IdempotencyConflict if its key asked otherwise."""
+    row = known.get((job.tenant, job.key))
+    if row is None:
+        raise IdempotencyConflict(
+            f"job {job.job_id!r}: this id is taken by a job of another tenant or key; "
+            "leave job_id out or give a new one"
+        )
+    if row.request_hash != job.request_hash():
+        raise IdempotencyConflict(
+            f"job {job.job_id!r}: idempotency key {job.key!r} of tenant {job.tenant!r} belongs to "
+            f"job {row.job_id!r}, which asks for something else; use a new key"
+        )
+    return str(row.job_id)
+
+
+def lease(
+    connection: sa.Connection, rows: Sequence[Any], owner: str, now: int, expires: int
+) -> dict[str, Claim]:
+    """Claims by job id on these locked rows, under a new token each."""
+    if not rows:
+        return {}
+    claims: dict[str, Claim] = {}
+    connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.job_id == sa.bindparam("id"))
+        .values(
+            state="running",
+            lease_owner=owner,
+            lease_token=jobs.c.lease_token + 1,
+            lease_expires_us=expires,
+            started_us=now,
+        ),
+        [{"id": row.job_id} for row in rows],
+    )
+    attempts = []
+    for row in rows:
+        claims[row.job_id] = Claim(
+            job=stored_job(row),
+            lease_token=row.lease_token + 1,
+            attempt=row.attempts + 1,
+            submitted_us=row.submitted_us,
+            started_us=now,
+            publish_result=row.publish_result,
+        )
+        attempts.append(
+            {
+                "job_id": row.job_id,
+                "lease_token": row.lease_token + 1,
+                "worker": owner,
+                "started_us": now,
+            }
+        )
+    connection.execute(job_attempts.insert(), attempts)
+    return claims
+
+
+def write_results(connection: sa.Connection, rows: Sequence[tuple[Any, Result]], now: int) -> None:
+    """End jobs: their rows as they were locked, each with its result."""
+    if not rows:
+        return
+    connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.job_id == sa.bindparam("id"))
+        .values(
+            state=sa.bindparam("to"),
+            finished_us=now,
+            lease_owner=None,
+            lease_expires_us=None,
+        ),
+        [{"id": row.job_id, "to": result.state} for row, result in rows],
+    )
+    connection.execute(results.insert(), [result_row(r, now) for _, r in rows])
+    connection.execute(usage_events.insert(), [usage_row(j, r, now) for j, r in rows])
+    for row, result in rows:
+        if row.state == "running":
+            end_attempt(connection, row.job_id, row.lease_token, result.state, now)
+
+
+def end_attempt(
+    connection: sa.Connection, job_id: str, lease_token: int, outcome: str, now: int
+) -> None:
+    connection.execute(
+        sa.update(job_attempts)
+        .where(job_attempts.c.job_id == job_id, job_attempts.c.lease_token == lease_token)
+        .values(outcome=outcome, finished_us=now)
+    )
