@@ -84,12 +84,17 @@ def instrument(
     engine.scheduler.plan = clock.around("schedule", engine.scheduler.plan)  # type: ignore[method-assign]
     engine._sample = clock.around("sample", engine._sample)  # type: ignore[method-assign]
     step = clock.around("rest", engine._step)
+    inside = runner.fused.seconds = torch.zeros(4, dtype=torch.float64)  # of layers in one call
 
     def noted(chunks: Any) -> None:
         # Before the step: a chunk samples only until its sequence has grown.
         sizes = (sum(c.end - c.start for c in chunks), sum(c.samples for c in chunks))
         step(chunks)
         decode = all(c.end - c.start == 1 for c in chunks) and len(chunks) == ours.settings.max_seqs
+        for part, seconds in zip(("gemm", "lora", "attention"), inside.tolist(), strict=False):
+            clock.seconds[part] += seconds
+            clock.seconds["rest"] -= seconds
+        inside.zero_()
         steps.append((sizes, decode, clock.take()))
 
     engine._step = noted  # type: ignore[method-assign]

@@ -11,7 +11,10 @@ from lorabatch_kernels.attention_cpu import (
     attend_rows,
     can_attend,
 )
+from lorabatch_kernels.layer_cpu import DecoderLayer, LayerStep
 from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
+from lorabatch_kernels.lora_cpu import can_add_lora
+from lorabatch_kernels.matmul_cpu import PackedWeight
 from lorabatch_kernels.rows_cpu import rms_norm, rotary_, silu_gate
 from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
@@ -19,7 +22,10 @@ from lorabatch_kernels.tiles import buffer_ints, tile_bound
 
 __all__ = [
     "BASE_SLOT",
+    "DecoderLayer",
+    "LayerStep",
     "LoraSite",
+    "PackedWeight",
     "RowSpans",
     "SiteGroup",
     "StepMap",
@@ -30,6 +36,7 @@ __all__ = [
     "attend_rows",
     "buffer_ints",
     "build_step_map",
+    "can_add_lora",
     "can_attend",
     "rms_norm",
     "rotary_",

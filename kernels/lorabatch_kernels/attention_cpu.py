@@ -79,7 +79,7 @@ def attend_rows(
     assert library is not None
     query, key, value = (_by_rows(x) for x in (query, key, value))
     sinks = None if sinks is None else sinks.to(query.dtype).contiguous()
-    layer = native.Layer(
+    made = native.Attention(
         *(native.View(x.data_ptr(), x.stride(0), x.stride(1)) for x in (query, key, value)),
         *(x.data_ptr() for x in (keys, values, index, out)),
         None if sinks is None else sinks.data_ptr(),
@@ -87,7 +87,7 @@ def attend_rows(
         *(keys.shape[1], window or 0, scale, softcap or 0.0),
     )
     half = native.is_half(query.dtype)
-    library.lorabatch_attention(addressof(layer), addressof(spans.struct), half)
+    library.lorabatch_attention(addressof(made), addressof(spans.struct), half)
 
 
 def _by_rows(x: Tensor) -> Tensor:

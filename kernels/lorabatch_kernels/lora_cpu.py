@@ -27,11 +27,20 @@ from lorabatch_kernels.site import PANEL, SiteGroup
 from lorabatch_kernels.tiles import TileMap
 
 
+def can_add_lora(group: SiteGroup) -> bool:
+    """Whether the C kernel works on this machine for these sites."""
+    return (
+        group.sites[0].paneled
+        and native.supports(group.dtype)
+        and group.sites[0].max_rank <= native.MAX_PANELS * PANEL
+        and native.library() is not None
+    )
+
+
 def add_lora_cpu(y: Tensor, x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
     """Add every token's LoRA term to `y` in place, in which the sites' outputs lie side by side."""
     library = native.library()
-    fits = tiles.tile <= native.MAX_TILE and group.sites[0].max_rank <= native.MAX_PANELS * PANEL
-    if library is None or not native.supports(x.dtype) or not fits:
+    if library is None or not can_add_lora(group):
         _add_plain(y, x, group, tiles)
         return
     library.lorabatch_add_lora(

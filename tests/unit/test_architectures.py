@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorabatch_kernels import native
+from lorabatch_kernels import PackedWeight, native
 from lorabatch_worker.adapters.weights import AdapterTarget, read_adapter
 from lorabatch_worker.lora_layers import linear_shapes
 from lorabatch_worker.model_runner import ModelRunner
@@ -150,15 +150,20 @@ def test_layers_of_the_llama_kind_are_fused(kind: str, monkeypatch: pytest.Monke
         fields |= {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 0}
     model = tiny_model(small_vocabulary(kind, **fields))
     layers = model.config.num_hidden_layers
+    wanted_count = 0 if kind == "gemma2" else layers
     paged = runner_of(copy.deepcopy(model), rows=False)
-    fused = runner_of(copy.deepcopy(model))
-    assert fused.fused_layers == (0 if kind == "gemma2" else layers)
+    assert (paged.fused.count, paged.fused.compiled) == (wanted_count, 0)
+    whole = runner_of(copy.deepcopy(model))
+    assert (whole.fused.count, whole.fused.compiled) == (wanted_count, wanted_count)
+    monkeypatch.setattr(PackedWeight, "can_pack", lambda weight: False)
+    apart = runner_of(copy.deepcopy(model))
+    assert (apart.fused.count, apart.fused.compiled) == (wanted_count, 0)
     monkeypatch.setattr(native, "library", lambda: None)
     without = runner_of(model)
-    assert without.fused_layers == 0
+    assert without.fused.count == 0
     wanted = generate(without, PROMPTS, [-1] * 4, NEW, 7)
     monkeypatch.undo()
-    for runner in (paged, fused):
+    for runner in (paged, whole, apart):
         assert_same_logits(generate(runner, PROMPTS, [-1] * 4, NEW, 7), wanted)
 
 

@@ -1,4 +1,4 @@
-"""Products of the base model: packed and plain say the same, and layers that share an input do."""
+"""Products of the base model: each way to make them says the same; shared inputs."""
 
 from __future__ import annotations
 
@@ -6,44 +6,54 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lorabatch_kernels import PackedWeight
 from lorabatch_worker import linear
-from lorabatch_worker.linear import Dense, SharedInput, can_pack
+from lorabatch_worker.linear import Dense, Plain, Reordered, SharedInput, can_reorder
 
 
-@pytest.fixture(params=["packed", "plain"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(linear, "can_pack", lambda device, dtype: False)
-    return str(request.param)
+@pytest.fixture(params=[PackedWeight, Reordered, Plain])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[object]:
+    """The class that multiplies."""
+    if request.param is not PackedWeight:
+        monkeypatch.setattr(PackedWeight, "can_pack", lambda weight: False)
+    if request.param is Plain:
+        monkeypatch.setattr(linear, "can_reorder", lambda device, dtype: False)
+    made: type[object] = request.param
+    return made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 33, 300])
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_product_is_torchs_own(kind: str, dtype: torch.dtype, tokens: int, biased: bool) -> None:
+def test_a_product_is_torchs_own(
+    kind: type[object], dtype: torch.dtype, tokens: int, biased: bool
+) -> None:
     torch.manual_seed(tokens)
     weight = torch.randn(70, 50).to(dtype)
     bias = torch.randn(70).to(dtype) if biased else None
     x = torch.randn(1, tokens, 50).to(dtype)
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.inference_mode():
-        got = Dense(weight, bias)(x)
+        dense = Dense(weight, bias)
+        assert type(dense.product) is kind
+        got = dense(x)
     torch.testing.assert_close(got, F.linear(x, weight, bias), rtol=limit, atol=10 * limit)
 
 
-def test_a_packed_weight_is_held_once() -> None:
-    assert can_pack("cpu", torch.float32)
+def test_a_weight_in_another_layout_is_held_once(kind: type[object]) -> None:
     dense = Dense(torch.randn(8, 4))
-    assert (dense.weight.numel(), dense.weight.dtype) == (0, torch.float32)
+    assert (dense.weight.numel(), dense.weight.dtype) == (32 * (kind is Plain), torch.float32)
     assert (dense.in_features, dense.out_features) == (4, 8)
 
 
-def test_what_cannot_be_packed_is_left_alone() -> None:
-    assert not can_pack("cuda", torch.bfloat16)
-    assert not can_pack("cpu", torch.float16)
+def test_what_onednn_cannot_reorder_is_left_alone() -> None:
+    assert can_reorder("cpu", torch.float32)
+    assert not can_reorder("cuda", torch.bfloat16)
+    assert not can_reorder("cpu", torch.float16)
+    assert type(Dense(torch.randn(8, 4).half()).product) is Plain
 
 
-def test_layers_that_share_their_input_are_multiplied_once(kind: str) -> None:
+def test_layers_that_share_their_input_are_multiplied_once(kind: type[object]) -> None:
     torch.manual_seed(0)
     weights = [torch.randn(n, 5) for n in (4, 1, 7)]
     bias = torch.randn(1)

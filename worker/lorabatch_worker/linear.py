@@ -1,10 +1,9 @@
 """The base model's matrix products, with weights in the layout that this machine reads fastest.
 
-On a CPU, oneDNN can lay a weight out once for its own GEMM, which then is up to twice as fast at
-decode batch sizes (docs/decisions/0007). The operators are torch's own but not its public API,
-so they are tried first and checked against the plain product; where that fails, and on a GPU,
-weights stay as they are. Shapes: weight [out, in], bias [out], x [..., in] -> [..., out].
-Raises nothing of its own.
+On a CPU that is the panels of our own kernel; where that cannot be, oneDNN's layout, by operators
+that are torch's own but not its public API, so they are tried first and checked against the plain
+product (docs/decisions/0009). Elsewhere weights stay as they are. Shapes: weight [out, in], bias
+[out], x [..., in] -> [..., out]. Raises nothing of its own.
 """
 
 from __future__ import annotations
@@ -16,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorabatch_kernels import PackedWeight
+
 __all__ = ["Dense", "SharedInput"]
 
-# The GEMM that a weight is laid out for; another batch size runs as well.
+# The GEMM that oneDNN lays a weight out for; another batch size runs as well.
 PACK_TOKENS = 64
 
 
@@ -28,16 +29,44 @@ class Dense(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        self._packed = can_pack(weight.device.type, weight.dtype)
-        self._matrix = _pack(weight) if self._packed else weight
+        self.product: Callable[[Tensor], Tensor]
         # Some models look at a projection's dtype and device.
-        self.weight = weight.new_empty(0) if self._packed else weight
+        self.weight = weight.new_empty(0)
+        if PackedWeight.can_pack(weight):
+            self.product = PackedWeight(weight, bias)
+        elif can_reorder(weight.device.type, weight.dtype):
+            self.product = Reordered(weight, bias)
+        else:
+            self.weight = weight
+            self.product = Plain(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed:
-            return _multiply(x, self._matrix, self.bias)
-        return F.linear(x, self._matrix, self.bias)
+        return self.product(x)
+
+
+class Plain:
+    """The weight as it is."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Reordered:
+    """The weight in oneDNN's layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        with torch.inference_mode():
+            self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(
+                weight.contiguous(), PACK_TOKENS
+            )
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
 
 
 class SharedInput:
@@ -69,8 +98,8 @@ class SharedInput:
 
 
 @cache
-def can_pack(device: str, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed product exists here and says what the plain one says."""
+def can_reorder(device: str, dtype: torch.dtype) -> bool:
+    """Whether oneDNN's product exists here and says what the plain one says."""
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -80,19 +109,8 @@ def can_pack(device: str, dtype: torch.dtype) -> bool:
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        got = _multiply(x, _pack(weight), bias)
+        got = Reordered(weight, bias)(x)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     wanted = F.linear(x, weight, bias)
     return bool(torch.allclose(got, wanted, rtol=2e-2, atol=1e-4 if dtype.itemsize == 4 else 5e-2))
-
-
-def _pack(weight: Tensor) -> Tensor:
-    with torch.inference_mode():
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_TOKENS)
-    return packed
-
-
-def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y

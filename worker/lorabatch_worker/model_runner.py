@@ -71,7 +71,7 @@ class ModelRunner:
         self.sites = attach_sites(self.model, self.context, adapter_slots, max_adapter_rank)
         pack_head(self.model)
         own_weights(self.model)
-        self.fused_layers = fuse_layers(self.model, attend)
+        self.fused = fuse_layers(self.model, self.cache, attend)
         check_attention(self, name, wanted)
 
     @torch.inference_mode()

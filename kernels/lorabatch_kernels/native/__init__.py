@@ -26,18 +26,22 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("lora.c", "attention.c", "rows.c")
+HEADERS = ("vec.h", "team.h")
+SOURCES = ("matmul.c", "lora.c", "attention.c", "rows.c", "layer.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
 COMPILE_TIMEOUT_S = 300
 
+COLUMNS = 32  # as in matmul.c
 MAX_PANELS, MAX_TILE = 64, 8  # as in lora.c
 MAX_WIDTH, MAX_GROUP = 256, 96  # as in attention.c
 
 Address, Long, Float, Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[Any]] = {
+    # y, x, weight, tokens, whether bf16
+    "lorabatch_matmul": [Address, Address, Address, Long, Int],
     # y, its row stride, x, its row stride, its width, sites, their number, tiles, whether bf16
     "lorabatch_add_lora": [Address, Long, Address, Long, Long, Address, Long, Address, Int],
-    # layer, spans, whether bf16
+    # attention, spans, whether bf16
     "lorabatch_attention": [Address, Address, Int],
     # out, x, weight, rows, width, epsilon, whether bf16
     "lorabatch_rms_norm": [Address, Address, Address, Long, Long, Float, Int],
@@ -45,6 +49,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "lorabatch_silu_gate": [Address, Address, Long, Long, Int],
     # x, its row stride, heads, cosine, sine, tokens, width, whether bf16
     "lorabatch_rotary": [Address, Long, Long, Address, Address, Long, Long, Int],
+    # hidden, decoder, step, whether bf16
+    "lorabatch_decoder_layer": [Address, Address, Address, Int],
 }
 
 
@@ -52,38 +58,60 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
-class Site(ctypes.Structure):
-    """As in lora.c."""
+class Weight(ctypes.Structure):
+    """As in team.h, like all below that name no other file."""
 
+    _fields_ = [*_fields(Address, "panels bias"), ("inner", Long), ("outer", Long)]
+
+
+class Site(ctypes.Structure):
     _fields_ = [*_fields(Address, "a b rank scale"), *_fields(Long, "panels max_rank out column")]
 
 
 class Tiles(ctypes.Structure):
-    """As in lora.c."""
-
     _fields_ = [*_fields(Address, "order slot start len"), ("tiles", Long)]
 
 
 class Spans(ctypes.Structure):
-    """As in attention.c."""
-
     _fields_ = [*_fields(Address, "start count past first"), ("spans", Long)]
 
 
 class View(ctypes.Structure):
-    """As in attention.c."""
-
     _fields_ = [("data", Address), *_fields(Long, "head token")]
 
 
-class Layer(ctypes.Structure):
-    """As in attention.c."""
-
+class Attention(ctypes.Structure):
     _fields_ = [
         *_fields(View, "query key value"),
         *_fields(Address, "keys values index out sinks"),
         *_fields(Long, "tokens heads kv_heads width value_width positions window"),
         *_fields(Float, "scale softcap"),
+    ]
+
+
+class Product(ctypes.Structure):
+    """As in layer.c."""
+
+    _fields_ = [("weight", Weight), ("sites", Address), ("count", Long)]
+
+
+class Decoder(ctypes.Structure):
+    """As in layer.c."""
+
+    _fields_ = [
+        *_fields(Product, "qkv o gate_up down"),
+        *_fields(Address, "first_norm second_norm keys values"),
+        *_fields(Long, "heads kv_heads width positions window"),
+        *_fields(Float, "scale first_epsilon second_epsilon"),
+    ]
+
+
+class Step(ctypes.Structure):
+    """As in layer.c."""
+
+    _fields_ = [
+        *_fields(Address, "x qkv attended gate_up gated y cosine sine index spans tiles seconds"),
+        ("tokens", Long),
     ]
 
 
@@ -106,6 +134,12 @@ def is_half(dtype: torch.dtype) -> bool:
 
 
 @cache
+def has(feature: str) -> bool:
+    """Whether this processor says that it has it."""
+    return feature in _processor().split()
+
+
+@cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get("LORABATCH_NATIVE", "1") == "0":
         return None, "LORABATCH_NATIVE is 0"
@@ -115,7 +149,8 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
             function = getattr(made, name)
             function.argtypes, function.restype = arguments, None
     except subprocess.CalledProcessError as error:
-        said = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
+        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        said = next((line for line in lines if "error:" in line), lines[-1])
         return None, f"the C compiler failed: {said}"
     except (OSError, AttributeError, ValueError, RuntimeError) as error:
         return None, str(error)
@@ -133,7 +168,7 @@ def _compiled() -> Path:
     command = [compiler, *wanted[1:]]
     sources = [HERE / name for name in SOURCES]
     digest = hashlib.sha256()
-    for path in (HERE / "vec.h", *sources):
+    for path in (*(HERE / name for name in HEADERS), *sources):
         digest.update(path.read_bytes())
     program = os.stat(compiler)
     version = (program.st_size, program.st_mtime_ns)  # of the file behind a link

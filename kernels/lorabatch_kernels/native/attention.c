@@ -7,32 +7,13 @@
    sequence's own positions are read, so nothing that others left in memory can reach it.
 
    Widths of keys and values are multiples of 16, at most MAX_WIDTH (checked by the caller). */
+#include "team.h"
 #include "vec.h"
 
 #define MAX_WIDTH 256
 #define KEYS 64      /* keys of a chunk */
 #define ROWS 6       /* rows of queries multiplied at once */
 #define MOST_ROWS 96 /* rows of a work item */
-
-typedef struct {
-    const int64_t *start, *count, *past, *first; /* of each span; `start` among the new tokens */
-    long spans;
-} Spans;
-
-typedef struct {
-    const void *data;
-    long head, token; /* strides */
-} View;
-
-typedef struct {
-    View query, key, value;      /* of the new tokens: [head][token][width] */
-    void *keys, *values;         /* pools: [kv head][position][width] */
-    const int64_t *index;        /* [tokens]: where in the pools each new token goes */
-    void *out;                   /* [token][head][value_width] */
-    const void *sinks;           /* [head] or NULL: a logit with no value */
-    long tokens, heads, kv_heads, width, value_width, positions, window;
-    float scale, softcap;        /* softcap 0: none */
-} Layer;
 
 typedef struct {
     float query[MOST_ROWS][MAX_WIDTH];
@@ -42,7 +23,7 @@ typedef struct {
     float highest[MOST_ROWS], share[MOST_ROWS];
 } Work;
 
-INLINE void store_token(const Layer *l, long t, int half) {
+INLINE void store_token(const Attention *l, long t, int half) {
     long key_bytes = l->width * (half ? 2 : 4), value_bytes = l->value_width * (half ? 2 : 4);
     for (long h = 0; h < l->kv_heads; h++) {
         long to = h * l->positions + l->index[t];
@@ -164,7 +145,7 @@ INLINE void transpose(float (*to)[KEYS], const void *keys, long width, long coun
 }
 
 /* Tokens [begin, end) of a span, for all query heads of one kv head; rows are (token, head). */
-INLINE void attend(const Layer *l, const Spans *s, long span, long kv_head, long begin, long end,
+INLINE void attend(const Attention *l, const Spans *s, long span, long kv_head, long begin, long end,
                    Work *w, long width, long value_width, int half) {
     long group = l->heads / l->kv_heads, rows = (end - begin) * group;
     long past = s->past[span], start = s->start[span];
@@ -228,34 +209,36 @@ INLINE void attend(const Layer *l, const Spans *s, long span, long kv_head, long
     }
 }
 
-INLINE void attend_any(const Layer *l, const Spans *s, long span, long kv_head, long begin, long end,
+INLINE void attend_any(const Attention *l, const Spans *s, long span, long kv_head, long begin, long end,
                        Work *w, int half) {
     if (l->width == 64 && l->value_width == 64)
         attend(l, s, span, kv_head, begin, end, w, 64, 64, half);
     else attend(l, s, span, kv_head, begin, end, w, l->width, l->value_width, half);
 }
 
-void lorabatch_attention(const Layer *l, const Spans *s, int half) {
+void team_attention(const Attention *l, const Spans *s, int half) {
+    static __thread Work work;
     long group = l->heads / l->kv_heads, block = MOST_ROWS / group, most = 1;
     for (long i = 0; i < s->spans; i++) {
         long blocks = (s->count[i] + block - 1) / block;
         if (blocks > most) most = blocks;
     }
-#pragma omp parallel
-    {
-        static __thread Work work;
 #pragma omp for schedule(static)
-        for (long t = 0; t < l->tokens; t++) store_token(l, t, half);
-        /* All are stored: the loop above ends with a barrier. */
+    for (long t = 0; t < l->tokens; t++) store_token(l, t, half);
+    /* All are stored: the loop above ends with a barrier. */
 #pragma omp for schedule(dynamic)
-        for (long item = 0; item < s->spans * l->kv_heads * most; item++) {
-            long span = item / (l->kv_heads * most), kv_head = item / most % l->kv_heads;
-            long begin = item % most * block, end = begin + block;
-            if (begin >= s->count[span]) continue;
-            if (end > s->count[span]) end = s->count[span];
-            /* In the loop, so that each is compiled for its type. */
-            if (half) attend_any(l, s, span, kv_head, begin, end, &work, 1);
-            else attend_any(l, s, span, kv_head, begin, end, &work, 0);
-        }
+    for (long item = 0; item < s->spans * l->kv_heads * most; item++) {
+        long span = item / (l->kv_heads * most), kv_head = item / most % l->kv_heads;
+        long begin = item % most * block, end = begin + block;
+        if (begin >= s->count[span]) continue;
+        if (end > s->count[span]) end = s->count[span];
+        /* In the loop, so that each is compiled for its type. */
+        if (half) attend_any(l, s, span, kv_head, begin, end, &work, 1);
+        else attend_any(l, s, span, kv_head, begin, end, &work, 0);
     }
+}
+
+void lorabatch_attention(const Attention *l, const Spans *s, int half) {
+#pragma omp parallel
+    team_attention(l, s, half);
 }

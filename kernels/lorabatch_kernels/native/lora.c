@@ -3,24 +3,12 @@
    One work item is a tile of up to 8 tokens of one slot and one site. A's rank rows lie in panels
    of 16, [panel][in][16], so that v[0:16] is a sum of panel rows; B is [rank][out]. Every sum runs
    over the same terms in the same order whatever else is in the tile. */
+#include "team.h"
 #include "vec.h"
 
 #define TILE 8
 #define CHUNK 256   /* columns of x that are widened at once */
 #define MAX_PANELS 64
-
-typedef struct {
-    const void *a, *b;     /* [slots][panels][in][16], [slots][max_rank][out] */
-    const int32_t *rank;   /* [slots] */
-    const float *scale;    /* [slots] */
-    long panels, max_rank, out;
-    long column; /* where this site's output begins in a row of y */
-} Site;
-
-typedef struct {
-    const int32_t *order, *slot, *start, *len; /* tokens by slot; the tiles */
-    long tiles;
-} Tiles;
 
 /* v[t][0:16] += sum over k of x[t][k] * panel[k][0:16] */
 INLINE void shrink(vec *v, const float (*x)[CHUNK], const void *panel, long count, int tokens,
@@ -120,9 +108,9 @@ INLINE void any_tile(void *y, long y_row, const void *x, long x_row, long in, co
     else tile(y, y_row, x, x_row, in, site, order, slot, filled, TILE, half);
 }
 
-void lorabatch_add_lora(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
-                        long count, const Tiles *tiles, int half) {
-#pragma omp parallel for schedule(dynamic)
+void team_add_lora(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
+                   long count, const Tiles *tiles, int half) {
+#pragma omp for schedule(dynamic)
     for (long item = 0; item < tiles->tiles * count; item++) {
         long i = item / count;
         const Site *site = &sites[item % count];
@@ -133,4 +121,10 @@ void lorabatch_add_lora(void *y, long y_row, const void *x, long x_row, long in,
         if (half) any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 1);
         else any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 0);
     }
+}
+
+void lorabatch_add_lora(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
+                        long count, const Tiles *tiles, int half) {
+#pragma omp parallel
+    team_add_lora(y, y_row, x, x_row, in, sites, count, tiles, half);
 }

@@ -1,5 +1,7 @@
 /* Row by row work between the products of a decoder layer. Widths are any; sums are fp32. */
+#include "team.h"
 #include "vec.h"
+#include <stddef.h>
 
 /* out = weight * (x / sqrt(mean(x^2) + epsilon)), the quotient rounded to the type of x */
 INLINE void norm(void *out, const void *x, const void *weight, long width, float epsilon,
@@ -28,14 +30,33 @@ INLINE void norm(void *out, const void *x, const void *weight, long width, float
     }
 }
 
-void lorabatch_rms_norm(void *out, const void *x, const void *weight, long rows, long width,
-                        float epsilon, int half) {
-#pragma omp parallel for schedule(static) if (rows * width > 16384)
-    for (long r = 0; r < rows; r++) {
-        void *to = (char *)out + r * width * (half ? 2 : 4);
-        if (half) norm(to, at(x, r * width, 1), weight, width, epsilon, 1);
-        else norm(to, at(x, r * width, 0), weight, width, epsilon, 0);
+INLINE void add_and_norm(void *out, void *x, const void *more, const void *weight, long width,
+                         float epsilon, int half) {
+    if (more) {
+        long d = 0;
+        for (; d + LANES <= width; d += LANES)
+            store(x, d, load(x, d, half) + load(more, d, half), half);
+        for (; d < width; d++) put(x, d, get(x, d, half) + get(more, d, half), half);
     }
+    if (out) norm(out, x, weight, width, epsilon, half);
+}
+
+void team_norm(void *out, void *x, const void *more, const void *weight, long rows, long width,
+               float epsilon, int half) {
+#pragma omp for schedule(static)
+    for (long r = 0; r < rows; r++) {
+        long from = r * width * (half ? 2 : 4);
+        void *to = out ? (char *)out + from : NULL, *row = (char *)x + from;
+        const void *added = more ? (const char *)more + from : NULL;
+        if (half) add_and_norm(to, row, added, weight, width, epsilon, 1);
+        else add_and_norm(to, row, added, weight, width, epsilon, 0);
+    }
+}
+
+void lorabatch_rms_norm(void *out, void *x, const void *weight, long rows, long width,
+                        float epsilon, int half) {
+#pragma omp parallel if (rows * width > 16384)
+    team_norm(out, x, NULL, weight, rows, width, epsilon, half);
 }
 
 /* out[r] = silu(x[r][0:width]) * x[r][width:2 width], silu rounded to the type of x */
@@ -45,7 +66,7 @@ INLINE void gate(void *out, const void *x, long width, int half) {
         vec g = load(x, d, half);
         vec negative = (vec)((ivec)g | (int32_t)0x80000000), e = expv(negative);
         /* 1 / (1 + e^-g), from e^-|g| so that nothing overflows */
-        vec above = 1 / (1 + e), below = e / (1 + e);
+        vec above = 1 / (1 + e), below = e * above;
         ivec is_negative = g < 0;
         vec s = g * (vec)(((ivec)below & is_negative) | ((ivec)above & ~is_negative));
         if (half) {
@@ -61,12 +82,17 @@ INLINE void gate(void *out, const void *x, long width, int half) {
     }
 }
 
-void lorabatch_silu_gate(void *out, const void *x, long rows, long width, int half) {
-#pragma omp parallel for schedule(static) if (rows * width > 8192)
+void team_gate(void *out, const void *x, long rows, long width, int half) {
+#pragma omp for schedule(static)
     for (long r = 0; r < rows; r++) {
         if (half) gate((char *)out + r * width * 2, at(x, r * 2 * width, 1), width, 1);
         else gate((char *)out + r * width * 4, at(x, r * 2 * width, 0), width, 0);
     }
+}
+
+void lorabatch_silu_gate(void *out, const void *x, long rows, long width, int half) {
+#pragma omp parallel if (rows * width > 8192)
+    team_gate(out, x, rows, width, half);
 }
 
 /* In place: the first `width` of each head of x[token] turned by its cos and sin [token][width];
@@ -87,13 +113,19 @@ INLINE void turn(void *x, const void *cosine, const void *sine, long width, int 
     }
 }
 
-void lorabatch_rotary(void *x, long row, long heads, const void *cosine, const void *sine,
-                      long tokens, long width, int half) {
-#pragma omp parallel for schedule(static) if (tokens * heads * width > 16384)
+void team_rotary(void *x, long row, long heads, const void *cosine, const void *sine, long tokens,
+                 long width, int half) {
+#pragma omp for schedule(static) nowait
     for (long t = 0; t < tokens; t++)
         for (long h = 0; h < heads; h++) {
             char *one = (char *)x + (t * row + h * width) * (half ? 2 : 4);
             if (half) turn(one, at(cosine, t * width, 1), at(sine, t * width, 1), width, 1);
             else turn(one, at(cosine, t * width, 0), at(sine, t * width, 0), width, 0);
         }
+}
+
+void lorabatch_rotary(void *x, long row, long heads, const void *cosine, const void *sine,
+                      long tokens, long width, int half) {
+#pragma omp parallel if (tokens * heads * width > 16384)
+    team_rotary(x, row, heads, cosine, sine, tokens, width, half);
 }

@@ -1,0 +1,92 @@
+"""One decoder layer of the Llama kind over a step's tokens, in one call of C (native/layer.c).
+
+    h += o(attention(rotated q, k, v of norm(h)));  h += down(silu(gate) * up of norm(h))
+
+each product with its adapters' terms. Norms, rotary embedding, gate, attention and LoRA are those
+of rows_cpu.py, attention_cpu.py and lora_cpu.py; q, k and v share one product, gate and up another.
+Shapes and dtypes: h [tokens, hidden], changed in place, contiguous, fp32 or bf16 like all else.
+
+Raises nothing: callers pass what the modules named above can take. Does not cover: gradients,
+biases of norms, layers of any other order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import addressof
+
+from torch import Tensor
+
+from lorabatch_kernels import native
+from lorabatch_kernels.attention_cpu import RowSpans
+from lorabatch_kernels.matmul_cpu import PackedWeight
+from lorabatch_kernels.site import SiteGroup
+from lorabatch_kernels.step_map import StepMap
+
+__all__ = ["DecoderLayer", "LayerStep"]
+
+Product = tuple[PackedWeight, SiteGroup]
+
+
+class DecoderLayer:
+    """A layer's weights, adapters and cache rows as the kernel reads them: addresses stay."""
+
+    def __init__(
+        self,
+        products: Sequence[Product],
+        norms: Sequence[tuple[Tensor, float]],
+        pools: tuple[Tensor, Tensor],
+        heads: int,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """`products`: qkv, o, gate and up, down; `norms`: weight [hidden] and epsilon of both;
+        `pools`: keys and values [Hkv, positions, width]."""
+        self._held = (products, norms, pools)
+        (first, first_epsilon), (second, second_epsilon) = norms
+        kv_heads, positions, width = pools[0].shape
+        self.half = native.is_half(first.dtype)
+        self.struct = native.Decoder(
+            *(native.Product(w.struct, addressof(s.structs), len(s.sites)) for w, s in products),
+            *(t.data_ptr() for t in (first, second, *pools)),
+            *(heads, kv_heads, width, positions, window or 0),
+            *(scale, first_epsilon, second_epsilon),
+        )
+        self.address = addressof(self.struct)
+
+    def __call__(self, h: Tensor, step: LayerStep) -> None:
+        library = native.library()
+        assert library is not None
+        library.lorabatch_decoder_layer(h.data_ptr(), self.address, step.address, self.half)
+
+
+class LayerStep:
+    """What the layers of one step share: its tokens' places, and room to work in."""
+
+    def __init__(
+        self,
+        products: Sequence[Product],
+        cos: Tensor,
+        sin: Tensor,
+        index: Tensor,
+        spans: RowSpans,
+        step_map: StepMap,
+        seconds: Tensor | None = None,
+    ) -> None:
+        """cos, sin [tokens, width]; index int64 [tokens]: places in the pools. `products` are those
+        of any layer: all have the same sizes. seconds: float64 [4], to which the time of products,
+        LoRA, attention and the rest is added."""
+        tokens = cos.shape[0]
+        qkv, o, gate_up, down = (weight for weight, _ in products)
+        widths = [qkv.in_features, qkv.out_features, o.in_features]
+        widths += [gate_up.out_features, down.in_features, down.out_features]
+        self._room = [cos.new_empty(tokens, width) for width in widths]
+        self._held = (cos, sin, index, spans, step_map, seconds)
+        self.struct = native.Step(
+            *(t.data_ptr() for t in (*self._room, cos, sin, index)),
+            addressof(spans.struct),
+            addressof(step_map.tiles.struct) if step_map.active else None,
+            None if seconds is None else seconds.data_ptr(),
+            tokens,
+        )
+        self.address = addressof(self.struct)

@@ -1,0 +1,105 @@
+/* One decoder layer of the Llama kind over a step's tokens, in one call:
+
+       h += o(attention(rotated q, k, v of norm(h)));  h += down(silu(gate) * up of norm(h))
+
+   each product with its adapters' terms. One team of threads goes through all of it. */
+#include "team.h"
+#include <stddef.h>
+#include <time.h>
+
+/* A product and the adapters of the layers whose outputs lie side by side in it. */
+typedef struct {
+    Weight weight;
+    const Site *sites;
+    long count;
+} Product;
+
+typedef struct {
+    Product qkv, o, gate_up, down;
+    const void *first_norm, *second_norm; /* [hidden] */
+    void *keys, *values;                  /* as in Attention */
+    long heads, kv_heads, width, positions, window;
+    float scale, first_epsilon, second_epsilon;
+} Decoder;
+
+enum { PRODUCTS, LORA, ATTENTION, REST };
+
+/* What a step's layers share. tiles: NULL where no token has an adapter. seconds: of each part, or
+   NULL. */
+typedef struct {
+    void *x, *qkv, *attended, *gate_up, *gated, *y; /* [tokens][...], room to work in */
+    const void *cosine, *sine;                      /* [tokens][width] */
+    const int64_t *index;
+    const Spans *spans;
+    const Tiles *tiles;
+    double *seconds;
+    long tokens;
+} Step;
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+/* What was done since `*since` was this part. */
+static void lap(const Step *s, double *since, int part) {
+#pragma omp master
+    if (s->seconds) {
+        double then = *since;
+        s->seconds[part] += (*since = now()) - then;
+    }
+}
+
+static void multiply(void *y, const void *x, const Product *p, const Step *s, double *since,
+                     int half) {
+    team_matmul(y, x, &p->weight, s->tokens, half);
+    lap(s, since, PRODUCTS);
+    if (!s->tiles) return;
+    team_add_lora(y, p->weight.out, x, p->weight.in, p->weight.in, p->sites, p->count, s->tiles,
+                  half);
+    lap(s, since, LORA);
+}
+
+void lorabatch_decoder_layer(void *hidden, const Decoder *l, const Step *s, int half) {
+    long size = half ? 2 : 4, row = l->qkv.weight.out, width = l->width, heads = l->heads;
+    const char *key = (char *)s->qkv + heads * width * size;
+    const char *value = key + l->kv_heads * width * size;
+    Attention attention = {
+        .query = {s->qkv, width, row},
+        .key = {key, width, row},
+        .value = {value, width, row},
+        .keys = l->keys,
+        .values = l->values,
+        .index = s->index,
+        .out = s->attended,
+        .tokens = s->tokens,
+        .heads = heads,
+        .kv_heads = l->kv_heads,
+        .width = width,
+        .value_width = width,
+        .positions = l->positions,
+        .window = l->window,
+        .scale = l->scale,
+    };
+    long in = l->qkv.weight.in, inner = l->down.weight.in;
+    double since = s->seconds ? now() : 0;
+#pragma omp parallel
+    {
+        team_norm(s->x, hidden, NULL, l->first_norm, s->tokens, in, l->first_epsilon, half);
+        lap(s, &since, REST);
+        multiply(s->qkv, s->x, &l->qkv, s, &since, half);
+        team_rotary(s->qkv, row, heads + l->kv_heads, s->cosine, s->sine, s->tokens, width, half);
+        team_attention(&attention, s->spans, half);
+        lap(s, &since, ATTENTION);
+        multiply(s->y, s->attended, &l->o, s, &since, half);
+        team_norm(s->x, hidden, s->y, l->second_norm, s->tokens, in, l->second_epsilon, half);
+        lap(s, &since, REST);
+        multiply(s->gate_up, s->x, &l->gate_up, s, &since, half);
+        team_gate(s->gated, s->gate_up, s->tokens, inner, half);
+        lap(s, &since, REST);
+        multiply(s->y, s->gated, &l->down, s, &since, half);
+        team_norm(NULL, hidden, s->y, NULL, s->tokens, in, 0, half);
+        lap(s, &since, REST);
+    }
+}
