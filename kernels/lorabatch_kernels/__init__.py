@@ -5,6 +5,7 @@ Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `ad
 layer's output. Importing this package loads torch and never triton.
 """
 
+from lorabatch_kernels.argmax_cpu import argmax, can_argmax
 from lorabatch_kernels.attention_cpu import (
     RowSpans,
     attend_reference,
@@ -32,11 +33,13 @@ __all__ = [
     "add_lora",
     "add_lora_group",
     "add_lora_reference",
+    "argmax",
     "attend_reference",
     "attend_rows",
     "buffer_ints",
     "build_step_map",
     "can_add_lora",
+    "can_argmax",
     "can_attend",
     "rms_norm",
     "rotary_",

@@ -39,9 +39,11 @@ class DecoderLayer:
         heads: int,
         scale: float,
         window: int | None,
+        last: bool = False,
     ) -> None:
         """`products`: qkv, o, gate and up, down; `norms`: weight [hidden] and epsilon of both;
-        `pools`: keys and values [Hkv, positions, width]."""
+        `pools`: keys and values [Hkv, positions, width]. `last`: what it says of tokens that the
+        step does not keep is not needed."""
         self._held = (products, norms, pools)
         (first, first_epsilon), (second, second_epsilon) = norms
         kv_heads, positions, width = pools[0].shape
@@ -50,7 +52,7 @@ class DecoderLayer:
             *(native.Product(w.struct, addressof(s.structs), len(s.sites)) for w, s in products),
             *(t.data_ptr() for t in (first, second, *pools)),
             *(heads, kv_heads, width, positions, window or 0),
-            *(scale, first_epsilon, second_epsilon),
+            *(scale, first_epsilon, second_epsilon, last),
         )
         self.address = addressof(self.struct)
 
@@ -71,22 +73,35 @@ class LayerStep:
         index: Tensor,
         spans: RowSpans,
         step_map: StepMap,
+        kept: tuple[Tensor, StepMap] | None = None,
         seconds: Tensor | None = None,
     ) -> None:
         """cos, sin [tokens, width]; index int64 [tokens]: places in the pools. `products` are those
-        of any layer: all have the same sizes. seconds: float64 [4], to which the time of products,
-        LoRA, attention and the rest is added."""
+        of any layer: all have the same sizes. kept: int64 [n], the tokens whose hidden states are
+        needed in the end, and the step map of these n; None: all. seconds: float64 [4], to which
+        the time of products, LoRA, attention and the rest is added."""
         tokens = cos.shape[0]
         qkv, o, gate_up, down = (weight for weight, _ in products)
         widths = [qkv.in_features, qkv.out_features, o.in_features]
         widths += [gate_up.out_features, down.in_features, down.out_features]
         self._room = [cos.new_empty(tokens, width) for width in widths]
-        self._held = (cos, sin, index, spans, step_map, seconds)
+        self._held = (cos, sin, index, spans, step_map, kept, seconds)
+        where, kept_map = kept or (None, None)
+        count = -1 if where is None else where.shape[0]
+        self._room.append(cos.new_empty(max(count, 0), widths[0]))
         self.struct = native.Step(
-            *(t.data_ptr() for t in (*self._room, cos, sin, index)),
+            *(t.data_ptr() for t in (*self._room[:-1], cos, sin, index)),
             addressof(spans.struct),
-            addressof(step_map.tiles.struct) if step_map.active else None,
+            _tiles(step_map),
             None if seconds is None else seconds.data_ptr(),
+            None if where is None else where.data_ptr(),
+            self._room[-1].data_ptr(),
+            _tiles(kept_map),
             tokens,
+            count,
         )
         self.address = addressof(self.struct)
+
+
+def _tiles(step_map: StepMap | None) -> int | None:
+    return addressof(step_map.tiles.struct) if step_map and step_map.active else None

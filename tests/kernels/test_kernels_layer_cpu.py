@@ -87,7 +87,8 @@ def reference(layer, h, cos, sin, index, spans, slots, window):
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_a_layer_is_its_operators(dtype, window, biased, adapted):
+@pytest.mark.parametrize("kept", [None, [0, 1, 16, 56], [1], []])
+def test_a_layer_is_its_operators(dtype, window, biased, adapted, kept):
     layer = Layer(dtype, biased)
     slots, spans, index, angles = [], [], [], []
     for row, (count, past, slot) in enumerate(SEQUENCES):
@@ -100,15 +101,24 @@ def test_a_layer_is_its_operators(dtype, window, biased, adapted):
     places = torch.tensor(index)
     wanted, pools = reference(layer, h, cos.float(), sin.float(), places, spans, slots, window)
 
+    before = h.clone()
     seconds = torch.zeros(4, dtype=torch.float64)
-    made = DecoderLayer(layer.products, layer.norms, layer.pools, HEADS, SCALE, window)
-    step = LayerStep(
-        layer.products, cos, sin, places, RowSpans.of(spans), build_step_map(slots, "cpu"), seconds
+    last = kept is not None
+    made = DecoderLayer(layer.products, layer.norms, layer.pools, HEADS, SCALE, window, last)
+    rows = range(len(slots)) if kept is None else kept
+    of_kept = (
+        torch.tensor(rows, dtype=torch.int64),
+        build_step_map([slots[r] for r in rows], "cpu"),
     )
-    made(h, step)
-    assert_close("hidden states", wanted, h.float(), TOLERANCE[dtype])
+    step_map, row_spans = build_step_map(slots, "cpu"), RowSpans.of(spans)
+    shared = (cos, sin, places, row_spans, step_map, of_kept if last else None, seconds)
+    made(h, LayerStep(layer.products, *shared))
+    if rows:
+        assert_close("hidden states", wanted[rows], h[rows].float(), TOLERANCE[dtype])
     for name, pool, own in zip(("keys", "values"), pools, layer.pools, strict=True):
         assert_close(name, pool, own.float(), TOLERANCE[dtype])
     products, lora, attention, rest = seconds.tolist()
     assert min(products, attention, rest) > 0
     assert (lora > 0) == adapted
+    if kept == []:
+        assert torch.equal(h, before)

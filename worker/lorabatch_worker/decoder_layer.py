@@ -59,7 +59,7 @@ class FusedLayers:
         if self._of is not step or self._step is None:
             cos, sin = (part[0].contiguous() for part in turns)
             where = (step.kv_index, step.row_spans, step.step_map)
-            self._step = LayerStep(parts.products, cos, sin, *where, self.seconds)
+            self._step = LayerStep(parts.products, cos, sin, *where, None, self.seconds)
             self._of = step
         return self._step
 

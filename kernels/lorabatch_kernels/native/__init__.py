@@ -49,6 +49,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "lorabatch_silu_gate": [Address, Address, Long, Long, Int],
     # x, its row stride, heads, cosine, sine, tokens, width, whether bf16
     "lorabatch_rotary": [Address, Long, Long, Address, Address, Long, Long, Int],
+    # out, x, rows, width, whether bf16
+    "lorabatch_argmax": [Address, Address, Long, Long, Int],
     # hidden, decoder, step, whether bf16
     "lorabatch_decoder_layer": [Address, Address, Address, Int],
 }
@@ -103,6 +105,7 @@ class Decoder(ctypes.Structure):
         *_fields(Address, "first_norm second_norm keys values"),
         *_fields(Long, "heads kv_heads width positions window"),
         *_fields(Float, "scale first_epsilon second_epsilon"),
+        ("last", Int),
     ]
 
 
@@ -111,7 +114,8 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *_fields(Address, "x qkv attended gate_up gated y cosine sine index spans tiles seconds"),
-        ("tokens", Long),
+        *_fields(Address, "kept kept_hidden kept_tiles"),
+        *_fields(Long, "tokens kept_count"),
     ]
 
 

@@ -2,9 +2,11 @@
 
        h += o(attention(rotated q, k, v of norm(h)));  h += down(silu(gate) * up of norm(h))
 
-   each product with its adapters' terms. One team of threads goes through all of it. */
+   each product with its adapters' terms. One team of threads goes through all of it. The last layer of
+   a model does what follows attention for kept tokens alone. */
 #include "team.h"
 #include <stddef.h>
+#include <string.h>
 #include <time.h>
 
 /* A product and the adapters of the layers whose outputs lie side by side in it. */
@@ -20,6 +22,7 @@ typedef struct {
     void *keys, *values;                  /* as in Attention */
     long heads, kv_heads, width, positions, window;
     float scale, first_epsilon, second_epsilon;
+    int last; /* of the model: what it says of tokens that are not kept is not needed */
 } Decoder;
 
 enum { PRODUCTS, LORA, ATTENTION, REST };
@@ -33,7 +36,10 @@ typedef struct {
     const Spans *spans;
     const Tiles *tiles;
     double *seconds;
-    long tokens;
+    const int64_t *kept; /* [kept_count]: tokens that the last layer is needed for */
+    void *kept_hidden;   /* [kept_count][hidden] */
+    const Tiles *kept_tiles;
+    long tokens, kept_count; /* kept_count -1: all */
 } Step;
 
 static double now(void) {
@@ -51,14 +57,38 @@ static void lap(const Step *s, double *since, int part) {
     }
 }
 
-static void multiply(void *y, const void *x, const Product *p, const Step *s, double *since,
-                     int half) {
-    team_matmul(y, x, &p->weight, s->tokens, half);
+static void multiply(void *y, const void *x, const Product *p, const Step *s, long tokens,
+                     const Tiles *tiles, double *since, int half) {
+    team_matmul(y, x, &p->weight, tokens, half);
     lap(s, since, PRODUCTS);
-    if (!s->tiles) return;
-    team_add_lora(y, p->weight.out, x, p->weight.in, p->weight.in, p->sites, p->count, s->tiles,
-                  half);
+    if (!tiles) return;
+    team_add_lora(y, p->weight.out, x, p->weight.in, p->weight.in, p->sites, p->count, tiles, half);
     lap(s, since, LORA);
+}
+
+/* Kept rows of `width` bytes, to the front (or from there back to their places). */
+static void team_gather(void *front, void *places, const Step *s, long width, int back) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < s->kept_count; i++) {
+        char *one = (char *)front + i * width, *other = (char *)places + s->kept[i] * width;
+        if (back) memcpy(other, one, width);
+        else memcpy(one, other, width);
+    }
+}
+
+/* All that follows attention, for the first `tokens` rows. */
+static void finish(void *hidden, const void *attended, const Decoder *l, const Step *s, long tokens,
+                   const Tiles *tiles, double *since, int half) {
+    long in = l->qkv.weight.in, inner = l->down.weight.in;
+    multiply(s->y, attended, &l->o, s, tokens, tiles, since, half);
+    team_norm(s->x, hidden, s->y, l->second_norm, tokens, in, l->second_epsilon, half);
+    lap(s, since, REST);
+    multiply(s->gate_up, s->x, &l->gate_up, s, tokens, tiles, since, half);
+    team_gate(s->gated, s->gate_up, tokens, inner, half);
+    lap(s, since, REST);
+    multiply(s->y, s->gated, &l->down, s, tokens, tiles, since, half);
+    team_norm(NULL, hidden, s->y, NULL, tokens, in, 0, half);
+    lap(s, since, REST);
 }
 
 void lorabatch_decoder_layer(void *hidden, const Decoder *l, const Step *s, int half) {
@@ -82,24 +112,23 @@ void lorabatch_decoder_layer(void *hidden, const Decoder *l, const Step *s, int 
         .window = l->window,
         .scale = l->scale,
     };
-    long in = l->qkv.weight.in, inner = l->down.weight.in;
+    long in = l->qkv.weight.in;
     double since = s->seconds ? now() : 0;
 #pragma omp parallel
     {
         team_norm(s->x, hidden, NULL, l->first_norm, s->tokens, in, l->first_epsilon, half);
         lap(s, &since, REST);
-        multiply(s->qkv, s->x, &l->qkv, s, &since, half);
+        multiply(s->qkv, s->x, &l->qkv, s, s->tokens, s->tiles, &since, half);
         team_rotary(s->qkv, row, heads + l->kv_heads, s->cosine, s->sine, s->tokens, width, half);
         team_attention(&attention, s->spans, half);
         lap(s, &since, ATTENTION);
-        multiply(s->y, s->attended, &l->o, s, &since, half);
-        team_norm(s->x, hidden, s->y, l->second_norm, s->tokens, in, l->second_epsilon, half);
-        lap(s, &since, REST);
-        multiply(s->gate_up, s->x, &l->gate_up, s, &since, half);
-        team_gate(s->gated, s->gate_up, s->tokens, inner, half);
-        lap(s, &since, REST);
-        multiply(s->y, s->gated, &l->down, s, &since, half);
-        team_norm(NULL, hidden, s->y, NULL, s->tokens, in, 0, half);
-        lap(s, &since, REST);
+        if (!l->last || s->kept_count < 0)
+            finish(hidden, s->attended, l, s, s->tokens, s->tiles, &since, half);
+        else {
+            team_gather(s->kept_hidden, hidden, s, in * size, 0);
+            team_gather(s->qkv, s->attended, s, heads * width * size, 0); /* qkv is done with */
+            finish(s->kept_hidden, s->qkv, l, s, s->kept_count, s->kept_tiles, &since, half);
+            team_gather(s->kept_hidden, hidden, s, in * size, 1);
+        }
     }
 }

@@ -129,3 +129,32 @@ void lorabatch_rotary(void *x, long row, long heads, const void *cosine, const v
 #pragma omp parallel if (tokens * heads * width > 16384)
     team_rotary(x, row, heads, cosine, sine, tokens, width, half);
 }
+
+#define SPAN 512 /* columns whose highest value is found before any is compared with the row's */
+
+/* The first of the highest values of x; -1 where that is not finite, or there is a NaN. */
+INLINE long highest(const void *x, long width, int half) {
+    float best = -INFINITY;
+    long place = 0;
+    for (long first = 0; first < width; first += SPAN) {
+        long last = first + SPAN < width ? first + SPAN : width, c = first;
+        vec most = all(-INFINITY);
+        for (; c + LANES <= last; c += LANES) most = larger(most, load(x, c, half));
+        float top = largest(most);
+        for (; c < last; c++) {
+            float value = get(x, c, half);
+            if (value > top || value != value) top = value;
+        }
+        if (top != top) return -1;
+        if (top > best) best = top, place = first;
+    }
+    if (!isfinite(best)) return -1;
+    while (get(x, place, half) != best) place++;
+    return place;
+}
+
+void lorabatch_argmax(int64_t *out, const void *x, long rows, long width, int half) {
+#pragma omp parallel for schedule(static) if (rows * width > 65536)
+    for (long r = 0; r < rows; r++)
+        out[r] = half ? highest(at(x, r * width, 1), width, 1) : highest(at(x, r * width, 0), width, 0);
+}
