@@ -1,9 +1,9 @@
 """One step's micro-batch as tensors: a flat list of tokens and where their KV lies.
 
-Decode tokens come first, prefill chunks after them; where the cache has rows (a CPU), both are
-spans. `Step` is built once a step on the host and read by the attention function and the LoRA
-layers through `StepContext`, because transformers' linear layers get nothing but their input. Index
-tensors are int64.
+Decode tokens come first, prefill chunks after them; each is a run of tokens of one sequence, in
+`spans` where the cache has rows (a CPU), else in `paged`. `Step` is built once a step on the host
+and read by the attention function and the LoRA layers through `StepContext`, because transformers'
+linear layers get nothing but their input. Index tensors are int64.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorabatch_kernels import RowSpans, StepMap, build_step_map
+from lorabatch_kernels.paged import PagedSpans
 from lorabatch_worker.scheduler import Chunk
 
 __all__ = ["Span", "Step", "StepContext", "build_step"]
@@ -24,14 +25,13 @@ __all__ = ["Span", "Step", "StepContext", "build_step"]
 class Span:
     """Tokens [start, end) of the flat batch: positions [past, past + end - start) of a sequence.
 
-    Their keys lie in `blocks` [blocks], or side by side from position `first` of the pools on.
+    Their keys lie side by side from position `first` of the pools on.
     """
 
     start: int
     end: int
     past: int
-    blocks: Tensor | None = None
-    first: int = 0
+    first: int
 
     @property
     def length(self) -> int:
@@ -41,24 +41,21 @@ class Span:
 
 @dataclass(frozen=True)
 class Step:
-    """Tensors of one micro-batch of T tokens, D of them decode tokens that are read in blocks.
+    """Tensors of one micro-batch of T tokens.
 
     input_ids, position_ids, kv_index [T]: kv_index is block * block_size + offset.
-    decode_blocks [D, blocks of the longest], padded with block 0; decode_lengths [D].
-    fresh_blocks: those that get their first token in this step.
     sample_index: the flat positions whose logits are needed.
+    spans and row_spans: of a cache that has rows; paged: of any other.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     kv_index: Tensor
-    decode_blocks: Tensor
-    decode_lengths: Tensor
-    fresh_blocks: Tensor
-    spans: tuple[Span, ...]
     sample_index: Tensor
     step_map: StepMap
-    masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    paged: PagedSpans | None = None
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Made once a step, for all layers."""
 
     @property
@@ -66,12 +63,7 @@ class Step:
         return self.input_ids.shape[0]
 
     @cached_property
-    def decodes(self) -> int:
-        return self.decode_lengths.shape[0]
-
-    @cached_property
     def row_spans(self) -> RowSpans:
-        """The spans of a cache that has rows."""
         return RowSpans.of([(s.start, s.end - s.start, s.past, s.first) for s in self.spans])
 
 
@@ -102,7 +94,7 @@ def build_step(
     samples: list[int] = []
     tables: list[list[int]] = []
     lengths: list[int] = []
-    fresh: list[int] = []
+    starts: list[int] = [0]
     spans: list[Span] = []
     for chunk in chunks:
         sequence, start = chunk.sequence, len(ids)
@@ -113,33 +105,34 @@ def build_step(
             for p in range(chunk.start, chunk.end)
         ]
         slots += [sequence.slot] * (chunk.end - chunk.start)
-        used = sequence.blocks[: -(-chunk.end // block_size)]
+        starts.append(len(ids))
         if rows:
-            spans.append(Span(start, len(ids), chunk.start, first=used[0] * block_size))
+            first = sequence.blocks[0] * block_size
+            spans.append(Span(start, len(ids), chunk.start, first))
         else:
-            fresh += used[-(-chunk.start // block_size) :]
-            if chunk.end - chunk.start == 1 and not spans:
-                tables.append(used)
-                lengths.append(chunk.end)
-            else:
-                blocks = torch.tensor(used, device=device)
-                spans.append(Span(start, len(ids), chunk.start, blocks))
+            tables.append(sequence.blocks[: -(-chunk.end // block_size)])
+            lengths.append(chunk.end)
         if chunk.samples:
             samples.append(len(ids) - 1)
-    widest = max((len(t) for t in tables), default=0)
-    padded = [t + [0] * (widest - len(t)) for t in tables]
 
-    def tensor(values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def tensor(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
 
+    paged = None
+    if not rows:
+        widest = max(len(t) for t in tables)
+        paged = PagedSpans(
+            starts=tensor(starts, torch.int32),
+            lengths=tensor(lengths, torch.int32),
+            blocks=tensor([t + [0] * (widest - len(t)) for t in tables], torch.int32),
+            longest_run=max(c.end - c.start for c in chunks),
+        )
     return Step(
         input_ids=tensor(ids),
         position_ids=tensor(positions),
         kv_index=tensor(kv_index),
-        decode_blocks=tensor(padded),
-        decode_lengths=tensor(lengths),
-        fresh_blocks=tensor(fresh),
-        spans=tuple(spans),
         sample_index=tensor(samples),
         step_map=build_step_map(slots, device),
+        spans=tuple(spans),
+        paged=paged,
     )
