@@ -14,8 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import RowSpans, StepMap, build_step_map
+from lorabatch_kernels import RowSpans, StepMap
 from lorabatch_kernels.paged import PagedSpans
+from lorabatch_kernels.step_map import HostStepMap, lay_out_step_map
+from lorabatch_worker.packing import Packed
 from lorabatch_worker.scheduler import Chunk
 
 __all__ = ["Span", "Step", "StepContext", "build_step"]
@@ -82,22 +84,54 @@ class StepContext:
         self._step = step
 
 
+@dataclass(frozen=True)
+class HostStep:
+    """A step that is not on the device yet. `longest_run` 0: the cache has rows."""
+
+    packed: Packed
+    step_map: HostStepMap
+    spans: tuple[Span, ...]
+    longest_run: int
+
+    def on(self, sent: Tensor) -> Step:
+        """The step whose tables are, or will be, in what `packed.send` gave."""
+        ids, positions, kv_index, samples, step_map, *rest = self.packed.views(sent)
+        paged = None
+        if self.longest_run:
+            starts, lengths, blocks = rest
+            paged = PagedSpans(starts, lengths, blocks, self.longest_run)
+        return Step(
+            input_ids=ids,
+            position_ids=positions,
+            kv_index=kv_index,
+            sample_index=samples,
+            step_map=self.step_map.on(step_map),
+            spans=self.spans,
+            paged=paged,
+        )
+
+
 def build_step(
     chunks: list[Chunk], block_size: int, device: torch.device, rows: bool = False
 ) -> Step:
-    """Lay out a plan's chunks, decode chunks first, as tensors on the device. `rows`: whether each
-    sequence's blocks lie side by side."""
+    """`lay_out_step`, on the device, in one copy."""
+    host = lay_out_step(chunks, block_size, device, rows)
+    return host.on(host.packed.send(device))
+
+
+def lay_out_step(
+    chunks: list[Chunk], block_size: int, device: torch.device, rows: bool = False
+) -> HostStep:
+    """Lay out a plan's chunks, decode chunks first. `rows`: whether each sequence's blocks lie side
+    by side."""
     ids: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
     slots: list[int] = []
     samples: list[int] = []
-    tables: list[list[int]] = []
-    lengths: list[int] = []
     starts: list[int] = [0]
-    spans: list[Span] = []
     for chunk in chunks:
-        sequence, start = chunk.sequence, len(ids)
+        sequence = chunk.sequence
         ids += sequence.tokens(chunk.start, chunk.end)
         positions += range(chunk.start, chunk.end)
         kv_index += [
@@ -106,33 +140,21 @@ def build_step(
         ]
         slots += [sequence.slot] * (chunk.end - chunk.start)
         starts.append(len(ids))
-        if rows:
-            first = sequence.blocks[0] * block_size
-            spans.append(Span(start, len(ids), chunk.start, first))
-        else:
-            tables.append(sequence.blocks[: -(-chunk.end // block_size)])
-            lengths.append(chunk.end)
         if chunk.samples:
             samples.append(len(ids) - 1)
-
-    def tensor(values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    paged = None
-    if not rows:
-        widest = max(len(t) for t in tables)
-        paged = PagedSpans(
-            starts=tensor(starts, torch.int32),
-            lengths=tensor(lengths, torch.int32),
-            blocks=tensor([t + [0] * (widest - len(t)) for t in tables], torch.int32),
-            longest_run=max(c.end - c.start for c in chunks),
-        )
-    return Step(
-        input_ids=tensor(ids),
-        position_ids=tensor(positions),
-        kv_index=tensor(kv_index),
-        sample_index=tensor(samples),
-        step_map=build_step_map(slots, device),
-        spans=tuple(spans),
-        paged=paged,
-    )
+    packed = Packed()
+    for table in (ids, positions, kv_index, samples):
+        packed.add(table, torch.int64)
+    step_map = lay_out_step_map(slots, device)
+    packed.add(step_map.ints, torch.int32)
+    if rows:
+        spans = [
+            Span(start, end, c.start, c.sequence.blocks[0] * block_size)
+            for c, start, end in zip(chunks, starts, starts[1:], strict=False)
+        ]
+        return HostStep(packed, step_map, tuple(spans), 0)
+    tables = [c.sequence.blocks[: -(-c.end // block_size)] for c in chunks]
+    packed.add(starts, torch.int32)
+    packed.add([c.end for c in chunks], torch.int32)
+    packed.add_rows(tables, max(map(len, tables)))
+    return HostStep(packed, step_map, (), max(c.end - c.start for c in chunks))
