@@ -37,3 +37,9 @@ def test_tables_are_sent_into_a_buffer_that_views_were_made_of() -> None:
     found = tables().views(buffer)
     assert tables().send(CPU, buffer) is buffer
     assert [t.tolist() for t in found] == WANTED
+
+
+def test_empty_tables_can_be_sent() -> None:
+    packed = Packed()
+    packed.add([], torch.int64)
+    assert packed.views(packed.send(CPU))[0].tolist() == []

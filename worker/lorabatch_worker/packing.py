@@ -41,6 +41,8 @@ class Packed:
     def send(self, device: torch.device, into: Tensor | None = None) -> Tensor:
         """The bytes of all tables on the device, in `into` where that is given. On a GPU this does
         not wait: what is launched later sees them."""
+        if not self._bytes:
+            return torch.empty(0, dtype=torch.uint8, device=device)
         host = torch.frombuffer(self._bytes, dtype=torch.uint8)
         if device.type == "cuda":
             host = host.pin_memory()
