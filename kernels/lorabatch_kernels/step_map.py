@@ -27,7 +27,13 @@ from lorabatch_kernels.tiles import TileMap, lay_out_tiles, to_device
 
 BASE_SLOT = -1
 TILE_SIZES = (16, 32, 64, 128)
+GPU_TILE = 16
 CPU_TILE = 8  # TILE in native/lora.c
+
+
+def tile_for(device: torch.device) -> int:
+    """Tokens of a tile, where nothing else is asked for."""
+    return CPU_TILE if device.type == "cpu" else GPU_TILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +79,7 @@ def lay_out_step_map(
     slots: Sequence[int],
     device: torch.device | str,
     *,
-    tile: int = 16,
+    tile: int = GPU_TILE,
     max_tiles: int | None = None,
 ) -> HostStepMap:
     """Map one step's tokens. `tile` and `max_tiles` are for a GPU; a CPU's tile is 8."""
@@ -90,7 +96,7 @@ def build_step_map(
     slots: Sequence[int],
     device: torch.device | str,
     *,
-    tile: int = 16,
+    tile: int = GPU_TILE,
     max_tiles: int | None = None,
     buffer: Tensor | None = None,
 ) -> StepMap:

@@ -69,7 +69,8 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> Callable[..., tuple[
         kind = _Kind(scale, window, softcap, s_aux)
         q, new = query[0], (key[0], value[0])
         pools = cache.pools(layer, *new)
-        out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        make = query.new_zeros if step.padded else query.new_empty
+        out = make((query.shape[2], query.shape[1], value.shape[-1]))
         if step.paged is not None:
             _attend_blocks(out, q, *new, pools, step, kind)
         elif can_attend(q, *new):

@@ -260,6 +260,7 @@ class Engine:
 
     def _run(self) -> None:
         compute_with(self.threads)
+        self.runner.warm_up(self._progressed)
         while True:
             self._take_arrivals()
             if self._stopping and (
@@ -269,7 +270,7 @@ class Engine:
             chunks, admitted = self.scheduler.plan(admit=not self._stopping)
             if admitted:
                 self._on_started([s.job_id for s in admitted])
-            self._progress_s = time.monotonic()
+            self._progressed()
             if not chunks:
                 with self._wake:
                     if not (self._arrived or self._aborts or self._stopping):
@@ -279,6 +280,9 @@ class Engine:
                 self._step(chunks)
             except Exception as error:  # noqa: BLE001 - a batch must not take the worker along
                 self._step_failed(chunks, error)
+
+    def _progressed(self) -> None:
+        self._progress_s = time.monotonic()
 
     def _take_arrivals(self) -> None:
         with self._wake:

@@ -35,6 +35,7 @@ class Packed:
         start = self._begin(torch.int32, (len(rows), width))
         self._bytes += bytes(4 * len(rows) * width)
         for number, row in enumerate(rows):
+            assert len(row) <= width
             first = start + 4 * number * width
             self._bytes[first : first + 4 * len(row)] = array("i", row).tobytes()
 

@@ -14,13 +14,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import RowSpans, StepMap
+from lorabatch_kernels import BASE_SLOT, RowSpans, StepMap
 from lorabatch_kernels.paged import PagedSpans
 from lorabatch_kernels.step_map import HostStepMap, lay_out_step_map
 from lorabatch_worker.packing import Packed
 from lorabatch_worker.scheduler import Chunk
 
-__all__ = ["Span", "Step", "StepContext", "build_step"]
+__all__ = ["HostStep", "Padding", "Span", "Step", "StepContext", "build_step", "lay_out_step"]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Sizes of a step of one token a sequence whose shapes must not depend on the batch: tokens,
+    columns of the block table, LoRA tiles (0: no token has an adapter)."""
+
+    seqs: int
+    table_blocks: int
+    tiles: int
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Step:
     input_ids, position_ids, kv_index [T]: kv_index is block * block_size + offset.
     sample_index: the flat positions whose logits are needed.
     spans and row_spans: of a cache that has rows; paged: of any other.
+    padded: some tokens may be of no sequence; they are stored nowhere and attend to nothing.
     """
 
     input_ids: Tensor
@@ -57,6 +68,7 @@ class Step:
     step_map: StepMap
     spans: tuple[Span, ...] = ()
     paged: PagedSpans | None = None
+    padded: bool = False
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Made once a step, for all layers."""
 
@@ -92,6 +104,7 @@ class HostStep:
     step_map: HostStepMap
     spans: tuple[Span, ...]
     longest_run: int
+    padded: bool
 
     def on(self, sent: Tensor) -> Step:
         """The step whose tables are, or will be, in what `packed.send` gave."""
@@ -108,6 +121,7 @@ class HostStep:
             step_map=self.step_map.on(step_map),
             spans=self.spans,
             paged=paged,
+            padded=self.padded,
         )
 
 
@@ -120,10 +134,15 @@ def build_step(
 
 
 def lay_out_step(
-    chunks: list[Chunk], block_size: int, device: torch.device, rows: bool = False
+    chunks: list[Chunk],
+    block_size: int,
+    device: torch.device,
+    rows: bool = False,
+    padding: Padding | None = None,
 ) -> HostStep:
     """Lay out a plan's chunks, decode chunks first. `rows`: whether each sequence's blocks lie side
-    by side."""
+    by side. `padding` is for chunks of one token that all sample."""
+    spare = padding.seqs - len(chunks) if padding else 0
     ids: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
@@ -143,18 +162,23 @@ def lay_out_step(
         if chunk.samples:
             samples.append(len(ids) - 1)
     packed = Packed()
-    for table in (ids, positions, kv_index, samples):
-        packed.add(table, torch.int64)
-    step_map = lay_out_step_map(slots, device)
+    packed.add(ids + [0] * spare, torch.int64)
+    packed.add(positions + [0] * spare, torch.int64)
+    packed.add(kv_index + [-1] * spare, torch.int64)
+    packed.add(range(padding.seqs) if padding else samples, torch.int64)
+    max_tiles = padding.tiles if padding else None
+    step_map = lay_out_step_map(slots + [BASE_SLOT] * spare, device, max_tiles=max_tiles)
     packed.add(step_map.ints, torch.int32)
     if rows:
         spans = [
             Span(start, end, c.start, c.sequence.blocks[0] * block_size)
             for c, start, end in zip(chunks, starts, starts[1:], strict=False)
         ]
-        return HostStep(packed, step_map, tuple(spans), 0)
+        return HostStep(packed, step_map, tuple(spans), 0, False)
     tables = [c.sequence.blocks[: -(-c.end // block_size)] for c in chunks]
-    packed.add(starts, torch.int32)
-    packed.add([c.end for c in chunks], torch.int32)
-    packed.add_rows(tables, max(map(len, tables)))
-    return HostStep(packed, step_map, (), max(c.end - c.start for c in chunks))
+    packed.add(starts + [len(ids)] * spare, torch.int32)
+    packed.add([c.end for c in chunks] + [0] * spare, torch.int32)
+    columns = padding.table_blocks if padding else max(map(len, tables))
+    packed.add_rows([*tables, *[[]] * spare], columns)
+    longest = 1 if padding else max(c.end - c.start for c in chunks)
+    return HostStep(packed, step_map, (), longest, padding is not None)
