@@ -29,7 +29,7 @@ from bench.ours import HOME, OurEngine
 from bench.record import peak_rss_mb, record
 from bench.workload import make_requests, write_adapters
 from lorabatch.settings import DEFAULT_BASE_MODEL
-from lorabatch_worker import attention, kv_cache, lora_layers, model_runner
+from lorabatch_worker import attention, lora_layers, model_runner
 from lorabatch_worker.bundled import bundled_checkpoint
 from lorabatch_worker.linear import Dense
 from lorabatch_worker.threads import compute_with
@@ -78,8 +78,7 @@ def instrument(
             group.product.dense.forward = clock.around("gemm", group.product.dense.forward)
     lora_layers.add_lora_group = clock.around("lora", lora_layers.add_lora_group)
     model_runner.build_step = clock.around("schedule", model_runner.build_step)
-    kv_cache.KVCache.write = clock.around("attention", kv_cache.KVCache.write)  # type: ignore[method-assign]
-    for name in ("attend_rows", "_decode", "_prefill"):
+    for name in ("attend_rows", "_attend_blocks", "_attend_spans"):
         setattr(attention, name, clock.around("attention", getattr(attention, name)))
     engine.scheduler.plan = clock.around("schedule", engine.scheduler.plan)  # type: ignore[method-assign]
     engine._sample = clock.around("sample", engine._sample)  # type: ignore[method-assign]

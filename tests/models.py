@@ -202,7 +202,7 @@ def generate(
         for c in chunks:
             c.sequence.computed = c.end
             if c.samples:
-                row = next(rows)
+                row = next(rows).to("cpu", copy=True)
                 found[running.index(c.sequence)].append(row)
                 c.sequence.output.append(int(row.argmax()))
                 runner.blocks.grow(c.sequence)

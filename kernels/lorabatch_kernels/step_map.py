@@ -4,6 +4,8 @@ It is built once a step on the host and shared by all layers and all sites. `slo
 of token t, or -1 for the base model alone: such a token is in no tile and costs nothing. Slots may
 come in any order.
 
+`lay_out_step_map` leaves the copy to the device to the caller, who may have more to send.
+
 For CUDA graphs pass `max_tiles` and a `buffer` of `buffer_ints(tokens, max_tiles)` int32 on the
 device: shapes and addresses then stay the same from step to step and only contents change. Capture
 with at least one adapter token in the map.
@@ -21,11 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabatch_kernels.tiles import TileMap, build_tiles
+from lorabatch_kernels.tiles import TileMap, lay_out_tiles, to_device
 
 BASE_SLOT = -1
 TILE_SIZES = (16, 32, 64, 128)
+GPU_TILE = 16
 CPU_TILE = 8  # TILE in native/lora.c
+
+
+def tile_for(device: torch.device) -> int:
+    """Tokens of a tile, where nothing else is asked for."""
+    return CPU_TILE if device.type == "cpu" else GPU_TILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +44,22 @@ class StepMap:
     device: torch.device
     active: tuple[int, ...]
     tiles: TileMap
+
+
+@dataclass(frozen=True, eq=False)
+class HostStepMap:
+    """A step map that is not on the device yet: `ints` belong in an int32 tensor there."""
+
+    tokens: int
+    active: tuple[int, ...]
+    tile: int
+    tiles: int
+    ints: list[int]
+
+    def on(self, buffer: Tensor) -> StepMap:
+        """The map whose `ints` are, or will be, in this tensor."""
+        tiles = TileMap(self.tile, self.tokens, self.tiles, buffer)
+        return StepMap(self.tokens, buffer.device, self.active, tiles)
 
 
 def group_tokens(slots: Sequence[int]) -> tuple[dict[int, list[int]], list[int]]:
@@ -51,20 +75,31 @@ def group_tokens(slots: Sequence[int]) -> tuple[dict[int, list[int]], list[int]]
     return ordered, base
 
 
+def lay_out_step_map(
+    slots: Sequence[int],
+    device: torch.device | str,
+    *,
+    tile: int = GPU_TILE,
+    max_tiles: int | None = None,
+) -> HostStepMap:
+    """Map one step's tokens. `tile` and `max_tiles` are for a GPU; a CPU's tile is 8."""
+    if tile not in TILE_SIZES:
+        raise ValueError(f"tile is {tile}, wanted one of {TILE_SIZES}")
+    groups, base = group_tokens(slots)
+    if torch.device(device).type == "cpu":
+        tile = CPU_TILE
+    ints, tiles = lay_out_tiles(groups, base, tile, max_tiles)
+    return HostStepMap(len(slots), tuple(groups), tile, tiles, ints)
+
+
 def build_step_map(
     slots: Sequence[int],
     device: torch.device | str,
     *,
-    tile: int = 16,
+    tile: int = GPU_TILE,
     max_tiles: int | None = None,
     buffer: Tensor | None = None,
 ) -> StepMap:
-    """Map one step's tokens. `tile`, `max_tiles` and `buffer` are for a GPU; a CPU's tile is 8."""
-    if tile not in TILE_SIZES:
-        raise ValueError(f"tile is {tile}, wanted one of {TILE_SIZES}")
-    where = torch.device(device)
-    groups, base = group_tokens(slots)
-    if where.type == "cpu":
-        tile = CPU_TILE
-    tiles = build_tiles(groups, base, where, tile=tile, max_tiles=max_tiles, buffer=buffer)
-    return StepMap(len(slots), where, tuple(groups), tiles)
+    """`lay_out_step_map`, on the device."""
+    host = lay_out_step_map(slots, device, tile=tile, max_tiles=max_tiles)
+    return host.on(to_device(host.ints, torch.device(device), buffer))

@@ -92,16 +92,14 @@ def _cut(groups: Mapping[int, Sequence[int]], tile: int) -> tuple[list[int], lis
     return order, [slots, starts, lens]
 
 
-def build_tiles(
+def lay_out_tiles(
     groups: Mapping[int, Sequence[int]],
     base: Sequence[int],
-    device: torch.device,
-    *,
     tile: int,
     max_tiles: int | None = None,
-    buffer: Tensor | None = None,
-) -> TileMap:
-    """Cut `groups` (slot -> its token indices) into tiles; `base` tokens get none."""
+) -> tuple[list[int], int]:
+    """Cut `groups` (slot -> its token indices) into tiles; `base` tokens get none: what a map's
+    buffer is to hold, and its number of tiles."""
     order, tables = _cut(groups, tile)
     needed = len(tables[0])
     tiles = needed if max_tiles is None else max_tiles
@@ -111,14 +109,28 @@ def build_tiles(
             f"size it with tile_bound(tokens, slots, tile)"
         )
     order.extend(base)
-    tokens = len(order)
-    ints = order + [0] * (round_up(tokens, ALIGN_INTS) - tokens)
+    ints = order + [0] * (round_up(len(order), ALIGN_INTS) - len(order))
     for table in tables:
         ints += table + [0] * (round_up(tiles, ALIGN_INTS) - needed)
-    return TileMap(tile, tokens, tiles, _to_device(ints, device, buffer))
+    return ints, tiles
 
 
-def _to_device(ints: list[int], device: torch.device, buffer: Tensor | None) -> Tensor:
+def build_tiles(
+    groups: Mapping[int, Sequence[int]],
+    base: Sequence[int],
+    device: torch.device,
+    *,
+    tile: int,
+    max_tiles: int | None = None,
+    buffer: Tensor | None = None,
+) -> TileMap:
+    """`lay_out_tiles`, on the device."""
+    ints, tiles = lay_out_tiles(groups, base, tile, max_tiles)
+    tokens = len(base) + sum(map(len, groups.values()))
+    return TileMap(tile, tokens, tiles, to_device(ints, device, buffer))
+
+
+def to_device(ints: list[int], device: torch.device, buffer: Tensor | None) -> Tensor:
     """One copy; pinned, so that it does not wait for the GPU."""
     on_gpu = device.type == "cuda"
     host = torch.tensor(ints, dtype=torch.int32, pin_memory=on_gpu)

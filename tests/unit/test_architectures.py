@@ -108,6 +108,19 @@ def test_packed_steps_equal_eager_attention(kind: str) -> None:
             assert_same_logits(logits, eager(reference, prompt, logits.argmax(-1).tolist()))
 
 
+@pytest.mark.parametrize(
+    "kind", ["cohere2", "deepseek_v3", "gemma2", "gpt2", "gpt_bigcode", "gpt_oss", "qwen2_moe"]
+)
+def test_blocks_that_lie_anywhere_equal_eager_attention(kind: str) -> None:
+    """Windows, softcap, sinks, one key-value head, values narrower than keys."""
+    model = tiny_model(small_vocabulary(kind, **SUPPORTED[kind]))
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("eager")
+    found = generate(runner_of(model, rows=False), PROMPTS, [-1] * len(PROMPTS), NEW, 7)
+    for prompt, logits in zip(PROMPTS, found, strict=True):
+        assert_same_logits(logits, eager(reference, prompt, logits.argmax(-1).tolist()))
+
+
 def load(runner: ModelRunner, folder: Path, slot: int) -> set[str]:
     """Put an adapter's files into a slot: the layers that it changes."""
     target = AdapterTarget(

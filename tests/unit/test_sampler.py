@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from lorabatch import Job
-from lorabatch_worker.sampler import _argmax, sample, uniform
+from lorabatch_worker.sampler import UNSOUND, Draw, sample, uniform
 from lorabatch_worker.sequence import Sequence as Running
 from tests.models import claim
 
@@ -242,11 +242,12 @@ def test_uniform_lies_in_its_interval(seed: int) -> None:
     assert 0.98 < max(drawn) < 1.0
 
 
-@pytest.mark.parametrize("vocabulary", [7, 256, 512, 700, 1025])
-def test_argmax_is_the_first_of_the_highest(vocabulary: int) -> None:
-    torch.manual_seed(vocabulary)
-    logits = torch.randint(0, 4, (50, vocabulary)).float()
-    logits[0] = 0.0
-    logits[1, -1] = 9.0
-    logits[2, 3] = float("nan")
-    assert _argmax(logits).tolist() == logits.argmax(dim=-1).tolist()
+def test_a_draw_marks_rows_that_cannot_be_believed_and_leaves_the_others() -> None:
+    wanted = sample(mixed_logits(None), mixed_rows())
+    logits = mixed_logits(None)
+    logits[1, 3] = float("nan")
+    logits[4, 250] = float("inf")
+    logits[6] = -torch.inf
+    found = Draw(logits, mixed_rows()).wait()
+    assert [i for i, token in enumerate(found) if token == UNSOUND] == [1, 4, 6]
+    assert [t for t in found if t != UNSOUND] == [wanted[i] for i in (0, 2, 3, 5, 7)]

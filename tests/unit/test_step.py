@@ -34,15 +34,12 @@ def test_decode_and_prefill_in_one_flat_batch() -> None:
     assert step.input_ids.tolist() == [501, 100, 103, 104, 105, 100, 101]
     assert step.position_ids.tolist() == [4, 0, 3, 4, 5, 0, 1]
     assert step.kv_index.tolist() == [8, 20, 15, 4, 5, 16, 17]
-    assert step.decode_blocks.tolist() == [[7, 2], [5, 0]]
-    assert step.decode_lengths.tolist() == [5, 1]
-    assert step.decodes == 2
-    assert step.fresh_blocks.tolist() == [2, 5, 1, 4]
-    assert [(s.start, s.end, s.past, s.length) for s in step.spans] == [
-        (2, 5, 3, 6),
-        (5, 7, 0, 2),
-    ]
-    assert [s.blocks.tolist() for s in step.spans] == [[3, 1], [4]]
+    assert step.spans == ()
+    assert step.paged is not None
+    assert step.paged.starts.tolist() == [0, 1, 2, 5, 7]
+    assert step.paged.lengths.tolist() == [5, 1, 6, 2]
+    assert step.paged.blocks.tolist() == [[7, 2], [5, 0], [3, 1], [4, 0]]
+    assert step.paged.longest_run == 3
     assert step.sample_index.tolist() == [0, 1, 6]
     assert step.step_map.active == (0, 1)
 
@@ -50,7 +47,20 @@ def test_decode_and_prefill_in_one_flat_batch() -> None:
 def test_a_chunk_that_ends_before_the_prompt_does_samples_nothing() -> None:
     step = build_step([Chunk(sequence(8, 0, [1, 2]), 0, 4)], 4, CPU)
     assert step.sample_index.tolist() == []
-    assert step.decodes == 0
+
+
+def test_runs_of_rows_say_where_each_row_begins() -> None:
+    chunks = [
+        Chunk(sequence(3, 2, [6, 7]), 4, 5),
+        Chunk(sequence(9, 0, [3, 4, 5], slot=0), 3, 6),
+    ]
+    step = build_step(chunks, 4, CPU, rows=True)
+    assert step.paged is None
+    assert [(s.start, s.end, s.past, s.length, s.first) for s in step.spans] == [
+        (0, 1, 4, 5, 24),
+        (1, 4, 3, 6, 12),
+    ]
+    assert step.kv_index.tolist() == [28, 15, 16, 17]
 
 
 def test_a_layer_outside_of_a_step_is_a_bug_that_shows() -> None:

@@ -2,10 +2,11 @@
 interface.
 
 One function serves decode tokens and prefill chunks of the same flat batch: it writes the new
-keys and values into the layer's pools, then decode tokens attend as one padded batch of gathered
-blocks and each prefill chunk by itself. In a CPU's rows one kernel does it all, where it can.
-Softmax in float32. Handles grouped queries, sliding windows, logit softcap and sinks; not covered:
-ALiBi and other additive biases, cross attention.
+keys and values into the layer's pools, then every token attends to its own sequence. Over blocks
+that lie anywhere (a GPU) and over a CPU's rows one kernel does it all; a CPU without compiled
+kernels goes through its rows one by one, in torch's operators. Softmax in float32. Handles grouped
+queries, sliding windows, logit softcap and sinks; not covered: ALiBi and other additive biases,
+cross attention.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lorabatch_kernels import attend_rows, can_attend
-from lorabatch_worker.kv_cache import KVCache
+from lorabatch_kernels.paged import attend_paged, store_paged
+from lorabatch_worker.kv_cache import KVCache, Pool
 from lorabatch_worker.step import Span, Step
 
 __all__ = ["IMPLEMENTATION", "register"]
@@ -67,21 +69,16 @@ def register(cache: KVCache, name: str = IMPLEMENTATION) -> Callable[..., tuple[
         kind = _Kind(scale, window, softcap, s_aux)
         q, new = query[0], (key[0], value[0])
         pools = cache.pools(layer, *new)
-        out = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-        if cache.row_blocks and can_attend(q, *new):
+        make = query.new_zeros if step.padded else query.new_empty
+        out = make((query.shape[2], query.shape[1], value.shape[-1]))
+        if step.paged is not None:
+            _attend_blocks(out, q, *new, pools, step, kind)
+        elif can_attend(q, *new):
             keys, values = (pool.tokens for pool in pools)
             where = (step.kv_index, step.row_spans)
             attend_rows(out, q, *new, keys, values, *where, scale, window, softcap, s_aux)
-            return out[None], None
-        cache.write(pools, *new, step)
-        if step.decodes:
-            hidden = _hidden(step, cache.block_size, window)
-            k, v = (pool.of_decodes(step) for pool in pools)
-            out[: step.decodes] = _decode(q[:, : step.decodes], k, v, hidden, kind)
-        for span in step.spans:
-            causal = _mask(step, span, window)
-            k, v = (pool.of_span(span) for pool in pools)
-            out[span.start : span.end] = _prefill(q[:, span.start : span.end], k, v, causal, kind)
+        else:
+            _attend_spans(out, q, *new, pools, step, kind)
         return out[None], None
 
     AttentionInterface.register(name, attention)
@@ -97,17 +94,45 @@ def _window(module: nn.Module, layer: int) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _decode(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, kind: _Kind) -> Tensor:
-    """query [Hq, B, D]; keys, values [Hkv, B, S, D]; hidden [B, 1, S] -> [B, Hq, D]."""
-    heads, batch, width = query.shape
-    groups = keys.shape[0]
-    q = (query * kind.scale).view(groups, heads // groups, batch, width).transpose(1, 2)
-    scores = torch.matmul(q, keys.transpose(2, 3))
-    probabilities = _softmax(scores, hidden, kind.softcap, _sinks(kind, groups))
-    return torch.matmul(probabilities, values).permute(1, 0, 2, 3).reshape(batch, heads, -1)
+def _attend_blocks(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pools: tuple[Pool, Pool],
+    step: Step,
+    kind: _Kind,
+) -> None:
+    """query [Hq, T, D], key and value [Hkv, T, D]; out [T, Hq, D]."""
+    assert step.paged is not None
+    keys, values = (pool.blocks for pool in pools)
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    store_paged(keys, values, key, value, step.kv_index)
+    wanted = (kind.scale, kind.window, kind.softcap, kind.sinks)
+    attend_paged(out, query, keys, values, step.paged, *wanted)
 
 
-def _prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: _Kind) -> Tensor:
+def _attend_spans(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pools: tuple[Pool, Pool],
+    step: Step,
+    kind: _Kind,
+) -> None:
+    """As `_attend_blocks`, over rows."""
+    for pool, new in zip(pools, (key, value), strict=True):
+        pool.tokens.index_copy_(1, step.kv_index, new)
+    for span in step.spans:
+        k, v = (pool.of_span(span) for pool in pools)
+        mask = _mask(step, span, kind.window)
+        out[span.start : span.end] = _attend_span(query[:, span.start : span.end], k, v, mask, kind)
+
+
+def _attend_span(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kind: _Kind
+) -> Tensor:
     """query [Hq, n, D], key and value [Hkv, S, D]; mask [n, S], None: causal -> [n, Hq, D]."""
     if kind.plain:
         out = F.scaled_dot_product_attention(
@@ -131,14 +156,9 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kin
     return torch.matmul(probabilities, value).view(heads, count, -1).transpose(0, 1)
 
 
-def _sinks(kind: _Kind, groups: int) -> Tensor | None:
-    """[Hkv, 1, group, 1]."""
-    return None if kind.sinks is None else kind.sinks.view(groups, 1, -1, 1)
-
-
 def _softmax(scores: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor | None) -> Tensor:
     """Probabilities over the last dimension; a sink takes its share and is left out. What is hidden
-    is filled, not added to: a hidden score may be NaN, where another job left an infinite key."""
+    is filled, not added to: a hidden score may be NaN."""
     wide = scores.float()
     if softcap is not None:
         wide = softcap * torch.tanh(wide / softcap)
@@ -149,24 +169,11 @@ def _softmax(scores: Tensor, hidden: Tensor, softcap: float | None, sink: Tensor
     return wide.softmax(dim=-1).to(scores.dtype)
 
 
-def _hidden(step: Step, block_size: int, window: int | None) -> Tensor:
-    """[B, 1, S]: which of a row's gathered positions are not its own, or out of the window."""
-    key = ("decode", window)
-    if key not in step.masks:
-        length = step.decode_lengths[:, None]
-        position = torch.arange(step.decode_blocks.shape[1] * block_size, device=length.device)
-        mask = position < length
-        if window is not None:
-            mask = mask & (position >= length - window)
-        step.masks[key] = ~mask[:, None]
-    return step.masks[key]
-
-
 def _mask(step: Step, span: Span, window: int | None) -> Tensor | None:
     """[n, S], or None where plain causal attention says the same."""
     if span.past == 0 and (window is None or window >= span.length):
         return None
-    key = (f"prefill {span.start}", window)
+    key = (span.start, window)
     if key not in step.masks:
         device = step.input_ids.device
         row = torch.arange(span.past, span.length, device=device)[:, None]

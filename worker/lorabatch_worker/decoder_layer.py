@@ -59,7 +59,8 @@ class FusedLayers:
         if self._of is not step or self._step is None:
             cos, sin = (part[0].contiguous() for part in turns)
             where = (step.kv_index, step.row_spans, step.step_map)
-            self._step = LayerStep(parts.products, cos, sin, *where, None, self.seconds)
+            kept = None if step.sample_map is None else (step.sample_index, step.sample_map)
+            self._step = LayerStep(parts.products, cos, sin, *where, kept, self.seconds)
             self._of = step
         return self._step
 
@@ -142,12 +143,14 @@ class _Parts:
 
 
 class CompiledLayer:
-    """The layer in one call; the hidden states are changed in place."""
+    """The layer in one call; the hidden states are changed in place. The model's last one leaves
+    those of tokens that are not sampled unfinished: nobody reads them."""
 
     def __init__(self, parts: _Parts, cache: KVCache, fused: FusedLayers) -> None:
         self.parts, self.cache, self.fused = parts, cache, fused
         query, key = parts.sample()
-        pools = cache.pools(int(parts.attention.layer_idx), key, key)
+        number = int(parts.attention.layer_idx)
+        pools = cache.pools(number, key, key)
         self.layer = DecoderLayer(
             parts.products,
             parts.norms,
@@ -155,6 +158,7 @@ class CompiledLayer:
             query.shape[0],
             parts.scaling,
             parts.window,
+            last=number == parts.attention.config.num_hidden_layers - 1,
         )
 
     def __call__(

@@ -33,7 +33,7 @@ from lorabatch_worker.lora_layers import linear_shapes
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.outcome import aborted, explained, failed, finished
 from lorabatch_worker.prompt import Preparer
-from lorabatch_worker.sampler import sample
+from lorabatch_worker.sampler import UNSOUND, Draw
 from lorabatch_worker.scheduler import Chunk, Scheduler
 from lorabatch_worker.sequence import Sequence
 from lorabatch_worker.threads import compute_with
@@ -260,6 +260,7 @@ class Engine:
 
     def _run(self) -> None:
         compute_with(self.threads)
+        self.runner.warm_up(self._progressed)
         while True:
             self._take_arrivals()
             if self._stopping and (
@@ -269,7 +270,7 @@ class Engine:
             chunks, admitted = self.scheduler.plan(admit=not self._stopping)
             if admitted:
                 self._on_started([s.job_id for s in admitted])
-            self._progress_s = time.monotonic()
+            self._progressed()
             if not chunks:
                 with self._wake:
                     if not (self._arrived or self._aborts or self._stopping):
@@ -279,6 +280,9 @@ class Engine:
                 self._step(chunks)
             except Exception as error:  # noqa: BLE001 - a batch must not take the worker along
                 self._step_failed(chunks, error)
+
+    def _progressed(self) -> None:
+        self._progress_s = time.monotonic()
 
     def _take_arrivals(self) -> None:
         with self._wake:
@@ -298,13 +302,13 @@ class Engine:
     def _step(self, chunks: list[Chunk]) -> None:
         logits = self.runner.forward(chunks)
         sampling = [c.sequence for c in chunks if c.samples]
-        tokens, sound = self._sample(logits, sampling)
+        tokens = self._sample(logits, sampling).wait()
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
             self.scheduler.blocks.computed(chunk.sequence, chunk.start)
         done: dict[Sequence, str | None] = {}
-        for sequence, token, is_sound in zip(sampling, tokens, sound, strict=True):
-            if not is_sound:
+        for sequence, token in zip(sampling, tokens, strict=True):
+            if token == UNSOUND:
                 done[sequence] = "nonfinite_logits"
                 continue
             sequence.append(token, self.base.eos_ids)
@@ -321,13 +325,8 @@ class Engine:
             self._on_finished([finished(s, self.base, reason) for s, reason in done.items()])
 
     @torch.inference_mode()
-    def _sample(
-        self, logits: torch.Tensor, sequences: list[Sequence]
-    ) -> tuple[list[int], list[bool]]:
-        """Next tokens, and which rows they can be believed of: NaN or infinity in a row's logits
-        ends that job alone."""
-        sound: list[bool] = logits.amax(dim=-1).isfinite().tolist()
-        return sample(logits, sequences), sound
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Draw:
+        return Draw(logits, sequences)
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         """Nothing in the step can be trusted: its jobs fail, the engine goes on."""

@@ -1,8 +1,10 @@
-"""Keys and values of every layer: `keys[layer]` [Hkv, blocks, block_size, D].
+"""Keys and values of every layer: pools of blocks, seen as [Hkv, blocks, block_size, D].
 
 Made on first use, when a layer's head count and width are seen, so that models whose layers
-differ need no special case. On a CPU, memory is taken page by page as it is written to, and
-given back when a row's text is dropped. Raises nothing of its own.
+differ need no special case. Where blocks lie anywhere (a GPU), the memory is [blocks, block_size,
+Hkv, D], all heads of a token side by side; in rows it is as it is seen. On a CPU, memory is taken
+page by page as it is written to, and given back when a row's text is dropped. Raises nothing of its
+own.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ import math
 import mmap
 import sys
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lorabatch_worker.block_manager import Change
-from lorabatch_worker.step import Span, Step, StepContext
+from lorabatch_worker.step import Span, StepContext
 
 __all__ = ["KVCache"]
 
@@ -43,15 +46,6 @@ class KVCache:
             pools = self._pools[layer] = (self._pool(key), self._pool(value))
         return pools
 
-    def write(self, pools: tuple[Pool, Pool], key: Tensor, value: Tensor, step: Step) -> None:
-        """Store the step's key and value [Hkv, T, D]."""
-        if not self.row_blocks:
-            # Decode reads whole blocks. What is past a sequence's end has weight 0, but 0 * NaN is
-            # NaN: what a broken adapter's job left behind must not reach the block's next owner.
-            pools[1].blocks.index_fill_(1, step.fresh_blocks, 0.0)
-        for pool, new in zip(pools, (key, value), strict=True):
-            pool.tokens.index_copy_(1, step.kv_index, new)
-
     def apply(self, changes: Iterable[Change]) -> None:
         """Carry out what the rows' manager noted, in order."""
         for change in changes:
@@ -69,41 +63,40 @@ class KVCache:
     def bytes_a_token(self) -> int:
         """Of all layers made so far."""
         pools = [pool for pair in self._pools.values() for pool in pair]
-        return sum(p.tokens.shape[0] * p.tokens.shape[2] * p.tokens.element_size() for p in pools)
+        return sum(p.blocks.shape[0] * p.blocks.shape[3] * p.blocks.element_size() for p in pools)
 
     def _pool(self, like: Tensor) -> Pool:
-        heads, _, width = like.shape
-        return Pool((heads, self.num_blocks, self.block_size, width), like)
+        return Pool(like, self.num_blocks, self.block_size, rows=self.row_blocks > 0)
 
 
 class Pool:
     """One layer's keys, or its values."""
 
-    def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        heads, _, _, width = shape
+    def __init__(self, like: Tensor, num_blocks: int, block_size: int, rows: bool) -> None:
+        heads, _, width = like.shape
+        shape = (num_blocks, block_size, heads, width)
+        if rows:
+            shape = (heads, num_blocks, block_size, width)
         self._pages: mmap.mmap | None = None
         if like.device.type == "cpu" and sys.platform == "linux":
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
             self._pages = mmap.mmap(-1, math.prod(shape) * like.element_size(), flags)
-            self.blocks = torch.frombuffer(self._pages, dtype=like.dtype).view(shape)
+            memory = torch.frombuffer(self._pages, dtype=like.dtype).view(shape)
         else:
-            self.blocks = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.tokens = self.blocks.view(heads, -1, width)
+            memory = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.blocks = memory if rows else memory.permute(2, 0, 1, 3)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """[Hkv, positions, D], where there are rows."""
+        return self.blocks.flatten(1, 2)
 
     def of_span(self, span: Span) -> Tensor:
-        """[Hkv, length, D] of one sequence; a view where its blocks lie side by side."""
-        if span.blocks is None:
-            return self.tokens[:, span.first : span.first + span.length]
-        return self.blocks.index_select(1, span.blocks).flatten(1, 2)[:, : span.length]
-
-    def of_decodes(self, step: Step) -> Tensor:
-        """[Hkv, decodes, S, D], gathered."""
-        heads, _, _, width = self.blocks.shape
-        gathered = self.blocks.index_select(1, step.decode_blocks.flatten())
-        return gathered.view(heads, step.decodes, -1, width)
+        """[Hkv, length, D] of one sequence of a row."""
+        return self.tokens[:, span.first : span.first + span.length]
 
     def free(self, first: int, last: int) -> None:
-        """Blocks [first, last) give their memory back, where that can be done."""
+        """Blocks [first, last) of rows give their memory back, where that can be done."""
         if self._pages is None:
             return
         heads, blocks, size, width = self.blocks.shape

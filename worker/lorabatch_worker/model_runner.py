@@ -8,6 +8,7 @@ UnsupportedModel when it is built on a model that it would compute wrong.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lorabatch_worker.attention import IMPLEMENTATION, register
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.block_manager import BlockManager, PagedBlocks
 from lorabatch_worker.decoder_layer import fuse_layers
+from lorabatch_worker.graphs import Capture, CudaCapture, DecodeGraphs, GraphSizes
 from lorabatch_worker.kv_cache import KVCache
 from lorabatch_worker.lora_layers import attach_sites, own_weights, pack_head
 from lorabatch_worker.probe import (
@@ -29,7 +31,7 @@ from lorabatch_worker.probe import (
 )
 from lorabatch_worker.row_manager import RowBlocks
 from lorabatch_worker.scheduler import Chunk
-from lorabatch_worker.step import StepContext, build_step
+from lorabatch_worker.step import Step, StepContext, build_step
 
 __all__ = ["ModelRunner"]
 
@@ -47,8 +49,10 @@ class ModelRunner:
         max_seqs: int = 32,
         prefix_cache: bool = True,
         rows: bool | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """`rows`: whether the KV cache has a row for each sequence; None: on a CPU."""
+        """`rows`: whether the KV cache has a row for each sequence; None: on a CPU. `capture`: what
+        records decode steps that need no rows; None: CUDA graphs where there are any."""
         check_config(base.model.config)
         self.base = base
         self.model: Any = base.model
@@ -72,13 +76,35 @@ class ModelRunner:
         pack_head(self.model)
         own_weights(self.model)
         self.fused = fuse_layers(self.model, self.cache, attend)
+        self._make_current()
+        self.graphs: DecodeGraphs | None = None
         check_attention(self, name, wanted)
+        if capture is None and self.device.type == "cuda":
+            capture = CudaCapture()
+        if capture is not None and not row_blocks:
+            sizes = GraphSizes(max_seqs, adapter_slots, block_size, base.max_context_tokens)
+            self.graphs = DecodeGraphs(self._compute, sizes, self.device, capture)
+
+    def warm_up(self, progress: Callable[[], None]) -> None:
+        """Get ready to run steps on the thread that calls this; `progress` is called now and then.
+        Takes seconds on a GPU."""
+        self._make_current()
+        if self.graphs is not None:
+            self.graphs.warm_up(progress)
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Compute a plan's chunks: logits [n, vocabulary] of the n chunks that sample."""
+        """Compute a plan's chunks: logits [n, vocabulary] of the n chunks that sample. They hold
+        until the next call; on a GPU they may still be in the making."""
         self.cache.apply(self.blocks.take_changes())
-        step = build_step(chunks, self.blocks.block_size, self.device, self.cache.row_blocks > 0)
+        if self.graphs is not None:
+            logits = self.graphs.run(chunks)
+            if logits is not None:
+                return logits
+        rows = self.cache.row_blocks > 0
+        return self._compute(build_step(chunks, self.blocks.block_size, self.device, rows))
+
+    def _compute(self, step: Step) -> Tensor:
         self.context.enter(step)
         keep: dict[str, Any] = {"logits_to_keep": step.sample_index} if self._keeps_logits else {}
         try:
@@ -91,3 +117,8 @@ class ModelRunner:
         finally:
             self.context.enter(None)
         return logits if self._keeps_logits else logits[step.sample_index]
+
+    def _make_current(self) -> None:
+        """Triton launches on the thread's current device."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)

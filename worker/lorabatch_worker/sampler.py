@@ -3,6 +3,9 @@
 The random number of a row is a hash of (seed, position), and the token is found by inverting
 the distribution at it, so a job's tokens do not depend on its row, its batch or the device's
 random state. Logits are taken in float32. Order: penalties, temperature, top_k, top_p, min_p.
+
+Nothing here waits for a GPU but `Draw.wait`: what the rows want goes there in one copy, made while
+it still computes the logits, and the tokens come back in another.
 Shapes: logits [rows, vocabulary].
 """
 
@@ -15,11 +18,39 @@ from collections.abc import Sequence as List
 import torch
 from torch import Tensor
 
+from lorabatch_kernels import argmax, can_argmax
+from lorabatch_worker.packing import Packed
 from lorabatch_worker.sequence import Sequence
 
-__all__ = ["sample", "uniform"]
+__all__ = ["UNSOUND", "Draw", "sample", "uniform"]
 
-BLOCK_COLUMNS = 256
+UNSOUND = -1
+
+
+class Draw:
+    """Next tokens of a batch, on their way to the host."""
+
+    def __init__(self, logits: Tensor, sequences: List[Sequence]) -> None:
+        """Changes `logits`, where they are float32."""
+        wishes = _Wishes(sequences, logits.device)
+        if wishes.none and can_argmax(logits):
+            tokens = argmax(logits)  # which says -1 itself
+        else:
+            sound = logits.amax(dim=-1).isfinite()
+            tokens = torch.where(sound, _choose(logits, wishes), UNSOUND)
+        self._came: torch.cuda.Event | None = None
+        self._tokens = tokens
+        if tokens.device.type == "cuda":
+            self._tokens = torch.empty_like(tokens, device="cpu", pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._came = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._came.record()
+
+    def wait(self) -> list[int]:
+        """One token id a row; UNSOUND where the logits hold NaN or infinity."""
+        if self._came is not None:
+            self._came.synchronize()
+        return [int(t) for t in self._tokens.tolist()]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -29,96 +60,137 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(logits: Tensor, sequences: List[Sequence]) -> list[int]:
-    """One token id a row."""
+    """One token id a row, of logits that are sound."""
+    wishes = _Wishes(sequences, logits.device)
+    return [int(t) for t in _choose(logits, wishes).tolist()]
+
+
+def _choose(logits: Tensor, wishes: _Wishes) -> Tensor:
+    """[rows], on the device of the logits."""
     logits = logits.float()
-    _penalize(logits, sequences)
-    tokens = _argmax(logits)
-    rows = [i for i, s in enumerate(sequences) if s.params.temperature > 0.0]
-    if rows:
-        index = torch.tensor(rows, device=logits.device)
-        tokens[index] = _draw(logits[index], [sequences[i] for i in rows])
-    return [int(t) for t in tokens.tolist()]
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """[rows]: the first of the highest; on a CPU by way of the maxima of blocks of columns, because
-    torch reduces to a value with vector instructions, but to an index without."""
-    vocabulary = logits.shape[-1]
-    blocks = vocabulary // BLOCK_COLUMNS
-    if logits.device.type != "cpu" or blocks < 2:
-        return logits.argmax(dim=-1)
-    whole = blocks * BLOCK_COLUMNS
-    highest = torch.unflatten(logits[:, :whole], 1, (blocks, BLOCK_COLUMNS)).amax(dim=-1)
-    if whole < vocabulary:
-        highest = torch.cat([highest, logits[:, whole:].amax(dim=-1, keepdim=True)], dim=-1)
-    first = highest.argmax(dim=-1, keepdim=True) * BLOCK_COLUMNS
-    columns = (first + torch.arange(BLOCK_COLUMNS)).clamp_(max=vocabulary - 1)
-    within = logits.gather(1, columns).argmax(dim=-1, keepdim=True)
-    tokens: Tensor = columns.gather(1, within)[:, 0]
+    wishes.penalize(logits)
+    tokens = argmax(logits) if can_argmax(logits) else logits.argmax(dim=-1)
+    if wishes.random:
+        tokens[wishes.rows] = wishes.draw(logits[wishes.rows])
     return tokens
 
 
-def _penalize(logits: Tensor, sequences: List[Sequence]) -> None:
-    """In place: repetition over prompt and output, frequency and presence over the output."""
+class _Wishes:
+    """What the rows ask for beyond the most likely token, as tensors on the device."""
+
+    def __init__(self, sequences: List[Sequence], device: torch.device) -> None:
+        self.random = [s for s in sequences if s.params.temperature > 0.0]
+        self._penalized = any(_is_penalized(s) for s in sequences)
+        self.none = not (self.random or self._penalized)
+        if self.none:
+            return
+        packed = Packed()
+        _add_repeated(packed, sequences)
+        _add_made(packed, sequences)
+        params = [s.params for s in self.random]
+        self._top_k = max((p.top_k for p in params), default=0)
+        rows = [i for i, s in enumerate(sequences) if s.params.temperature > 0.0]
+        nucleus = [i for i, p in enumerate(params) if p.top_p < 1.0]
+        for ints in (rows, [p.top_k for p in params], nucleus):
+            packed.add(ints, torch.int64)
+        uniforms = [uniform(s.claim.job.seed, len(s.output)) for s in self.random]
+        for numbers in (
+            [p.temperature for p in params],
+            [p.min_p for p in params],
+            uniforms,
+            [params[i].top_p for i in nucleus],
+        ):
+            packed.add(numbers, torch.float64)
+        tables = packed.views(packed.send(device))
+        self._repeated, self._made = tables[:3], tables[3:8]
+        self.rows, self._limits, self._nucleus = tables[8:11]
+        self._temperature, self._min_p, self._uniform, self._top_p = tables[11:]
+
+    def penalize(self, logits: Tensor) -> None:
+        """In place: repetition over prompt and output, frequency and presence over the output."""
+        if not self._penalized:
+            return
+        row, token, factor = self._repeated
+        values = logits[row, token]
+        logits[row, token] = torch.where(values > 0, values / factor, values * factor)
+        row, token, count, frequency, presence = self._made
+        logits[row, token] -= frequency * count + presence
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Tokens of rows with a temperature. logits [n, vocabulary] -> [n].
+
+        In float64, so that neither the batch's shape nor a tiny temperature decides a token.
+        """
+        highest = logits.max(dim=-1, keepdim=True).values
+        scaled = (logits.double() - highest) / self._temperature[:, None]
+        if self._top_k:
+            scaled.masked_fill_(self._below_top_k(logits), -torch.inf)
+        p = scaled.softmax(dim=-1)
+        least = self._min_p[:, None] * p.max(dim=-1, keepdim=True).values
+        dropped = p < least
+        if self._nucleus.shape[0]:
+            dropped[self._nucleus] |= self._past_top_p(p[self._nucleus])
+        p.masked_fill_(dropped, 0.0)
+        cumulative = p.cumsum(dim=-1)
+        draws = self._uniform[:, None] * cumulative[:, -1:]
+        picked = torch.searchsorted(cumulative, draws, right=True)
+        return picked.clamp_(max=logits.shape[-1] - 1)[:, 0]
+
+    def _below_top_k(self, logits: Tensor) -> Tensor:
+        """True where a logit is below its row's k-th highest; of equal ones all stay."""
+        vocabulary = logits.shape[-1]
+        values = logits.topk(min(self._top_k, vocabulary), dim=-1).values
+        last = (self._limits.clamp(max=vocabulary) - 1).clamp_(min=0)[:, None]
+        return (self._limits > 0)[:, None] & (logits < values.gather(-1, last))
+
+    def _past_top_p(self, p: Tensor) -> Tensor:
+        """True for tokens that the more likely ones make superfluous; of equal ones the lower id
+        counts as the more likely, and the most likely token always stays."""
+        values, order = p.sort(dim=-1, descending=True, stable=True)
+        past = values.cumsum(dim=-1) - values >= self._top_p[:, None]
+        past[:, 0] = False
+        return torch.zeros_like(past).scatter(-1, order, past)
+
+
+def _is_penalized(sequence: Sequence) -> bool:
+    p = sequence.params
+    return p.repetition_penalty != 1.0 or bool(p.frequency_penalty or p.presence_penalty)
+
+
+def _add_repeated(packed: Packed, sequences: List[Sequence]) -> None:
+    """Row, token and factor of each token that a row has seen, where that matters."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    factors: list[float] = []
+    for row, sequence in enumerate(sequences):
+        factor = sequence.params.repetition_penalty
+        if factor != 1.0:
+            seen = sorted({*sequence.prompt, *sequence.output})
+            rows += [row] * len(seen)
+            tokens += seen
+            factors += [factor] * len(seen)
+    packed.add(rows, torch.int64)
+    packed.add(tokens, torch.int64)
+    packed.add(factors, torch.float32)
+
+
+def _add_made(packed: Packed, sequences: List[Sequence]) -> None:
+    """Row, token, how often, frequency and presence penalty of each token that a row has made."""
+    rows: list[int] = []
+    made: list[int] = []
+    counts: list[int] = []
+    frequencies: list[float] = []
+    presences: list[float] = []
     for row, sequence in enumerate(sequences):
         p = sequence.params
-        if p.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}), device=logits.device)
-            values = logits[row, seen]
-            factor = p.repetition_penalty
-            logits[row, seen] = torch.where(values > 0, values / factor, values * factor)
-        if sequence.output and (p.frequency_penalty or p.presence_penalty):
-            made = Counter(sequence.output)
-            ids = torch.tensor(list(made), device=logits.device)
-            counts = torch.tensor(list(made.values()), device=logits.device)
-            logits[row, ids] -= p.frequency_penalty * counts + p.presence_penalty
-
-
-def _draw(logits: Tensor, sequences: List[Sequence]) -> Tensor:
-    """Tokens of rows with a temperature. logits [n, vocabulary] -> [n].
-
-    In float64, so that neither the batch's shape nor a tiny temperature decides a token.
-    """
-    params = [s.params for s in sequences]
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    highest = logits.max(dim=-1, keepdim=True).values
-    scaled = (logits.double() - highest) / column([p.temperature for p in params])
-    scaled.masked_fill_(_below_top_k(logits, [p.top_k for p in params]), -torch.inf)
-    p = scaled.softmax(dim=-1)
-    least = column([q.min_p for q in params]) * p.max(dim=-1, keepdim=True).values
-    p.masked_fill_((p < least) | _past_top_p(p, [q.top_p for q in params]), 0.0)
-    cumulative = p.cumsum(dim=-1)
-    draws = column([uniform(s.claim.job.seed, len(s.output)) for s in sequences])
-    picked = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-    return picked.clamp_(max=logits.shape[-1] - 1)[:, 0]
-
-
-def _below_top_k(logits: Tensor, top_k: List[int]) -> Tensor:
-    """True where a logit is below its row's k-th highest; of equal ones all stay."""
-    vocabulary = logits.shape[-1]
-    limits = [min(k, vocabulary) if k else 0 for k in top_k]
-    dropped = torch.zeros_like(logits, dtype=torch.bool)
-    if any(limits):
-        values = logits.topk(max(limits), dim=-1).values
-        index = torch.tensor([max(k - 1, 0) for k in limits], device=logits.device)[:, None]
-        rows = torch.tensor([k > 0 for k in limits], device=logits.device)[:, None]
-        dropped = rows & (logits < values.gather(-1, index))
-    return dropped
-
-
-def _past_top_p(p: Tensor, top_p: List[float]) -> Tensor:
-    """True for tokens that the more likely ones make superfluous; of equal ones the lower id
-    counts as the more likely, and the most likely token always stays."""
-    dropped = torch.zeros_like(p, dtype=torch.bool)
-    rows = [i for i, limit in enumerate(top_p) if limit < 1.0]
-    if rows:
-        index = torch.tensor(rows, device=p.device)
-        values, order = p[index].sort(dim=-1, descending=True, stable=True)
-        limits = torch.tensor([top_p[i] for i in rows], dtype=p.dtype, device=p.device)
-        past = values.cumsum(dim=-1) - values >= limits[:, None]
-        past[:, 0] = False
-        dropped[index] = torch.zeros_like(past).scatter(-1, order, past)
-    return dropped
+        if p.frequency_penalty or p.presence_penalty:
+            found = Counter(sequence.output)
+            rows += [row] * len(found)
+            made += found
+            counts += found.values()
+            frequencies += [p.frequency_penalty] * len(found)
+            presences += [p.presence_penalty] * len(found)
+    packed.add(rows, torch.int64)
+    packed.add(made, torch.int64)
+    for numbers in (counts, frequencies, presences):
+        packed.add(numbers, torch.float32)

@@ -1,9 +1,9 @@
 """One step's micro-batch as tensors: a flat list of tokens and where their KV lies.
 
-Decode tokens come first, prefill chunks after them; where the cache has rows (a CPU), both are
-spans. `Step` is built once a step on the host and read by the attention function and the LoRA
-layers through `StepContext`, because transformers' linear layers get nothing but their input. Index
-tensors are int64.
+Decode tokens come first, prefill chunks after them; each is a run of tokens of one sequence, in
+`spans` where the cache has rows (a CPU), else in `paged`. `Step` is built once a step on the host
+and read by the attention function and the LoRA layers through `StepContext`, because transformers'
+linear layers get nothing but their input. Index tensors are int64.
 """
 
 from __future__ import annotations
@@ -14,24 +14,36 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import RowSpans, StepMap, build_step_map
+from lorabatch_kernels import BASE_SLOT, RowSpans, StepMap, build_step_map
+from lorabatch_kernels.paged import PagedSpans
+from lorabatch_kernels.step_map import HostStepMap, lay_out_step_map
+from lorabatch_worker.packing import Packed
 from lorabatch_worker.scheduler import Chunk
 
-__all__ = ["Span", "Step", "StepContext", "build_step"]
+__all__ = ["HostStep", "Padding", "Span", "Step", "StepContext", "build_step", "lay_out_step"]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Sizes of a step of one token a sequence whose shapes must not depend on the batch: tokens,
+    columns of the block table, LoRA tiles (0: no token has an adapter)."""
+
+    seqs: int
+    table_blocks: int
+    tiles: int
 
 
 @dataclass(frozen=True)
 class Span:
     """Tokens [start, end) of the flat batch: positions [past, past + end - start) of a sequence.
 
-    Their keys lie in `blocks` [blocks], or side by side from position `first` of the pools on.
+    Their keys lie side by side from position `first` of the pools on.
     """
 
     start: int
     end: int
     past: int
-    blocks: Tensor | None = None
-    first: int = 0
+    first: int
 
     @property
     def length(self) -> int:
@@ -41,24 +53,25 @@ class Span:
 
 @dataclass(frozen=True)
 class Step:
-    """Tensors of one micro-batch of T tokens, D of them decode tokens that are read in blocks.
+    """Tensors of one micro-batch of T tokens.
 
     input_ids, position_ids, kv_index [T]: kv_index is block * block_size + offset.
-    decode_blocks [D, blocks of the longest], padded with block 0; decode_lengths [D].
-    fresh_blocks: those that get their first token in this step.
     sample_index: the flat positions whose logits are needed.
+    spans and row_spans: of a cache that has rows; paged: of any other.
+    sample_map: the step map of the sampled tokens, where the cache has rows and not all are.
+    padded: some tokens may be of no sequence; they are stored nowhere and attend to nothing.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     kv_index: Tensor
-    decode_blocks: Tensor
-    decode_lengths: Tensor
-    fresh_blocks: Tensor
-    spans: tuple[Span, ...]
     sample_index: Tensor
     step_map: StepMap
-    masks: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()
+    paged: PagedSpans | None = None
+    sample_map: StepMap | None = None
+    padded: bool = False
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Made once a step, for all layers."""
 
     @property
@@ -66,12 +79,7 @@ class Step:
         return self.input_ids.shape[0]
 
     @cached_property
-    def decodes(self) -> int:
-        return self.decode_lengths.shape[0]
-
-    @cached_property
     def row_spans(self) -> RowSpans:
-        """The spans of a cache that has rows."""
         return RowSpans.of([(s.start, s.end - s.start, s.past, s.first) for s in self.spans])
 
 
@@ -90,22 +98,63 @@ class StepContext:
         self._step = step
 
 
+@dataclass(frozen=True)
+class HostStep:
+    """A step that is not on the device yet. `longest_run` 0: the cache has rows."""
+
+    packed: Packed
+    step_map: HostStepMap
+    spans: tuple[Span, ...]
+    sample_map: StepMap | None
+    longest_run: int
+    padded: bool
+
+    def on(self, sent: Tensor) -> Step:
+        """The step whose tables are, or will be, in what `packed.send` gave."""
+        ids, positions, kv_index, samples, step_map, *rest = self.packed.views(sent)
+        paged = None
+        if self.longest_run:
+            starts, lengths, blocks = rest
+            paged = PagedSpans(starts, lengths, blocks, self.longest_run)
+        return Step(
+            input_ids=ids,
+            position_ids=positions,
+            kv_index=kv_index,
+            sample_index=samples,
+            step_map=self.step_map.on(step_map),
+            spans=self.spans,
+            paged=paged,
+            sample_map=self.sample_map,
+            padded=self.padded,
+        )
+
+
 def build_step(
     chunks: list[Chunk], block_size: int, device: torch.device, rows: bool = False
 ) -> Step:
-    """Lay out a plan's chunks, decode chunks first, as tensors on the device. `rows`: whether each
-    sequence's blocks lie side by side."""
+    """`lay_out_step`, on the device, in one copy."""
+    host = lay_out_step(chunks, block_size, device, rows)
+    return host.on(host.packed.send(device))
+
+
+def lay_out_step(
+    chunks: list[Chunk],
+    block_size: int,
+    device: torch.device,
+    rows: bool = False,
+    padding: Padding | None = None,
+) -> HostStep:
+    """Lay out a plan's chunks, decode chunks first. `rows`: whether each sequence's blocks lie side
+    by side. `padding` is for chunks of one token that all sample."""
+    spare = padding.seqs - len(chunks) if padding else 0
     ids: list[int] = []
     positions: list[int] = []
     kv_index: list[int] = []
     slots: list[int] = []
     samples: list[int] = []
-    tables: list[list[int]] = []
-    lengths: list[int] = []
-    fresh: list[int] = []
-    spans: list[Span] = []
+    starts: list[int] = [0]
     for chunk in chunks:
-        sequence, start = chunk.sequence, len(ids)
+        sequence = chunk.sequence
         ids += sequence.tokens(chunk.start, chunk.end)
         positions += range(chunk.start, chunk.end)
         kv_index += [
@@ -113,33 +162,30 @@ def build_step(
             for p in range(chunk.start, chunk.end)
         ]
         slots += [sequence.slot] * (chunk.end - chunk.start)
-        used = sequence.blocks[: -(-chunk.end // block_size)]
-        if rows:
-            spans.append(Span(start, len(ids), chunk.start, first=used[0] * block_size))
-        else:
-            fresh += used[-(-chunk.start // block_size) :]
-            if chunk.end - chunk.start == 1 and not spans:
-                tables.append(used)
-                lengths.append(chunk.end)
-            else:
-                blocks = torch.tensor(used, device=device)
-                spans.append(Span(start, len(ids), chunk.start, blocks))
+        starts.append(len(ids))
         if chunk.samples:
             samples.append(len(ids) - 1)
-    widest = max((len(t) for t in tables), default=0)
-    padded = [t + [0] * (widest - len(t)) for t in tables]
-
-    def tensor(values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    return Step(
-        input_ids=tensor(ids),
-        position_ids=tensor(positions),
-        kv_index=tensor(kv_index),
-        decode_blocks=tensor(padded),
-        decode_lengths=tensor(lengths),
-        fresh_blocks=tensor(fresh),
-        spans=tuple(spans),
-        sample_index=tensor(samples),
-        step_map=build_step_map(slots, device),
-    )
+    packed = Packed()
+    packed.add(ids + [0] * spare, torch.int64)
+    packed.add(positions + [0] * spare, torch.int64)
+    packed.add(kv_index + [-1] * spare, torch.int64)
+    packed.add(range(padding.seqs) if padding else samples, torch.int64)
+    max_tiles = padding.tiles if padding else None
+    step_map = lay_out_step_map(slots + [BASE_SLOT] * spare, device, max_tiles=max_tiles)
+    packed.add(step_map.ints, torch.int32)
+    if rows:
+        spans = [
+            Span(start, end, c.start, c.sequence.blocks[0] * block_size)
+            for c, start, end in zip(chunks, starts, starts[1:], strict=False)
+        ]
+        sample_map = None
+        if len(samples) < len(ids):
+            sample_map = build_step_map([slots[i] for i in samples], device)
+        return HostStep(packed, step_map, tuple(spans), sample_map, 0, False)
+    tables = [c.sequence.blocks[: -(-c.end // block_size)] for c in chunks]
+    packed.add(starts + [len(ids)] * spare, torch.int32)
+    packed.add([c.end for c in chunks] + [0] * spare, torch.int32)
+    columns = padding.table_blocks if padding else max(map(len, tables))
+    packed.add_rows([*tables, *[[]] * spare], columns)
+    longest = 1 if padding else max(c.end - c.start for c in chunks)
+    return HostStep(packed, step_map, (), None, longest, padding is not None)
