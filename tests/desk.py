@@ -114,7 +114,8 @@ def leave_nothing(engine: Engine) -> None:
     scheduler = engine.scheduler
     assert scheduler.blocks.free == scheduler.blocks.capacity
     assert not any(scheduler.slots._users)
-    assert not [*scheduler.running, *scheduler.waiting, *engine._preparing, *engine._arrived]
+    assert not [*scheduler.running, *scheduler.waiting]
+    assert len(engine.arrivals) == 0
 
 
 @functools.cache

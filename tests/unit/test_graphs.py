@@ -162,9 +162,31 @@ class NoQuestions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in self.ASKS or (name == "lift_fresh" and args[0].dim()):
+        listed = name == "lift_fresh" and args[0].dim() > 0
+        masked = name.startswith("index") and any(
+            x.dtype == torch.bool for x in args[1] if isinstance(x, Tensor)
+        )
+        if name in self.ASKS or listed or masked:
             self.asked.append(name)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: 2 in x,
+        lambda x: x[x > 1],
+        lambda x: bool((x > 1).any()),
+        lambda x: torch.tensor([1, 2]),
+    ],
+)
+def test_questions_are_noticed(ask: Callable[[Tensor], Any]) -> None:
+    ones = torch.ones(3)
+    with torch.inference_mode(), NoQuestions() as questions:
+        ask(ones)
+    assert questions.asked
 
 
 @pytest.mark.parametrize(

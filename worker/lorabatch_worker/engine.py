@@ -1,9 +1,9 @@
 """The engine: continuous batching of claimed jobs over one base model and many adapters.
 
-Jobs come in by `submit` from any thread, are prepared (adapter, chat template, tokens) on the
-adapter store's threads, and join the running micro-batch at the next step; they leave it the
-moment they end. Every submitted job is reported exactly once, unless it is dropped or handed
-back by `drain`. A job that cannot run ends as a failed outcome with a code of the error tree.
+Jobs come in by `submit` from any thread, are prepared (see arrivals.py) and join the running
+micro-batch at the next step; they leave it the moment they end. Every submitted job is reported
+exactly once, unless it is dropped or handed back by `drain`. A job that cannot run ends as a failed
+outcome with a code of the error tree.
 """
 
 from __future__ import annotations
@@ -11,27 +11,24 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from concurrent.futures import Future
-from functools import partial
 
 import torch
 
 from lorabatch.ledger import Claim, Outcome
-from lorabatch.result import ErrorInfo
 from lorabatch.settings import Settings
 from lorabatch_kernels import native
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.store import AdapterStore
-from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
+from lorabatch_worker.adapters.weights import AdapterTarget
 from lorabatch_worker.allocator import keep_freed_memory
+from lorabatch_worker.arrivals import Arrivals
 from lorabatch_worker.base_model import BaseModel, load_base_model
 from lorabatch_worker.lora_layers import linear_shapes
 from lorabatch_worker.model_runner import ModelRunner
-from lorabatch_worker.outcome import aborted, explained, failed, finished
+from lorabatch_worker.outcome import explained, failed, finished
 from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.sampler import UNSOUND, Draw
 from lorabatch_worker.scheduler import Chunk, Scheduler
@@ -107,10 +104,7 @@ class Engine:
         self.step_seqs = 0  # summed over steps: sequences in the micro-batch, and its tokens
         self.step_tokens = 0
         self._progress_s = time.monotonic()
-        self._wake = threading.Condition()
-        self._arrived: list[Sequence] = []
-        self._aborts: dict[str, str | None] = {}  # job id -> reason; None: without an outcome
-        self._preparing: dict[str, Claim] = {}
+        self.arrivals = Arrivals(self.preparer, store, base.name, self._report)
         self._stopping = False
         self._deadline_s = float("inf")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -125,10 +119,8 @@ class Engine:
 
     @property
     def load(self) -> dict[str, int]:
-        with self._wake:
-            waiting = len(self._preparing) + len(self._arrived) + len(self.scheduler.waiting)
         return {
-            "waiting": waiting,
+            "waiting": len(self.arrivals) + len(self.scheduler.waiting),
             "running": len(self.scheduler.running),
             "steps": self.steps,
             "mixed_steps": self.mixed_steps,
@@ -170,91 +162,28 @@ class Engine:
         self._thread.start()
 
     def submit(self, claims: List[Claim]) -> None:
-        by_adapter: dict[str | None, list[Claim]] = defaultdict(list)
-        with self._wake:
-            for claim in claims:
-                self._preparing[claim.job.job_id] = claim
-                by_adapter[claim.job.adapter_id].append(claim)
-        for adapter_id, group in by_adapter.items():
-            if adapter_id is None:
-                self._prepare(group, None)
-            else:
-                future = self.store.request(adapter_id)
-                future.add_done_callback(partial(self._adapter_came, group))
+        self.arrivals.submit(claims)
 
     def abort(self, job_id: str, reason: str) -> None:
-        self._withdraw([job_id], reason)
+        self.arrivals.withdraw([job_id], reason)
 
     def drop(self, job_ids: List[str]) -> None:
-        self._withdraw(job_ids, None)
-
-    def _withdraw(self, job_ids: List[str], reason: str | None) -> None:
-        """End what has not reached the scheduler now, and the rest before the next step."""
-        ended = []
-        with self._wake:
-            arrived = {s.job_id: s for s in self._arrived}
-            for job_id in job_ids:
-                claim = self._preparing.pop(job_id, None)
-                if job_id in arrived:
-                    self._arrived.remove(arrived[job_id])
-                    claim = arrived[job_id].claim
-                if claim is None:
-                    self._aborts[job_id] = reason
-                elif reason is not None:
-                    ended.append(aborted(claim, reason, self.base.name))
-            self._wake.notify()
-        if ended:
-            self._on_finished(ended)
+        self.arrivals.withdraw(job_ids, None)
 
     def drain(self, timeout_s: float) -> list[Claim]:
-        with self._wake:
-            self._stopping = True
-            self._deadline_s = time.monotonic() + timeout_s
-            self._wake.notify()
+        self._deadline_s = time.monotonic() + timeout_s
+        self._stopping = True
+        self.arrivals.wake()
         if self._thread.is_alive():
             self._thread.join()
         self.store.close()
         left = {s.job_id: s.claim for s in self.scheduler.running.values()}
         left |= {s.job_id: s.claim for s in self.scheduler.waiting.values()}
-        with self._wake:
-            left |= {s.job_id: s.claim for s in self._arrived} | self._preparing
-            # A load that ends after this reports nothing.
-            self._arrived, self._preparing = [], {}
+        left |= self.arrivals.close()
         return list(left.values())
 
-    # -- preparation, on the store's threads ---------------------------------
-
-    def _adapter_came(self, claims: list[Claim], future: Future[Adapter]) -> None:
-        if future.cancelled():
-            return
-        error = future.exception()
-        if error is None:
-            self._prepare(claims, future.result())
-        else:
-            what = f"adapter {claims[0].job.adapter_id!r}: could not be loaded"
-            self._fail(claims, explained(error, what))
-
-    def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
-        for claim in claims:
-            try:
-                sequence = self.preparer.prepare(claim, adapter)
-            except Exception as error:  # noqa: BLE001 - no job may stay unreported
-                what = f"job {claim.job.job_id!r}: could not be prepared"
-                self._fail([claim], explained(error, what))
-                continue
-            with self._wake:
-                if self._preparing.get(claim.job.job_id) is claim:
-                    del self._preparing[claim.job.job_id]
-                    self._arrived.append(sequence)
-                    self._wake.notify()
-
-    def _fail(self, claims: list[Claim], info: ErrorInfo) -> None:
-        with self._wake:
-            mine = [c for c in claims if self._preparing.get(c.job.job_id) is c]
-            for claim in mine:
-                del self._preparing[claim.job.job_id]
-        if mine:
-            self._on_finished([failed(c, info, self.base.name) for c in mine])
+    def _report(self, outcomes: List[Outcome]) -> None:
+        self._on_finished(outcomes)
 
     # -- the step loop -------------------------------------------------------
 
@@ -272,9 +201,7 @@ class Engine:
                 self._on_started([s.job_id for s in admitted])
             self._progressed()
             if not chunks:
-                with self._wake:
-                    if not (self._arrived or self._aborts or self._stopping):
-                        self._wake.wait(IDLE_WAIT_S)
+                self.arrivals.wait(IDLE_WAIT_S)
                 continue
             try:
                 self._step(chunks)
@@ -285,9 +212,7 @@ class Engine:
         self._progress_s = time.monotonic()
 
     def _take_arrivals(self) -> None:
-        with self._wake:
-            arrived, self._arrived = self._arrived, []
-            aborts, self._aborts = self._aborts, {}
+        arrived, aborts = self.arrivals.take()
         ended = []
         for job_id, reason in aborts.items():
             gone = self.scheduler.remove(job_id)

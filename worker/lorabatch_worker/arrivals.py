@@ -1,0 +1,141 @@
+"""Jobs between `submit` and the scheduler: adapter, chat template, tokens.
+
+They are prepared on the adapter store's threads; the engine's thread takes what is ready before
+each step, with the aborts of what it has already. A job that cannot be prepared ends as a failed
+outcome with a code of the error tree. All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from collections.abc import Sequence as List
+from concurrent.futures import Future
+from functools import partial
+
+from lorabatch.ledger import Claim, Outcome
+from lorabatch.result import ErrorInfo
+from lorabatch_worker.adapters.store import AdapterStore
+from lorabatch_worker.adapters.weights import Adapter
+from lorabatch_worker.outcome import aborted, explained, failed
+from lorabatch_worker.prompt import Preparer
+from lorabatch_worker.sequence import Sequence
+
+__all__ = ["Arrivals"]
+
+
+class Arrivals:
+    """What was submitted and is not in the scheduler yet."""
+
+    def __init__(
+        self,
+        preparer: Preparer,
+        store: AdapterStore,
+        base_model: str,
+        report: Callable[[List[Outcome]], None],
+    ) -> None:
+        self.preparing: dict[str, Claim] = {}
+        self.ready: list[Sequence] = []
+        self._aborts: dict[str, str | None] = {}  # job id -> reason; None: without an outcome
+        self._preparer = preparer
+        self._store = store
+        self._base_model = base_model
+        self._report = report
+        self._changed = threading.Condition()
+        self._woken = False
+
+    def __len__(self) -> int:
+        with self._changed:
+            return len(self.preparing) + len(self.ready)
+
+    def submit(self, claims: List[Claim]) -> None:
+        by_adapter: dict[str | None, list[Claim]] = defaultdict(list)
+        with self._changed:
+            for claim in claims:
+                self.preparing[claim.job.job_id] = claim
+                by_adapter[claim.job.adapter_id].append(claim)
+        for adapter_id, group in by_adapter.items():
+            if adapter_id is None:
+                self._prepare(group, None)
+            else:
+                future = self._store.request(adapter_id)
+                future.add_done_callback(partial(self._adapter_came, group))
+
+    def withdraw(self, job_ids: List[str], reason: str | None) -> None:
+        """End what is still here now, and the rest before the next step. Without a reason, nothing
+        is reported."""
+        ended = []
+        with self._changed:
+            ready = {s.job_id: s for s in self.ready}
+            for job_id in job_ids:
+                claim = self.preparing.pop(job_id, None)
+                if job_id in ready:
+                    self.ready.remove(ready[job_id])
+                    claim = ready[job_id].claim
+                if claim is None:
+                    self._aborts[job_id] = reason
+                elif reason is not None:
+                    ended.append(aborted(claim, reason, self._base_model))
+            self._changed.notify()
+        if ended:
+            self._report(ended)
+
+    def take(self) -> tuple[list[Sequence], dict[str, str | None]]:
+        """What is ready to run, and the aborts of what had been taken before."""
+        with self._changed:
+            ready, self.ready = self.ready, []
+            aborts, self._aborts = self._aborts, {}
+        return ready, aborts
+
+    def wait(self, timeout_s: float) -> None:
+        """Until there is something to take, or `wake` was called once and for all."""
+        with self._changed:
+            if not (self.ready or self._aborts or self._woken):
+                self._changed.wait(timeout_s)
+
+    def wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def close(self) -> dict[str, Claim]:
+        """What is left, by job. An adapter that comes after this reports nothing."""
+        with self._changed:
+            left = {s.job_id: s.claim for s in self.ready} | self.preparing
+            self.ready, self.preparing = [], {}
+        return left
+
+    # -- on the store's threads ----------------------------------------------
+
+    def _adapter_came(self, claims: list[Claim], future: Future[Adapter]) -> None:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is None:
+            self._prepare(claims, future.result())
+        else:
+            what = f"adapter {claims[0].job.adapter_id!r}: could not be loaded"
+            self._fail(claims, explained(error, what))
+
+    def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
+        for claim in claims:
+            try:
+                sequence = self._preparer.prepare(claim, adapter)
+            except Exception as error:  # noqa: BLE001 - no job may stay unreported
+                what = f"job {claim.job.job_id!r}: could not be prepared"
+                self._fail([claim], explained(error, what))
+                continue
+            with self._changed:
+                if self.preparing.get(claim.job.job_id) is claim:
+                    del self.preparing[claim.job.job_id]
+                    self.ready.append(sequence)
+                    self._changed.notify()
+
+    def _fail(self, claims: list[Claim], info: ErrorInfo) -> None:
+        with self._changed:
+            mine = [c for c in claims if self.preparing.get(c.job.job_id) is c]
+            for claim in mine:
+                del self.preparing[claim.job.job_id]
+        if mine:
+            self._report([failed(c, info, self._base_model) for c in mine])
