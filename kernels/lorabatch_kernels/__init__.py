@@ -1,5 +1,5 @@
-"""Kernels: LoRA for many adapters in one batch, on a GPU (Triton) or a CPU (C); attention and
-the rest of a decoder layer on a CPU.
+"""Kernels: LoRA for many adapters in one batch, attention over the KV cache, and the rest of a
+decoder layer, on a GPU (Triton) or a CPU (C).
 
 Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `add_lora` on each
 layer's output. Importing this package loads torch and never triton.
@@ -12,7 +12,8 @@ from lorabatch_kernels.attention_cpu import (
     can_attend,
 )
 from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
-from lorabatch_kernels.rows_cpu import rms_norm, rotary_, silu_gate
+from lorabatch_kernels.paged import PagedSpans, attend_paged, store_paged
+from lorabatch_kernels.rows import can_do_rows, rms_norm, rotary_, silu_gate
 from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
 from lorabatch_kernels.tiles import buffer_ints, tile_bound
@@ -20,19 +21,23 @@ from lorabatch_kernels.tiles import buffer_ints, tile_bound
 __all__ = [
     "BASE_SLOT",
     "LoraSite",
+    "PagedSpans",
     "RowSpans",
     "SiteGroup",
     "StepMap",
     "add_lora",
     "add_lora_group",
     "add_lora_reference",
+    "attend_paged",
     "attend_reference",
     "attend_rows",
     "buffer_ints",
     "build_step_map",
     "can_attend",
+    "can_do_rows",
     "rms_norm",
     "rotary_",
     "silu_gate",
+    "store_paged",
     "tile_bound",
 ]
