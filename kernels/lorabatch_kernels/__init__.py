@@ -1,5 +1,5 @@
-"""Kernels: LoRA for many adapters in one batch, on a GPU (Triton) or a CPU (C); attention and
-the rest of a decoder layer on a CPU.
+"""Kernels: LoRA for many adapters in one batch, attention over the KV cache, and the rest of a
+decoder layer, on a GPU (Triton) or a CPU (C).
 
 Build a `StepMap` once a step, hold a `LoraSite` for each linear layer, call `add_lora` on each
 layer's output. Importing this package loads torch and never triton.
@@ -16,7 +16,8 @@ from lorabatch_kernels.layer_cpu import DecoderLayer, LayerStep
 from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
 from lorabatch_kernels.lora_cpu import can_add_lora
 from lorabatch_kernels.matmul_cpu import PackedWeight
-from lorabatch_kernels.rows_cpu import rms_norm, rotary_, silu_gate
+from lorabatch_kernels.paged import PagedSpans, attend_paged, store_paged
+from lorabatch_kernels.rows import can_do_rows, rms_norm, rotary_, silu_gate
 from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import BASE_SLOT, StepMap, build_step_map
 from lorabatch_kernels.tiles import buffer_ints, tile_bound
@@ -27,6 +28,7 @@ __all__ = [
     "LayerStep",
     "LoraSite",
     "PackedWeight",
+    "PagedSpans",
     "RowSpans",
     "SiteGroup",
     "StepMap",
@@ -34,6 +36,7 @@ __all__ = [
     "add_lora_group",
     "add_lora_reference",
     "argmax",
+    "attend_paged",
     "attend_reference",
     "attend_rows",
     "buffer_ints",
@@ -41,8 +44,10 @@ __all__ = [
     "can_add_lora",
     "can_argmax",
     "can_attend",
+    "can_do_rows",
     "rms_norm",
     "rotary_",
     "silu_gate",
+    "store_paged",
     "tile_bound",
 ]

@@ -17,10 +17,11 @@ from lorabatch_kernels.plan import plan_for
 from lorabatch_kernels.shrink import shrink
 from lorabatch_kernels.site import LoraSite
 from lorabatch_kernels.tiles import TileMap
+from lorabatch_kernels.tuned import generation
 
 
 def add_lora_triton(y: Tensor, x: Tensor, site: LoraSite, tiles: TileMap) -> None:
     """Add every token's LoRA term to `y` in place."""
-    plan = plan_for(site.in_features, site.max_rank, tiles.tile, site.dtype)
+    plan = plan_for(site.in_features, site.max_rank, tiles.tile, site.dtype, generation(y.device))
     planes = shrink(x, site, tiles, plan)
     expand(y, planes, site, tiles, plan)

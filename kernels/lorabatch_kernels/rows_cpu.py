@@ -1,15 +1,5 @@
-"""Row by row work between the products of a decoder layer, on a CPU in C (native/rows.c).
-
-    rms_norm(x, weight)   weight * x / sqrt(mean(x^2) + epsilon), the quotient rounded to x's dtype
-    silu_gate(x)          silu(x[..., :width]) * x[..., width:], silu rounded to x's dtype
-    rotary_(x, cos, sin)  in place, x * cos + (-second half of x, first half of x) * sin, each head
-
-Shapes and dtypes: fp32 or bf16 alike; x [tokens, width], [tokens, 2 * width], and for rotary_
-[tokens, heads * width] with any row stride and cos, sin [tokens, width]. Everything else is
-contiguous. Sums are fp32.
-
-Raises nothing: callers ask `native.library()` and `native.supports` first, and pass what is written
-above. Does not cover: gradients; rotary embeddings of part of a head or of interleaved pairs.
+"""Row by row work between the products of a decoder layer, on a CPU in C (native/rows.c): see
+rows.py. fp32 or bf16. Raises nothing: `native.library()` is there and `native.supports` the dtype.
 """
 
 from __future__ import annotations
@@ -19,11 +9,8 @@ from torch import Tensor
 
 from lorabatch_kernels import native
 
-__all__ = ["rms_norm", "rotary_", "silu_gate"]
-
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x [..., width] -> the same."""
     library = native.library()
     assert library is not None
     out = torch.empty_like(x)
@@ -35,7 +22,6 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def silu_gate(x: Tensor) -> Tensor:
-    """x [..., 2 * width] -> [..., width]."""
     library = native.library()
     assert library is not None
     width = x.shape[-1] // 2
@@ -46,7 +32,6 @@ def silu_gate(x: Tensor) -> Tensor:
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """x [tokens, heads * width], cos and sin [tokens, width]."""
     library = native.library()
     assert library is not None
     tokens, width = cos.shape

@@ -14,10 +14,11 @@ import pytest
 import torch
 from lora_cases import TOLERANCE, Shape, assert_close, rows_of_base, same_bits
 
+from bench import tune
 from lorabatch_kernels import add_lora_reference, buffer_ints
 from lorabatch_kernels.expand import expand, expand_reference
 from lorabatch_kernels.lora_triton import add_lora_triton
-from lorabatch_kernels.plan import Plan, plan_for
+from lorabatch_kernels.plan import Plan, attention_plan, plan_for
 from lorabatch_kernels.shrink import shrink, shrink_reference
 from lorabatch_kernels.site import LoraSite
 from lorabatch_kernels.step_map import group_tokens
@@ -133,3 +134,26 @@ def test_one_buffer_serves_step_after_step():
         tiles = tiles_of(slots, max_tiles=max_tiles, buffer=buffer)
         add_lora_triton(y, x, site, tiles)
         assert_close(f"y of {slots}", ref, y, TOLERANCE[torch.float32])
+
+
+@pytest.fixture
+def small_tuning(monkeypatch):
+    small = {"DEVICE": "cpu", "LAYERS": 1, "ADAPTERS": 2, "CONTEXT": 32, "TOKENS": {16: 4}}
+    for name, value in small.items():
+        monkeypatch.setattr(tune, name, value)
+
+
+@pytest.mark.usefixtures("small_tuning")
+@pytest.mark.parametrize("rows", [16, 64])
+def test_what_tuning_measures(rows):
+    lora = (70, 8, 16, torch.float16)
+    made = tune.lora_run(70, 50, *lora[1:])(plan_for(*lora))
+    assert made.shape == (4, 50)
+    assert made.isfinite().all()
+    assert made.any()
+    sizes = {"heads": 2, "kv_heads": 1, "width": 16}
+    plan = attention_plan(16, 16, rows, torch.float16)
+    made = tune.attention_run(sizes, rows, torch.float16)(plan)
+    assert made.shape == (64, 2, 16)
+    assert made.isfinite().all()
+    assert made.any()

@@ -31,8 +31,24 @@ def run_tests(file: str, at_least: int, **environment: str) -> None:
 
 
 def test_kernels_agree_with_their_references_in_the_interpreter():
-    run_tests("interpreted_kernels.py", at_least=56, TRITON_INTERPRET="1")
+    run_tests("interpreted_kernels.py", at_least=58, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_ahead_of_time(tmp_path):
     run_tests("compiled_kernels.py", at_least=117, TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_attention_agrees_with_its_reference_in_the_interpreter():
+    run_tests("interpreted_attention.py", at_least=90, TRITON_INTERPRET="1")
+
+
+def test_attention_compiles_ahead_of_time(tmp_path):
+    run_tests("compiled_attention.py", at_least=104, TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_rows_agree_with_transformers_in_the_interpreter():
+    run_tests("interpreted_rows.py", at_least=17, TRITON_INTERPRET="1")
+
+
+def test_rows_compile_ahead_of_time(tmp_path):
+    run_tests("compiled_rows.py", at_least=48, TRITON_CACHE_DIR=str(tmp_path))

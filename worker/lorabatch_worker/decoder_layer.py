@@ -1,10 +1,10 @@
-"""Decoder layers of the Llama kind on a CPU, in few calls.
+"""Decoder layers of the Llama kind, in few calls.
 
 In a small batch the many operators of a layer in transformers take longer to call than to compute
-(docs/decisions/0008, 0009). For the classes named in `WINDOWS` the same sums are made by the C
-kernels: a whole layer in one call, or, where the products are not ours, in a dozen. Every other
-class, and a machine without compiled kernels, keeps transformers' own layers. `probe.py` compares
-the result with the untouched model before any job runs. Raises nothing.
+(docs/decisions/0008, 0009). For the classes named in `WINDOWS` the same sums are made by our
+kernels: on a CPU a whole layer in one call; on a GPU, and where a CPU's products are not ours, in a
+dozen. Every other class, and a CPU without compiled kernels, keeps transformers' own layers.
+`probe.py` compares the result with the untouched model before any job runs. Raises nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorabatch_kernels import (
     SiteGroup,
     can_add_lora,
     can_attend,
-    native,
+    can_do_rows,
     rms_norm,
     rotary_,
     silu_gate,
@@ -94,10 +94,8 @@ def _fits(layer: Any) -> bool:
     return (
         q.group is k.group is v.group
         and gate.group is up.group
-        and q.site.a.device.type == "cpu"
         and all(norm.dtype == q.site.dtype for norm in norms)
-        and native.supports(q.site.dtype)
-        and native.library() is not None
+        and can_do_rows(q.site.a.device, q.site.dtype)
         and attention.config.hidden_act in ("silu", "swish")
     )
 

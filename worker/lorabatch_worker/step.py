@@ -14,8 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import BASE_SLOT, RowSpans, StepMap, build_step_map
-from lorabatch_kernels.paged import PagedSpans
+from lorabatch_kernels import BASE_SLOT, PagedSpans, RowSpans, StepMap, build_step_map
 from lorabatch_kernels.step_map import HostStepMap, lay_out_step_map
 from lorabatch_worker.packing import Packed
 from lorabatch_worker.scheduler import Chunk
