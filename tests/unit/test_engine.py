@@ -460,6 +460,72 @@ def test_a_step_that_raises_fails_its_jobs_and_the_engine_goes_on(
     leave_nothing(own.engine)
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_ended_is_reported_at_once_or_while_the_next_step_runs(
+    overlaps: bool, own: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = own.engine
+    engine.overlaps = overlaps
+    events: list[str] = []
+    forward, sample = engine.runner.forward, engine._sample
+
+    class Waited:
+        def __init__(self, draw: Any) -> None:
+            self.draw = draw
+
+        def wait(self) -> list[int]:
+            events.append("wait")
+            tokens: list[int] = self.draw.wait()
+            return tokens
+
+    def launched(chunks: Any) -> Any:
+        events.append("launch")
+        return forward(chunks)
+
+    def report(outcomes: Any) -> None:
+        events.extend(o.claim.job.job_id for o in outcomes)
+        own._on_finished(outcomes)
+
+    monkeypatch.setattr(engine.runner, "forward", launched)
+    monkeypatch.setattr(engine, "_sample", lambda *args: Waited(sample(*args)))
+    monkeypatch.setattr(engine, "_on_finished", report)
+    own.run(job("short", max_new_tokens=2), job("long", max_new_tokens=6))
+    assert events[events.index("short") - 1] == ("launch" if overlaps else "wait")
+    assert events[-2:] == ["wait", "long"], "at once where no step comes after it"
+    leave_nothing(engine)
+
+
+def test_an_engine_that_reports_later_reports_all_and_the_same(
+    own: Desk, alone: dict[str, tuple[int, ...]], tiny_adapters: dict[str, Path]
+) -> None:
+    own.engine.overlaps = True
+    results = own.run(*mixture(list(tiny_adapters)))
+    assert {i: r.token_ids for i, r in results.items()} == alone
+    leave_nothing(own.engine)
+    own.submit(job("ends", max_new_tokens=2), long("runs"))
+    own.wait(["ends"])
+    assert [c.job.job_id for c in own.engine.drain(0)] == ["runs"]
+    assert sorted(own.reported()) == sorted([*alone, "ends"])
+
+
+def test_a_step_that_fails_while_outcomes_wait_loses_none(
+    own: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.engine.overlaps = True
+    forward, calls = own.engine.runner.forward, [0]
+
+    def broken(chunks: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("no")
+        return forward(chunks)
+
+    monkeypatch.setattr(own.engine.runner, "forward", broken)
+    results = own.run(job("short", max_new_tokens=2), job("other"))
+    assert (results["short"].state, results["other"].state) == ("succeeded", "failed")
+    leave_nothing(own.engine)
+
+
 def test_an_adapter_of_extreme_weights_hurts_nobody_else(
     own: Desk, home: Path, tiny_adapters: dict[str, Path]
 ) -> None:
