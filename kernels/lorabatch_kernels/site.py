@@ -126,7 +126,8 @@ class LoraSite:
         return SiteGroup((self,))
 
     def load(self, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
-        """Put an adapter's `a` [rank, in_features] and `b` [out_features, rank] into `slot`."""
+        """Put an adapter's `a` [rank, in_features] and `b` [out_features, rank] into `slot`. A GPU
+        is not waited for where `a` and the transpose of `b` are pinned and contiguous."""
         self._check_slot(slot)
         rank = a.shape[0] if a.dim() == 2 else 0
         if not 1 <= rank <= self.max_rank or a.shape[1] != self.in_features:
@@ -138,7 +139,7 @@ class LoraSite:
         if not math.isfinite(scale):
             raise ValueError(f"scale is {scale}, wanted a finite number")
         with torch.inference_mode():
-            self.b[slot, :rank].copy_(b.t())
+            self.b[slot, :rank].copy_(b.t(), non_blocking=True)
             self._fill(slot, a)
         self._set(slot, rank, scale)
 
@@ -150,7 +151,7 @@ class LoraSite:
     def _fill(self, slot: int, a: Tensor) -> None:
         """Write all rows that `a` [rank, in_features] has a share in; of panels, whole ones."""
         if not self.paneled:
-            self.a[slot, : a.shape[0]].copy_(a)
+            self.a[slot, : a.shape[0]].copy_(a, non_blocking=True)
             return
         panels = self.a[slot].view(self.panels, self.in_features, PANEL)
         for first in range(0, a.shape[0], PANEL):

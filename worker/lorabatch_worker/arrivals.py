@@ -19,7 +19,6 @@ from lorabatch.result import ErrorInfo
 from lorabatch_worker.adapters.store import AdapterStore
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.outcome import aborted, explained, failed
-from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.sequence import Sequence
 
 __all__ = ["Arrivals"]
@@ -30,7 +29,7 @@ class Arrivals:
 
     def __init__(
         self,
-        preparer: Preparer,
+        prepare: Callable[[Claim, Adapter | None], Sequence],
         store: AdapterStore,
         base_model: str,
         report: Callable[[List[Outcome]], None],
@@ -38,7 +37,7 @@ class Arrivals:
         self.preparing: dict[str, Claim] = {}
         self.ready: list[Sequence] = []
         self._aborts: dict[str, str | None] = {}  # job id -> reason; None: without an outcome
-        self._preparer = preparer
+        self._sequence_of = prepare
         self._store = store
         self._base_model = base_model
         self._report = report
@@ -121,7 +120,7 @@ class Arrivals:
     def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
         for claim in claims:
             try:
-                sequence = self._preparer.prepare(claim, adapter)
+                sequence = self._sequence_of(claim, adapter)
             except Exception as error:  # noqa: BLE001 - no job may stay unreported
                 what = f"job {claim.job.job_id!r}: could not be prepared"
                 self._fail([claim], explained(error, what))

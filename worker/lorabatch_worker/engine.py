@@ -4,6 +4,9 @@ Jobs come in by `submit` from any thread, are prepared (see arrivals.py) and joi
 micro-batch at the next step; they leave it the moment they end. Every submitted job is reported
 exactly once, unless it is dropped or handed back by `drain`. A job that cannot run ends as a failed
 outcome with a code of the error tree.
+
+On a GPU a step is launched and not waited for at once: while the device computes, the host makes
+and reports the outcomes of what ended in the step before.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from lorabatch_kernels import native
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.store import AdapterStore
-from lorabatch_worker.adapters.weights import AdapterTarget
+from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
 from lorabatch_worker.allocator import keep_freed_memory
 from lorabatch_worker.arrivals import Arrivals
 from lorabatch_worker.base_model import BaseModel, load_base_model
@@ -60,6 +63,7 @@ def build_engine(settings: Settings) -> Engine:
         modules=modules,
         max_rank=settings.max_adapter_rank,
         dtype=base.dtype,
+        pinned=base.device.type == "cuda",
     )
     store = AdapterStore(AdapterCatalog(settings), target, settings.adapter_cache_bytes)
     scheduler = Scheduler(
@@ -104,7 +108,9 @@ class Engine:
         self.step_seqs = 0  # summed over steps: sequences in the micro-batch, and its tokens
         self.step_tokens = 0
         self._progress_s = time.monotonic()
-        self.arrivals = Arrivals(self.preparer, store, base.name, self._report)
+        self.overlaps = base.device.type != "cpu"
+        self._ended: list[tuple[Sequence, str | None]] = []  # with the reason, not reported yet
+        self.arrivals = Arrivals(self._prepare, store, base.name, self._report)
         self._stopping = False
         self._deadline_s = float("inf")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -182,6 +188,9 @@ class Engine:
         left |= self.arrivals.close()
         return list(left.values())
 
+    def _prepare(self, claim: Claim, adapter: Adapter | None) -> Sequence:
+        return self.preparer.prepare(claim, adapter)
+
     def _report(self, outcomes: List[Outcome]) -> None:
         self._on_finished(outcomes)
 
@@ -195,12 +204,14 @@ class Engine:
             if self._stopping and (
                 not self.scheduler.running or time.monotonic() > self._deadline_s
             ):
+                self._report_ended()
                 return
             chunks, admitted = self.scheduler.plan(admit=not self._stopping)
             if admitted:
                 self._on_started([s.job_id for s in admitted])
             self._progressed()
             if not chunks:
+                self._report_ended()
                 self.arrivals.wait(IDLE_WAIT_S)
                 continue
             try:
@@ -227,27 +238,35 @@ class Engine:
     def _step(self, chunks: list[Chunk]) -> None:
         logits = self.runner.forward(chunks)
         sampling = [c.sequence for c in chunks if c.samples]
-        tokens = self._sample(logits, sampling).wait()
+        draw = self._sample(logits, sampling)
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
             self.scheduler.blocks.computed(chunk.sequence, chunk.start)
-        done: dict[Sequence, str | None] = {}
-        for sequence, token in zip(sampling, tokens, strict=True):
-            if token == UNSOUND:
-                done[sequence] = "nonfinite_logits"
-                continue
-            sequence.append(token, self.base.eos_ids)
-            if sequence.finish_reason is not None:
-                done[sequence] = None
+        self._report_ended()
+        tokens = draw.wait()
         self.steps += 1
         self.mixed_steps += len({c.sequence.slot for c in chunks}) > 1
         self.generated_tokens += len(tokens)
         self.step_seqs += len(chunks)
         self.step_tokens += sum(c.end - c.start for c in chunks)
-        for sequence, reason in done.items():
-            self.scheduler.remove(sequence.job_id, keep=reason is None)
-        if done:
-            self._on_finished([finished(s, self.base, reason) for s, reason in done.items()])
+        for sequence, token in zip(sampling, tokens, strict=True):
+            if token == UNSOUND:
+                self._end(sequence, "nonfinite_logits")
+                continue
+            sequence.append(token, self.base.eos_ids)
+            if sequence.finish_reason is not None:
+                self._end(sequence, None)
+        if not self.overlaps:
+            self._report_ended()
+
+    def _end(self, sequence: Sequence, reason: str | None) -> None:
+        self.scheduler.remove(sequence.job_id, keep=reason is None)
+        self._ended.append((sequence, reason))
+
+    def _report_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        if ended:
+            self._report([finished(s, self.base, reason) for s, reason in ended])
 
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Draw:
@@ -255,6 +274,7 @@ class Engine:
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         """Nothing in the step can be trusted: its jobs fail, the engine goes on."""
+        self._report_ended()
         info = explained(error, "the engine failed in a step")
         for chunk in chunks:
             self.scheduler.remove(chunk.sequence.job_id)

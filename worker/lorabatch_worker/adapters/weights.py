@@ -38,13 +38,15 @@ SHOWN_KEYS = 3
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """What an adapter must fit: the base model's names, layers and limits."""
+    """What an adapter must fit: the base model's names, layers and limits. `pinned`: it will be
+    copied to a GPU, which then need not be waited for."""
 
     base_names: frozenset[str]
     shapes: Mapping[str, tuple[int, int]]
     modules: frozenset[str]
     max_rank: int
     dtype: torch.dtype
+    pinned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +136,8 @@ def _read_sites(path: Path, config: AdapterConfig, target: AdapterTarget) -> dic
                     raise InvalidAdapter(f"{module}: lora_{present} without lora_{missing}")
             return {
                 module: SiteWeights(
-                    a=_tensor(file.get_tensor(parts["A"]), parts["A"], target.dtype),
-                    b=_tensor(file.get_tensor(parts["B"]), parts["B"], target.dtype),
+                    a=_tensor(file.get_tensor(parts["A"]), parts["A"], target),
+                    b=_tensor(file.get_tensor(parts["B"]).t(), parts["B"], target).t(),
                     scale=config.scaling_of(module),
                 )
                 for module, parts in names.items()
@@ -205,11 +207,13 @@ def _check_shape(
         raise InvalidAdapter(f"{key} is of dtype {dtype}, wanted one of {sorted(FLOATS)}")
 
 
-def _tensor(tensor: Tensor, key: str, dtype: torch.dtype) -> Tensor:
-    converted = tensor.to(dtype)
+def _tensor(tensor: Tensor, key: str, target: AdapterTarget) -> Tensor:
+    """As the device will have it, rank rows one after the other."""
+    converted = tensor.to(target.dtype)
     if not torch.isfinite(converted).all():
-        raise InvalidAdapter(f"{key} holds NaN or infinite values (as {dtype})")
-    return converted.contiguous()
+        raise InvalidAdapter(f"{key} holds NaN or infinite values (as {target.dtype})")
+    converted = converted.contiguous()
+    return converted.pin_memory() if target.pinned else converted
 
 
 def _chat_template(folder: Path) -> str | None:

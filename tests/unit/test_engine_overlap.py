@@ -1,0 +1,88 @@
+"""Outcomes that are made while the next step runs: all of them, the same, none lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorabatch_worker.engine import Engine
+from tests.desk import Desk, job, leave_nothing, long
+
+
+def kinds(engine: Engine) -> Iterator[str]:
+    """The engine as it is on a CPU, then as on a GPU."""
+    yield "once-"
+    engine.overlaps = True
+    yield "later-"
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_what_ended_is_reported_at_once_or_while_the_next_step_runs(
+    overlaps: bool, own: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = own.engine
+    engine.overlaps = overlaps
+    events: list[str] = []
+    forward, sample = engine.runner.forward, engine._sample
+
+    class Waited:
+        def __init__(self, draw: Any) -> None:
+            self.draw = draw
+
+        def wait(self) -> list[int]:
+            events.append("wait")
+            tokens: list[int] = self.draw.wait()
+            return tokens
+
+    def launched(chunks: Any) -> Any:
+        events.append("launch")
+        return forward(chunks)
+
+    def report(outcomes: Any) -> None:
+        events.extend(o.claim.job.job_id for o in outcomes)
+        own._on_finished(outcomes)
+
+    monkeypatch.setattr(engine.runner, "forward", launched)
+    monkeypatch.setattr(engine, "_sample", lambda *args: Waited(sample(*args)))
+    monkeypatch.setattr(engine, "_on_finished", report)
+    own.run(job("short", max_new_tokens=2), job("long", max_new_tokens=6))
+    assert events[events.index("short") - 1] == ("launch" if overlaps else "wait")
+    assert events[-2:] == ["wait", "long"], "at once where no step comes after it"
+    leave_nothing(engine)
+
+
+def test_an_engine_that_reports_later_reports_all_and_the_same(
+    own: Desk, tiny_adapters: dict[str, Path]
+) -> None:
+    names = [*tiny_adapters, None]
+    wanted, found = (
+        own.run(*(job(f"{kind}{i}", adapter=name) for i, name in enumerate(names)))
+        for kind in kinds(own.engine)
+    )
+    assert [r.token_ids for r in found.values()] == [r.token_ids for r in wanted.values()]
+    leave_nothing(own.engine)
+    own.submit(job("ends", max_new_tokens=2), long("runs"))
+    own.wait(["ends"])
+    assert [c.job.job_id for c in own.engine.drain(0)] == ["runs"]
+    assert sorted(own.reported()) == sorted([*wanted, *found, "ends"])
+
+
+def test_a_step_that_fails_while_outcomes_wait_loses_none(
+    own: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.engine.overlaps = True
+    forward, calls = own.engine.runner.forward, [0]
+
+    def broken(chunks: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("no")
+        return forward(chunks)
+
+    monkeypatch.setattr(own.engine.runner, "forward", broken)
+    results = own.run(job("short", max_new_tokens=2), job("other"))
+    assert (results["short"].state, results["other"].state) == ("succeeded", "failed")
+    leave_nothing(own.engine)
