@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.record import RESULTS
+from bench.rows import read_rows
 
 Row = dict[str, Any]
 CONDITIONS = ("date", "device", "versions", "threads", "repeats", "load1_at_end")
@@ -31,11 +32,6 @@ class Goal:
     value: Callable[[Row], float | None]
 
 
-def rows(question: str) -> list[Row]:
-    path = RESULTS / f"{question}.jsonl"
-    return [json.loads(line) for line in path.open()] if path.exists() else []
-
-
 def has(**wanted: Any) -> Callable[[Row], bool]:
     return lambda row: all(row.get(name) == value for name, value in wanted.items())
 
@@ -48,7 +44,7 @@ def beside_base_of_vllm(row: Row) -> float | None:
     """Our 32 adapters against vLLM without any: two lines of the same run of the command."""
     theirs = [
         other["tokens_per_s"].get("vllm")
-        for other in rows("throughput")
+        for other in read_rows("throughput")
         if other["adapters"] == 0
         and other["dtype"] == row["dtype"]
         and "run" in other
@@ -168,7 +164,7 @@ GPU = {
 
 
 def judge(goal: Goal) -> Row:
-    fitting = [row for row in rows(goal.question) if goal.fits(row)]
+    fitting = [row for row in read_rows(goal.question) if goal.fits(row)]
     values = [(row, value) for row in fitting if (value := goal.value(row)) is not None]
     answer: Row = {"name": goal.name, "target": goal.target, "command": goal.command}
     if not values:

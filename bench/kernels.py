@@ -1,156 +1,30 @@
-"""LoRA on a CPU: `add_lora` against two rivals, as ratios within one run.
+"""The CPU's C kernels on their own: LoRA, attention over cache rows, norm, gate, rotary embedding.
 
     python -m bench.kernels [--quick]
 
-Rivals: `loop`, an addmm for each adapter; `cat`, one masked GEMM over all active adapters' rows.
-One pass is the seven linear layers of 15 SmolLM2-135M blocks, each with weights of its own so that
-caches do not flatter; the best of the rounds counts, in CPU time of one thread, the forms
-taken in turn. Ratios are rival / add_lora: above 1, add_lora is faster. Ends with one JSON line.
-Does not cover: the GPU; building the step map (reported apart, once a step).
+One thread; microseconds, GB/s and GFLOP/s by case, of LoRA also ratios to two rivals. What is
+counted is said in `kernels_lora` and `kernels_layer`. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from bench import kernels_layer, kernels_lora
 from bench.record import record
-from lorabatch_kernels import LoraSite, StepMap, add_lora, build_step_map
-
-LAYERS = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
-BLOCKS = 15
-SLOTS = 64
-MAX_RANK = 64
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One batch: `batch` tokens spread evenly and interleaved, and maybe a prefill chunk."""
-
-    adapters: int
-    rank: int
-    dtype: torch.dtype
-    batch: int = 32
-    scattered: bool = False
-    prefill: int = 0
-
-    @property
-    def name(self) -> str:
-        extra = " scattered" * self.scattered + f" +{self.prefill} prefill" * bool(self.prefill)
-        return f"{NAMES[self.dtype]} batch {self.batch} n{self.adapters} r{self.rank}{extra}"
-
-    def slots(self) -> list[int]:
-        step = 2 if self.scattered else 1
-        tokens = [step * (token % self.adapters) for token in range(self.batch)]
-        return tokens + [0] * self.prefill
-
-
-# The rivals' copies of `a`, in rank rows [slots, MAX_RANK, in], by site.
-ROWS: dict[int, Tensor] = {}
-
-
-def make_sites(case: Case) -> list[LoraSite]:
-    sites = []
-    ROWS.clear()
-    used = sorted(set(case.slots()))
-    for inp, out in LAYERS * BLOCKS:
-        site = LoraSite.allocate(SLOTS, MAX_RANK, inp, out, case.dtype, "cpu")
-        rows = ROWS[id(site)] = torch.zeros(SLOTS, MAX_RANK, inp, dtype=case.dtype)
-        for slot in used:
-            a = torch.randn(case.rank, inp)
-            site.load(slot, a, torch.randn(out, case.rank), 0.01)
-            rows[slot, : case.rank].copy_(a)
-        sites.append(site)
-    return sites
-
-
-def addmm_loop(y: Tensor, x: Tensor, site: LoraSite, indices: dict[int, Tensor]) -> None:
-    for slot, tokens in indices.items():
-        rank = site.ranks[slot]
-        v = torch.mm(x.index_select(0, tokens), ROWS[id(site)][slot, :rank].t())
-        y.index_add_(0, tokens, torch.mm(v.mul_(site.scales[slot]), site.b[slot, :rank]))
-
-
-def masked_gemm(y: Tensor, x: Tensor, site: LoraSite, rows: Tensor, mask: Tensor) -> None:
-    a = ROWS[id(site)].view(-1, site.in_features).index_select(0, rows)
-    b = site.b.view(-1, site.out_features).index_select(0, rows)
-    y.addmm_(torch.mm(x, a.t()).mul_(mask), b)
-
-
-def forms(case: Case) -> dict[str, Callable[[Tensor, Tensor, LoraSite], None]]:
-    slots = case.slots()
-    used = sorted(set(slots))
-    step_map: StepMap = build_step_map(slots, "cpu")
-    of_token = torch.tensor(slots)
-    indices = {slot: (of_token == slot).nonzero().flatten() for slot in used}
-    rows = (torch.tensor(used)[:, None] * MAX_RANK + torch.arange(case.rank)).flatten()
-    owner = torch.tensor(used).repeat_interleave(case.rank)
-    mask = torch.where(of_token[:, None] == owner, 0.01, 0.0).to(case.dtype)
-    return {
-        "add_lora": lambda y, x, site: add_lora(y, x, site, step_map),
-        "loop": lambda y, x, site: addmm_loop(y, x, site, indices),
-        "cat": lambda y, x, site: masked_gemm(y, x, site, rows, mask),
-    }
-
-
-def best_us(case: Case, rounds: int) -> dict[str, float]:
-    """CPU microseconds a site of each form, the best of `rounds`."""
-    sites = make_sites(case)
-    tokens = len(case.slots())
-    x = {inp: torch.randn(tokens, inp).to(case.dtype) for inp in (576, 1536)}
-    y = {out: torch.randn(tokens, out).to(case.dtype) for out in (192, 576, 1536)}
-    run = forms(case)
-    best = dict.fromkeys(run, float("inf"))
-    for _ in range(rounds + 1):  # the first warms up
-        for name, form in run.items():
-            start = time.thread_time()
-            for site in sites:
-                form(y[site.out_features], x[site.in_features], site)
-            best[name] = min(best[name], time.thread_time() - start)
-    return {name: seconds * 1e6 / len(sites) for name, seconds in best.items()}
-
-
-def map_us(slots: Sequence[int]) -> float:
-    best = float("inf")
-    for _ in range(50):
-        start = time.thread_time()
-        build_step_map(slots, "cpu")
-        best = min(best, time.thread_time() - start)
-    return best * 1e6
-
-
-def cases(quick: bool) -> list[Case]:
-    kinds = [(n, r) for n in (1, 8, 32) for r in (8, 16)]
-    found = [Case(n, r, dtype) for dtype in NAMES for n, r in kinds]
-    for dtype in NAMES:
-        found.append(Case(8, 16, dtype, scattered=True))
-        found.append(Case(32, 16, dtype, scattered=True))
-        found.append(Case(31, 16, dtype, batch=31, prefill=256))
-    return found[3:4] if quick else found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one case, two rounds")
+    parser.add_argument("--quick", action="store_true", help="few cases, two rounds")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    report = {}
     with torch.inference_mode():
-        for case in cases(quick):
-            us = best_us(case, 2 if quick else 6)
-            row = {"add_lora_us": round(us["add_lora"], 1)}
-            row |= {f"{rival}_ratio": round(us[rival] / us["add_lora"], 2) for rival in us}
-            del row["add_lora_ratio"]
-            row["map_us"] = round(map_us(case.slots()), 1)
-            report[case.name] = row
-            print(f"{case.name:38s} {row}", flush=True)
-    record("kernels", threads=1, cases=report)
+        lora = kernels_lora.measure(quick)
+        layer = kernels_layer.measure(quick)
+    record("kernels", threads=1, quick=quick, cases=lora, **layer)
 
 
 if __name__ == "__main__":

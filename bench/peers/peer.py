@@ -1,9 +1,10 @@
-"""An engine in a process of its own, driven by lines: ours, vLLM's CPU build, transformers + PEFT.
+"""An engine in a process of its own, driven by lines: ours, vLLM's CPU build, transformers + PEFT,
+llama.cpp.
 
-A process each, because OpenMP programs that share one fight for its threads, and because vLLM
-needs an environment of its own (bench/README.md says how to make it). tcmalloc is preloaded for
-vLLM where the system has it, and with adapters a step has at most 256 tokens: the fastest
-configuration found. Raises RuntimeError where a peer does not start.
+A process each, because OpenMP programs that share one fight for its threads, and because vLLM and
+llama.cpp have environments of their own (bench/README.md says how to make them). tcmalloc is
+preloaded for vLLM where the system has it, and with adapters a step has at most 256 tokens: the
+fastest configuration found. Raises RuntimeError where a peer does not start.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.workload import Request
+from lorabatch.settings import DEFAULT_BASE_MODEL
+from lorabatch_worker.bundled import find_gguf
 
 FOLDER = Path(__file__).parent
 
@@ -105,3 +108,18 @@ def vllm(spec: dict[str, Any], python: Path, *, max_seqs: int) -> Peer:
     found = sorted(glob.glob("/usr/lib/*/libtcmalloc.so.4*"))
     environment = {"LD_PRELOAD": found[0]} if found else {}
     return Peer(["-P", str(FOLDER / "vllm_child.py")], python, {**spec, **more}, **environment)
+
+
+def llamacpp(
+    spec: dict[str, Any], python: Path, *, max_seqs: int, max_step_tokens: int, threads: int
+) -> Peer:
+    """llama.cpp; `python`: of an environment with llama-cpp-python."""
+    config = json.loads((Path(spec["model"]) / "config.json").read_text())
+    more = {
+        "gguf": str(find_gguf(DEFAULT_BASE_MODEL)),
+        "heads": [config["num_attention_heads"], config["num_key_value_heads"]],
+        "max_seqs": max_seqs,
+        "max_step_tokens": max_step_tokens,
+        "threads": threads,
+    }
+    return Peer(["-P", str(FOLDER / "llamacpp_child.py")], python, {**spec, **more})
