@@ -236,12 +236,14 @@ def main() -> int:
         "output_tokens": tokens,
         "steps": engine.get("steps"),
         "mixed_steps": engine.get("mixed_steps"),
+        "occupancy": engine.get("occupancy"),
         "worker_peak_rss_mb": peak_mb,
         "total_s": round(time.monotonic() - began, 1),
     }
     console.print(
         f"{len(jobs) - failed} of {len(jobs)} jobs succeeded: {tokens} tokens in {run_s:.1f} s, "
-        f"{engine.get('mixed_steps')} of {engine.get('steps')} steps mixed several adapters; "
+        f"{engine.get('mixed_steps')} of {engine.get('steps')} steps mixed several adapters, "
+        f"{engine.get('occupancy', 0):.0%} of {settings.max_seqs} sequences a step on average; "
         f"worker ready in {ready_s:.1f} s, peak memory {peak_mb} MB"
     )
     show_next_steps(settings)

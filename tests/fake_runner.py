@@ -52,12 +52,18 @@ class FakeRunner:
         self._running: dict[str, _Running] = {}
         self._aborts: dict[str, str] = {}
         self._draining = False
+        self._steps = self._step_seqs = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
 
     @property
     def load(self) -> dict[str, int]:
-        return {"waiting": len(self._waiting), "running": len(self._running)}
+        return {
+            "waiting": len(self._waiting),
+            "running": len(self._running),
+            "steps": self._steps,
+            "step_seqs": self._step_seqs,
+        }
 
     def start(
         self,
@@ -121,6 +127,8 @@ class FakeRunner:
         return started
 
     def _step(self) -> list[Outcome]:
+        self._steps += bool(self._running)
+        self._step_seqs += len(self._running)
         ended = []
         for claim in [c for c in self._waiting if c.job.job_id in self._aborts]:
             self._waiting.remove(claim)

@@ -5,8 +5,9 @@ Raises QueueNotReady where a broker was asked and does not answer.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import redis
@@ -20,7 +21,15 @@ from lorabatch.embedded import valkey_running
 from lorabatch.errors import QueueNotReady
 from lorabatch.queue import make_app
 
-__all__ = ["NO_WORKER", "answering", "masked", "queue_lengths", "running_broker", "workers"]
+__all__ = [
+    "NO_WORKER",
+    "answering",
+    "masked",
+    "occupancies",
+    "queue_lengths",
+    "running_broker",
+    "workers",
+]
 
 PING_S = 1.0
 NO_WORKER = "no worker seems to run: start `lorabatch-worker`"
@@ -48,12 +57,30 @@ def answering(app: Celery, timeout_s: float = PING_S) -> list[str]:
 
 def workers(settings: Settings) -> list[str]:
     """Workers that answer, without starting an embedded broker for the question."""
+    with _running_app(settings) as app:
+        return answering(app) if app else []
+
+
+def occupancies(settings: Settings) -> dict[str, float | None]:
+    """As `workers`, and how full each one's steps were since it started: mean sequences a step /
+    `max_seqs`. None before its first step."""
+    with _running_app(settings) as app:
+        try:
+            replies = (app and app.control.inspect(timeout=PING_S).stats()) or {}
+        except (OperationalError, redis.RedisError):
+            return {}
+    return {name: reply.get("pool", {}).get("occupancy") for name, reply in sorted(replies.items())}
+
+
+@contextlib.contextmanager
+def _running_app(settings: Settings) -> Iterator[Celery | None]:
     url = running_broker(settings)
     if url is None:
-        return []
+        yield None
+        return
     app = make_app(settings.model_copy(update={"broker_url": url}))
     try:
-        return answering(app)
+        yield app
     finally:
         app.close()
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from celery.exceptions import TaskRevokedError
 from shop import Shop, wait_until
+from typer.testing import CliRunner
 
 from lorabatch import Job
 from lorabatch.errors import JobFailed
 from lorabatch.queue import TASK_NAME
+from lorabatch_producer.cli import app
 
 WAIT_S = 30
 LONG = {"max_new_tokens": 20_000}
@@ -135,6 +138,28 @@ def test_ping_and_inspect_answer_and_show_no_prompt(running: Shop) -> None:
     assert stats["pool"]["live"] == 1
     running.client.control.revoke(sent.id, terminate=True)
     wait_cancelled(running, sent.id)
+
+
+def test_status_shows_how_full_the_steps_were(
+    running: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in running.env.items():
+        monkeypatch.setenv(name, value)
+    slots = int(running.env["LORABATCH_MAX_SEQS"])
+    sent = start_long(running, slots)
+    (stats,) = running.client.control.inspect(timeout=1).stats().values()
+    pool = stats["pool"]
+    assert pool["occupancy"] == round(pool["step_seqs"] / pool["steps"] / slots, 3)
+
+    shown = CliRunner().invoke(app, ["status"]).stdout
+    found = re.search(r"^workers  \S+@\S+ \(occupancy (\d+)%\)$", shown, re.MULTILINE)
+    assert found is not None, shown
+    assert round(100 * pool["occupancy"]) <= int(found[1]) <= 100  # more of them full since then
+    running.client.control.revoke([r.id for r in sent], terminate=True)
+    for result in sent:
+        with pytest.raises(TaskRevokedError):
+            result.get(timeout=WAIT_S)
+    running.wait_broker_empty()
 
 
 def test_another_task_of_the_app_runs_on_a_thread(running: Shop) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -21,6 +22,8 @@ def test_sigterm_finishes_the_running_and_hands_the_rest_back(any_shop: Shop) ->
     some_ended(shop, 10)
     first.signal(signal.SIGTERM)
     assert first.wait() == 0, first.text()
+    (stopping,) = (x for x in first.text().splitlines() if '"stopping"' in x)
+    assert 0 < json.loads(stopping)["occupancy"] <= 1
     counts = shop.ledger.counts()
     assert counts.get("running", 0) == 0, counts
     assert counts["queued"] > 0, counts

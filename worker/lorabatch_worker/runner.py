@@ -24,7 +24,8 @@ class Runner(Protocol):
 
     @property
     def load(self) -> dict[str, int]:
-        """Counts for people: at least `waiting` and `running` jobs."""
+        """Counts for people: at least `waiting` and `running` jobs; with `steps` so far goes
+        `step_seqs`, the sequences in them, summed up."""
 
     def start(
         self,

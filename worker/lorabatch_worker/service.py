@@ -99,8 +99,15 @@ class Service:
         """End a live job as cancelled."""
         self.runner.abort(job_id, "cancelled")
 
-    def counts(self) -> dict[str, int]:
-        return {**self.runner.load, **self.live.counts()}
+    def counts(self) -> dict[str, float]:
+        """The runner's load, live jobs, and `occupancy`: which share of `max_seqs` the steps had on
+        average since the start (not before the first one)."""
+        load = self.runner.load
+        found: dict[str, float] = {**load, **self.live.counts()}
+        if load.get("steps"):
+            mean = load["step_seqs"] / load["steps"]
+            found["occupancy"] = round(mean / self._settings.max_seqs, 3)
+        return found
 
     def stop(self, drain_s: float, pump: Pump) -> None:
         """Hand everything back or finish it. Called once, on the hub's thread."""

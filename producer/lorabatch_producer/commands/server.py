@@ -19,9 +19,9 @@ from lorabatch_producer.console import wide_console
 from lorabatch_producer.services import (
     NO_WORKER,
     masked,
+    occupancies,
     queue_lengths,
     running_broker,
-    workers,
 )
 
 __all__ = ["setting_text", "settings", "status", "stop"]
@@ -35,7 +35,9 @@ def status(
         bool, typer.Option("--urls", help="Print broker and database URLs with passwords.")
     ] = False,
 ) -> None:
-    """Jobs by state, queue lengths, workers, servers; or one job or batch."""
+    """Jobs by state, queue lengths, workers, servers; or one job or batch.
+
+    A worker's occupancy: mean sequences a step / LORABATCH_MAX_SEQS, since it started."""
     if urls:
         loaded = Settings.load()
         typer.echo(f"LORABATCH_BROKER_URL={resolve_broker(loaded)}")
@@ -69,7 +71,11 @@ def _servers(settings: Settings) -> None:
     typer.echo(f"broker   {masked(url)} ({kind})")
     lengths = queue_lengths(settings, url)
     typer.echo("queues   " + ", ".join(f"{name} {n:,}" for name, n in lengths.items()))
-    typer.echo("workers  " + (", ".join(workers(settings)) or f"none: {NO_WORKER}"))
+    found = [
+        name if share is None else f"{name} (occupancy {share:.0%})"
+        for name, share in occupancies(settings).items()
+    ]
+    typer.echo("workers  " + (", ".join(found) or f"none: {NO_WORKER}"))
 
 
 def stop() -> None:
