@@ -15,7 +15,7 @@ help:
 	@echo "make demo    run the main job on this machine, embedded servers and all"
 	@echo "make test    every check: lint, types, import rules, tests"
 	@echo "make setup   only prepare $(VENV)"
-	@echo "make bench   speed, beside transformers + PEFT, into bench/results/"
+	@echo "make bench   speed, beside transformers + PEFT, and its pictures, into bench/results/"
 
 setup: $(VENV)/.ready
 
@@ -42,15 +42,18 @@ test: check
 parity: setup
 	$(VENV)/bin/python -m tests.parity
 
+# Repeats are chosen to end within 40 minutes on two cores; bench/README.md has what takes longer.
 bench: setup
-	$(VENV)/bin/python -m bench.throughput --adapters 32 0 --dtype $(BENCH_DTYPE)
-	$(VENV)/bin/python -m bench.adapters --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.throughput --adapters 32 0 --repeats 5 --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.adapters --repeats 4 --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.breakdown --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.latency --dtype $(BENCH_DTYPE)
-	$(VENV)/bin/python -m bench.prefix --dtype $(BENCH_DTYPE)
-	$(VENV)/bin/python -m bench.end_to_end --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.context --contexts 128 512 2048 --repeats 1 --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.prefix --repeats 1 --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.end_to_end --repeats 2 --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.kernels --quick
 	$(VENV)/bin/python -m bench.goals
+	$(VENV)/bin/python -m bench.plots
 
 clean:
 	rm -rf $(VENV) .lorabatch .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
