@@ -4,8 +4,8 @@ The C kernel (native/matmul.c) reads panels of 32 outputs. Shapes: weight [out, 
 x [..., in] -> y [..., out], all in one dtype, fp32 or bf16. Sums are fp32 and rounded once; a row
 of y does not depend on the other rows, not even in rounding. bf16 takes an even number of inputs.
 
-Raises nothing: callers ask `can_pack` first. Does not cover: gradients; AMX units (oneDNN's
-products have them).
+Raises ValueError for an x of another dtype; callers ask `can_pack` first. Does not cover:
+gradients; AMX units (oneDNN's products have them).
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class PackedWeight:
     def __call__(self, x: Tensor) -> Tensor:
         library = native.library()
         assert library is not None
+        if x.dtype != self.panels.dtype:
+            raise ValueError(f"x is {x.dtype}, wanted that of the weight, {self.panels.dtype}")
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         tokens, half = x.numel() // self.in_features, native.is_half(x.dtype)

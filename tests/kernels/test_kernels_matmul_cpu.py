@@ -56,6 +56,12 @@ def test_rows_that_are_not_contiguous_are_read_as_they_are():
     torch.testing.assert_close(PackedWeight(weight, None)(x), F.linear(x, weight))
 
 
+def test_an_x_of_another_type_is_refused():
+    product = PackedWeight(fresh(40, 64, dtype=torch.bfloat16), None)
+    with pytest.raises(ValueError, match=r"x is torch.float32, wanted .* torch.bfloat16"):
+        product(fresh(3, 64, dtype=torch.float32))
+
+
 def test_what_there_is_no_kernel_for_is_not_packed(monkeypatch):
     assert PackedWeight.can_pack(fresh(4, 3, dtype=torch.float32))
     assert PackedWeight.can_pack(fresh(4, 6, dtype=torch.bfloat16)) != native.has("amx_bf16")
