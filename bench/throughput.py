@@ -66,6 +66,7 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
             max_seqs=args.max_seqs,
             max_step_tokens=args.max_step_tokens,
             kv_cache_tokens=args.max_seqs * 512,
+            prefix_cache=False,  # as the peers, whose prompts share a beginning too
         )
     }
     if "peft" in args.peers:
@@ -93,6 +94,7 @@ def measure(args: argparse.Namespace, folder: Path, count: int) -> dict[str, Any
         threads=threads,
         max_seqs=args.max_seqs,
         max_step_tokens=args.max_step_tokens,
+        prefix_cache=False,
         peft_batch=args.peft_batch,
         requests=len(requests),
         prompt_tokens=sum(len(r.ids) for r in requests),
