@@ -42,7 +42,7 @@ test: check
 parity: setup
 	$(VENV)/bin/python -m tests.parity
 
-# Repeats are chosen to end within 40 minutes on two cores; bench/README.md has what takes longer.
+# Repeats are meant for 40 minutes on two cores; bench/README.md has what takes longer.
 bench: setup
 	$(VENV)/bin/python -m bench.throughput --adapters 32 0 --repeats 5 --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.adapters --repeats 4 --dtype $(BENCH_DTYPE)

@@ -4,8 +4,9 @@
                                [--peers peft vllm llamacpp] [--vllm PYTHON] [--llamacpp PYTHON]
 
 Engine and peers take turns on the same requests, so that ratios hold on a noisy machine. Wall
-time from the first submit to the last token, prefill included, adapters loaded before. The
-queue and the ledger are not part of this. bench/README.md says how each peer is installed.
+time from the first submit to the last token, prefill included, adapters loaded before; every
+token of every prompt is computed, no engine keeps what prompts share. The queue and the ledger are
+not part of this. bench/README.md says how each peer is installed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The CPU kernels in C, compiled for this machine when they are first needed.
 
 `library()` compiles the sources beside this file with $CC, else cc, which must be gcc 12 or newer,
-about 5 seconds once a machine, and loads what came of it. They are plain C with the compiler's
+about 9 seconds once a machine, and loads what came of it. They are plain C with the compiler's
 vector types: no headers but the standard library's and the compiler's. OpenMP's runtime is not
 linked: the one that torch has loaded is used, so that both work with one pool of threads.
 

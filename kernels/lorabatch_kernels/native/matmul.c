@@ -85,9 +85,9 @@ INLINE void tile(void *y, const void *x, const Weight *weight, const void *panel
 INLINE void any_tile(void *y, const void *x, const Weight *weight, const void *panel, long column,
                      long columns, long rows, int half) {
     switch (rows) {
-#define CASE(n)                                                             \
-    case n:                                                                 \
-        tile(y, x, weight, panel, column, columns, n <= ROWS ? n : 1, half); \
+#define CASE(n)                                              \
+    case n:                                                  \
+        tile(y, x, weight, panel, column, columns, n, half); \
         return;
         CASE(1) CASE(2) CASE(3)
 #if ROWS > 3
