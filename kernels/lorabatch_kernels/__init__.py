@@ -12,7 +12,7 @@ from lorabatch_kernels.attention_cpu import (
     attend_rows,
     can_attend,
 )
-from lorabatch_kernels.layer_cpu import DecoderLayer, LayerStep
+from lorabatch_kernels.layer_cpu import DecoderLayer, DecoderLayers, LayerStep
 from lorabatch_kernels.lora import add_lora, add_lora_group, add_lora_reference
 from lorabatch_kernels.lora_cpu import can_add_lora
 from lorabatch_kernels.matmul_cpu import PackedWeight
@@ -25,6 +25,7 @@ from lorabatch_kernels.tiles import buffer_ints, tile_bound
 __all__ = [
     "BASE_SLOT",
     "DecoderLayer",
+    "DecoderLayers",
     "LayerStep",
     "LoraSite",
     "PackedWeight",

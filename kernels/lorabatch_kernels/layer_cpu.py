@@ -1,10 +1,11 @@
-"""One decoder layer of the Llama kind over a step's tokens, in one call of C (native/layer.c).
+"""Decoder layers of the Llama kind over a step's tokens, in one call of C (native/layer.c).
 
     h += o(attention(rotated q, k, v of norm(h)));  h += down(silu(gate) * up of norm(h))
 
-each product with its adapters' terms. Norms, rotary embedding, gate, attention and LoRA are those
-of rows_cpu.py, attention_cpu.py and lora_cpu.py; q, k and v share one product, gate and up another.
-Shapes and dtypes: h [tokens, hidden], changed in place, contiguous, fp32 or bf16 like all else.
+layer after layer, each product with its adapters' terms. Norms, rotary embedding, gate, attention
+and LoRA are those of rows_cpu.py, attention_cpu.py and lora_cpu.py; q, k and v share one product,
+gate and up another. Shapes and dtypes: h [tokens, hidden], changed in place, contiguous, fp32 or
+bf16 like all else.
 
 Raises nothing: callers pass what the modules named above can take. Does not cover: gradients,
 biases of norms, layers of any other order.
@@ -23,7 +24,7 @@ from lorabatch_kernels.matmul_cpu import PackedWeight
 from lorabatch_kernels.site import SiteGroup
 from lorabatch_kernels.step_map import StepMap
 
-__all__ = ["DecoderLayer", "LayerStep"]
+__all__ = ["DecoderLayer", "DecoderLayers", "LayerStep"]
 
 Product = tuple[PackedWeight, SiteGroup]
 
@@ -39,27 +40,41 @@ class DecoderLayer:
         heads: int,
         scale: float,
         window: int | None,
-        last: bool = False,
     ) -> None:
         """`products`: qkv, o, gate and up, down; `norms`: weight [hidden] and epsilon of both;
-        `pools`: keys and values [Hkv, positions, width]. `last`: what it says of tokens that the
-        step does not keep is not needed."""
-        self._held = (products, norms, pools)
+        `pools`: keys and values [Hkv, positions, width]."""
+        self.products = products
+        self._held = (norms, pools)
         (first, first_epsilon), (second, second_epsilon) = norms
         kv_heads, positions, width = pools[0].shape
-        self.half = native.is_half(first.dtype)
+        self.dtype = first.dtype
         self.struct = native.Decoder(
             *(native.Product(w.struct, addressof(s.structs), len(s.sites)) for w, s in products),
             *(t.data_ptr() for t in (first, second, *pools)),
             *(heads, kv_heads, width, positions, window or 0),
-            *(scale, first_epsilon, second_epsilon, last),
+            *(scale, first_epsilon, second_epsilon),
         )
-        self.address = addressof(self.struct)
+
+
+class DecoderLayers:
+    """A model's layers, in order. All have the same sizes."""
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        self.layers = layers
+        self._half = native.is_half(layers[0].dtype)
+        self._structs = (native.Decoder * len(layers))(*(layer.struct for layer in layers))
+
+    @property
+    def products(self) -> Sequence[Product]:
+        """Of one layer."""
+        return self.layers[0].products
 
     def __call__(self, h: Tensor, step: LayerStep) -> None:
+        """Where the step keeps some tokens only, the others' hidden states are left unfinished."""
         library = native.library()
         assert library is not None
-        library.lorabatch_decoder_layer(h.data_ptr(), self.address, step.address, self.half)
+        where = (h.data_ptr(), addressof(self._structs), len(self.layers))
+        library.lorabatch_decoder_layers(*where, addressof(step.struct), self._half)
 
 
 class LayerStep:
@@ -100,7 +115,6 @@ class LayerStep:
             tokens,
             count,
         )
-        self.address = addressof(self.struct)
 
 
 def _tiles(step_map: StepMap | None) -> int | None:

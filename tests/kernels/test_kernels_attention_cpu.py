@@ -63,7 +63,16 @@ class Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sizes",
-    [(6, 2, 32), (4, 4, 64), (9, 1, 16), (9, 3, 64), (8, 2, 128), (2, 1, 80, 96), (64, 1, 16)],
+    [
+        (6, 2, 32),
+        (4, 4, 64),
+        (9, 1, 16),
+        (9, 3, 64),
+        (8, 2, 128),
+        (2, 1, 80, 96),
+        (2, 1, 96, 80),
+        (64, 1, 16),
+    ],
 )
 @pytest.mark.parametrize("spans", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_against_reference(spans, sizes, dtype):
@@ -103,10 +112,11 @@ def test_scores_of_any_size(size):
     assert_close("out", case.wanted(), out, 1e-4 if size > 1e3 else 2e-6)
 
 
-def test_nan_spoils_only_its_own_sequence():
-    case = Case(MIXED, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_spoils_only_its_own_sequence(dtype):
+    case = Case(MIXED, dtype)
     clean = case.run()
-    broken = Case(MIXED, torch.float32)
+    broken = Case(MIXED, dtype)
     broken.key[:, 5:75] = math.nan
     broken.value[:, 3] = math.inf
     out = broken.run()

@@ -1,4 +1,4 @@
-"""A decoder layer in one call against the same layer made of references, operator by operator."""
+"""Decoder layers in one call against the same layers made of references, operator by operator."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lorabatch_kernels import (
     DecoderLayer,
+    DecoderLayers,
     LayerStep,
     PackedWeight,
     RowSpans,
@@ -33,8 +34,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 class Layer:
     """Random weights and adapters in both forms."""
 
-    def __init__(self, dtype, biased):
-        draw = torch.Generator().manual_seed(3)
+    def __init__(self, dtype, biased, seed):
+        draw = torch.Generator().manual_seed(seed)
         self.weights, self.biases, self.groups = [], [], []
         for fan_in, outs in zip(INS, OUTS, strict=True):
             self.weights.append(torch.randn(sum(outs), fan_in, generator=draw).to(dtype) / 7)
@@ -88,37 +89,44 @@ def reference(layer, h, cos, sin, index, spans, slots, window):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("adapted", [True, False])
 @pytest.mark.parametrize("kept", [None, [0, 1, 16, 56], [1], []])
-def test_a_layer_is_its_operators(dtype, window, biased, adapted, kept):
-    layer = Layer(dtype, biased)
+@pytest.mark.parametrize("count", [1, 2])
+def test_layers_are_their_operators(dtype, window, biased, adapted, kept, count):
+    layers = [Layer(dtype, biased, seed) for seed in range(count)]
     slots, spans, index, angles = [], [], [], []
-    for row, (count, past, slot) in enumerate(SEQUENCES):
-        spans.append((len(slots), count, past, row * POSITIONS))
-        index += range(row * POSITIONS + past, row * POSITIONS + past + count)
-        angles += [[(past + i) / (d + 1) for d in range(WIDTH // 2)] * 2 for i in range(count)]
-        slots += [slot if adapted else -1] * count
+    for row, (run, past, slot) in enumerate(SEQUENCES):
+        spans.append((len(slots), run, past, row * POSITIONS))
+        index += range(row * POSITIONS + past, row * POSITIONS + past + run)
+        angles += [[(past + i) / (d + 1) for d in range(WIDTH // 2)] * 2 for i in range(run)]
+        slots += [slot if adapted else -1] * run
     cos, sin = (f(torch.tensor(angles)).to(dtype) for f in (torch.cos, torch.sin))
     h = torch.randn(len(slots), HIDDEN, generator=torch.Generator().manual_seed(4)).to(dtype)
     places = torch.tensor(index)
-    wanted, pools = reference(layer, h, cos.float(), sin.float(), places, spans, slots, window)
+    wanted, pools = h, []
+    for layer in layers:
+        turns = (cos.float(), sin.float())
+        wanted, left = reference(layer, wanted, *turns, places, spans, slots, window)
+        pools.append(left)
 
     before = h.clone()
     seconds = torch.zeros(4, dtype=torch.float64)
-    last = kept is not None
-    made = DecoderLayer(layer.products, layer.norms, layer.pools, HEADS, SCALE, window, last)
+    parts = [(layer.products, layer.norms, layer.pools) for layer in layers]
+    made = DecoderLayers([DecoderLayer(*part, HEADS, SCALE, window) for part in parts])
     rows = range(len(slots)) if kept is None else kept
     of_kept = (
         torch.tensor(rows, dtype=torch.int64),
         build_step_map([slots[r] for r in rows], "cpu"),
     )
     step_map, row_spans = build_step_map(slots, "cpu"), RowSpans.of(spans)
-    shared = (cos, sin, places, row_spans, step_map, of_kept if last else None, seconds)
-    made(h, LayerStep(layer.products, *shared))
+    shared = (cos, sin, places, row_spans, step_map, None if kept is None else of_kept, seconds)
+    made(h, LayerStep(made.products, *shared))
+    tolerance = TOLERANCE[dtype] * count
     if rows:
-        assert_close("hidden states", wanted[rows], h[rows].float(), TOLERANCE[dtype])
-    for name, pool, own in zip(("keys", "values"), pools, layer.pools, strict=True):
-        assert_close(name, pool, own.float(), TOLERANCE[dtype])
+        assert_close("hidden states", wanted[rows], h[rows].float(), tolerance)
+    for layer, left in zip(layers, pools, strict=True):
+        for name, pool, own in zip(("keys", "values"), left, layer.pools, strict=True):
+            assert_close(name, pool, own.float(), tolerance)
     products, lora, attention, rest = seconds.tolist()
     assert min(products, attention, rest) > 0
     assert (lora > 0) == adapted
-    if kept == []:
+    if kept == [] and count == 1:
         assert torch.equal(h, before)

@@ -2,8 +2,8 @@
 
 In a small batch the many operators of a layer in transformers take longer to call than to compute
 (docs/decisions/0008, 0009). For the classes named in `WINDOWS` the same sums are made by our
-kernels: on a CPU a whole layer in one call; on a GPU, and where a CPU's products are not ours, in a
-dozen. Every other class, and a CPU without compiled kernels, keeps transformers' own layers.
+kernels: on a CPU all layers in one call; on a GPU, and where a CPU's products are not ours, each in
+a dozen. Every other class, and a CPU without compiled kernels, keeps transformers' own layers.
 `probe.py` compares the result with the untouched model before any job runs. Raises nothing.
 """
 
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module, ModuleList
 
 from lorabatch_kernels import (
     DecoderLayer,
+    DecoderLayers,
     LayerStep,
     PackedWeight,
     SiteGroup,
@@ -29,7 +31,6 @@ from lorabatch_kernels import (
 )
 from lorabatch_worker.kv_cache import KVCache
 from lorabatch_worker.lora_layers import LoraGroup, LoraLinear
-from lorabatch_worker.step import Step
 
 __all__ = ["FusedLayers", "fuse_layers"]
 
@@ -44,41 +45,42 @@ Attend = Callable[..., tuple[Tensor, None]]
 
 
 class FusedLayers:
-    """The layers that have another `forward`, and what those in one call share in a step."""
+    """How many layers have another `forward`, and how many of these are in one call."""
 
     def __init__(self) -> None:
         self.count = 0
         self.compiled = 0
         self.seconds: Tensor | None = None
-        """float64 [4], where given: products, LoRA, attention and the rest are added up in it."""
-        self._of: Step | None = None
-        self._step: LayerStep | None = None
-
-    def step(self, step: Step, parts: _Parts, turns: tuple[Tensor, Tensor]) -> LayerStep:
-        """Made at the step's first layer. `turns`: cos and sin [1, T, D]."""
-        if self._of is not step or self._step is None:
-            cos, sin = (part[0].contiguous() for part in turns)
-            where = (step.kv_index, step.row_spans, step.step_map)
-            kept = None if step.sample_map is None else (step.sample_index, step.sample_map)
-            self._step = LayerStep(parts.products, cos, sin, *where, kept, self.seconds)
-            self._of = step
-        return self._step
+        """float64 [4], where given: of the layers in one call, products, LoRA, attention and the
+        rest are added up in it."""
 
 
 def fuse_layers(model: Any, cache: KVCache, attend: Attend) -> FusedLayers:
     """Give the layers that it knows another `forward`. `attend` is the attention over the cache."""
     fused = FusedLayers()
-    for layer in model.modules():
-        if type(layer).__name__ not in WINDOWS or not _fits(layer):
-            continue
-        parts = _Parts(layer)
-        if cache.row_blocks and parts.can_compile():
-            layer.forward = CompiledLayer(parts, cache, fused)
-            fused.compiled += 1
-        else:
-            layer.forward = FusedLayer(parts, attend)
-        fused.count += 1
+    for holder in list(model.modules()):
+        for name, layers in holder.named_children():
+            if not isinstance(layers, ModuleList) or not any(map(_known, layers)):
+                continue
+            parts = [_Parts(layer) if _known(layer) else None for layer in layers]
+            known = [part for part in parts if part is not None]
+            fused.count += len(known)
+            if cache.row_blocks and len(known) == len(parts) and _can_compile(known):
+                fused.compiled += len(known)
+                setattr(holder, name, ModuleList([CompiledLayers(layers, known, cache, fused)]))
+                continue
+            for layer, part in zip(layers, parts, strict=True):
+                if part is not None:
+                    layer.forward = FusedLayer(part, attend)
     return fused
+
+
+def _known(layer: Any) -> bool:
+    return type(layer).__name__ in WINDOWS and _fits(layer)
+
+
+def _can_compile(parts: list[_Parts]) -> bool:
+    return all(part.can_compile() for part in parts) and len({part.sizes for part in parts}) == 1
 
 
 def _fits(layer: Any) -> bool:
@@ -125,12 +127,21 @@ class _Parts:
         packed = [(group.product.dense.product, group.sites) for group in self.groups]
         return [(made, sites) for made, sites in packed if isinstance(made, PackedWeight)]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        products = (group.product for group in self.groups)
+        return sum(((p.dense.in_features, *p.widths) for p in products), (self.width,))
+
+    @property
+    def width(self) -> int:
+        """Of a head."""
+        return int(self.attention.head_dim)
+
     def sample(self) -> tuple[Tensor, Tensor]:
         """A query and a key of no tokens: [heads, 0, width]."""
-        width = int(self.attention.head_dim)
         weight = self.norms[0][0]
-        counts = [out // width for out in self.qkv.product.widths]
-        return weight.new_empty(counts[0], 0, width), weight.new_empty(counts[1], 0, width)
+        heads, kv_heads, _ = (out // self.width for out in self.qkv.product.widths)
+        return weight.new_empty(heads, 0, self.width), weight.new_empty(kv_heads, 0, self.width)
 
     def can_compile(self) -> bool:
         query, key = self.sample()
@@ -140,26 +151,24 @@ class _Parts:
         )
 
 
-class CompiledLayer:
-    """The layer in one call; the hidden states are changed in place. The model's last one leaves
-    those of tokens that are not sampled unfinished: nobody reads them."""
+class CompiledLayers(Module):
+    """A model's layers in one call, in the place of the first; the hidden states are changed in
+    place. Those of tokens that are not sampled are left unfinished: nobody reads them."""
 
-    def __init__(self, parts: _Parts, cache: KVCache, fused: FusedLayers) -> None:
-        self.parts, self.cache, self.fused = parts, cache, fused
+    def __init__(
+        self, layers: ModuleList, parts: list[_Parts], cache: KVCache, fused: FusedLayers
+    ) -> None:
+        super().__init__()
+        self.layers, self._cache, self._fused = layers, cache, fused
+        self._made = DecoderLayers([self._layer(part) for part in parts])
+
+    def _layer(self, parts: _Parts) -> DecoderLayer:
         query, key = parts.sample()
-        number = int(parts.attention.layer_idx)
-        pools = cache.pools(number, key, key)
-        self.layer = DecoderLayer(
-            parts.products,
-            parts.norms,
-            (pools[0].tokens, pools[1].tokens),
-            query.shape[0],
-            parts.scaling,
-            parts.window,
-            last=number == parts.attention.config.num_hidden_layers - 1,
-        )
+        keys, values = self._cache.pools(int(parts.attention.layer_idx), key, key)
+        pools, heads = (keys.tokens, values.tokens), query.shape[0]
+        return DecoderLayer(parts.products, parts.norms, pools, heads, parts.scaling, parts.window)
 
-    def __call__(
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -171,9 +180,14 @@ class CompiledLayer:
         What else transformers passes (mask, cache, positions) is the step's.
         """
         assert position_embeddings is not None
+        step = self._cache.context.step
+        cos, sin = (part[0].contiguous() for part in position_embeddings)
+        kept = None if step.sample_map is None else (step.sample_index, step.sample_map)
+        where = (step.kv_index, step.row_spans, step.step_map)
         h = hidden_states.contiguous()
-        self.layer(h, self.fused.step(self.cache.context.step, self.parts, position_embeddings))
-        self.cache.calls += 1
+        seconds = self._fused.seconds
+        self._made(h, LayerStep(self._made.products, cos, sin, *where, kept, seconds))
+        self._cache.calls += len(self.layers)
         return h
 
 
@@ -190,7 +204,7 @@ class FusedLayer:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As CompiledLayer's."""
+        """As CompiledLayers'."""
         assert position_embeddings is not None
         cos, sin = (part[0] for part in position_embeddings)
         h, parts = hidden_states, self.parts

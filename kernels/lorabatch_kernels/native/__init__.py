@@ -26,14 +26,14 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-HEADERS = ("vec.h", "team.h")
+HEADERS = ("vec.h", "chunk.h", "team.h")
 SOURCES = ("matmul.c", "lora.c", "attention.c", "rows.c", "layer.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
 COMPILE_TIMEOUT_S = 300
 
 COLUMNS = 32  # as in matmul.c
 MAX_PANELS, MAX_TILE = 64, 8  # as in lora.c
-MAX_WIDTH, MAX_GROUP = 256, 96  # as in attention.c
+MAX_WIDTH, MAX_GROUP = 256, 96  # as in chunk.h
 
 Address, Long, Float, Int = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[Any]] = {
@@ -51,8 +51,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "lorabatch_rotary": [Address, Long, Long, Address, Address, Long, Long, Int],
     # out, x, rows, width, whether bf16
     "lorabatch_argmax": [Address, Address, Long, Long, Int],
-    # hidden, decoder, step, whether bf16
-    "lorabatch_decoder_layer": [Address, Address, Address, Int],
+    # hidden, decoders, their number, step, whether bf16
+    "lorabatch_decoder_layers": [Address, Address, Long, Address, Int],
 }
 
 
@@ -105,7 +105,6 @@ class Decoder(ctypes.Structure):
         *_fields(Address, "first_norm second_norm keys values"),
         *_fields(Long, "heads kv_heads width positions window"),
         *_fields(Float, "scale first_epsilon second_epsilon"),
-        ("last", Int),
     ]
 
 

@@ -1,9 +1,9 @@
-/* One decoder layer of the Llama kind over a step's tokens, in one call:
+/* Decoder layers of the Llama kind over a step's tokens, one after another in one call:
 
        h += o(attention(rotated q, k, v of norm(h)));  h += down(silu(gate) * up of norm(h))
 
-   each product with its adapters' terms. One team of threads goes through all of it. The last layer of
-   a model does what follows attention for kept tokens alone. */
+   each product with its adapters' terms. One team of threads goes through all of it. The last one
+   does what follows attention for kept tokens alone. */
 #include "team.h"
 #include <stddef.h>
 #include <string.h>
@@ -22,7 +22,6 @@ typedef struct {
     void *keys, *values;                  /* as in Attention */
     long heads, kv_heads, width, positions, window;
     float scale, first_epsilon, second_epsilon;
-    int last; /* of the model: what it says of tokens that are not kept is not needed */
 } Decoder;
 
 enum { PRODUCTS, LORA, ATTENTION, REST };
@@ -36,7 +35,7 @@ typedef struct {
     const Spans *spans;
     const Tiles *tiles;
     double *seconds;
-    const int64_t *kept; /* [kept_count]: tokens that the last layer is needed for */
+    const int64_t *kept; /* [kept_count]: tokens whose hidden states are needed in the end */
     void *kept_hidden;   /* [kept_count][hidden] */
     const Tiles *kept_tiles;
     long tokens, kept_count; /* kept_count -1: all */
@@ -91,8 +90,10 @@ static void finish(void *hidden, const void *attended, const Decoder *l, const S
     lap(s, since, REST);
 }
 
-void lorabatch_decoder_layer(void *hidden, const Decoder *l, const Step *s, int half) {
+static void team_layer(void *hidden, const Decoder *l, int last, const Step *s, double *since,
+                       int half) {
     long size = half ? 2 : 4, row = l->qkv.weight.out, width = l->width, heads = l->heads;
+    long in = l->qkv.weight.in;
     const char *key = (char *)s->qkv + heads * width * size;
     const char *value = key + l->kv_heads * width * size;
     Attention attention = {
@@ -112,23 +113,27 @@ void lorabatch_decoder_layer(void *hidden, const Decoder *l, const Step *s, int 
         .window = l->window,
         .scale = l->scale,
     };
-    long in = l->qkv.weight.in;
-    double since = s->seconds ? now() : 0;
+    team_norm(s->x, hidden, NULL, l->first_norm, s->tokens, in, l->first_epsilon, half);
+    lap(s, since, REST);
+    multiply(s->qkv, s->x, &l->qkv, s, s->tokens, s->tiles, since, half);
+    team_rotary(s->qkv, row, heads + l->kv_heads, s->cosine, s->sine, s->tokens, width, half);
+    team_attention(&attention, s->spans, half);
+    lap(s, since, ATTENTION);
+    if (!last || s->kept_count < 0) {
+        finish(hidden, s->attended, l, s, s->tokens, s->tiles, since, half);
+        return;
+    }
+    team_gather(s->kept_hidden, hidden, s, in * size, 0);
+    team_gather(s->qkv, s->attended, s, heads * width * size, 0); /* qkv is done with */
+    finish(s->kept_hidden, s->qkv, l, s, s->kept_count, s->kept_tiles, since, half);
+    team_gather(s->kept_hidden, hidden, s, in * size, 1);
+}
+
+void lorabatch_decoder_layers(void *hidden, const Decoder *layers, long count, const Step *s,
+                              int half) {
 #pragma omp parallel
     {
-        team_norm(s->x, hidden, NULL, l->first_norm, s->tokens, in, l->first_epsilon, half);
-        lap(s, &since, REST);
-        multiply(s->qkv, s->x, &l->qkv, s, s->tokens, s->tiles, &since, half);
-        team_rotary(s->qkv, row, heads + l->kv_heads, s->cosine, s->sine, s->tokens, width, half);
-        team_attention(&attention, s->spans, half);
-        lap(s, &since, ATTENTION);
-        if (!l->last || s->kept_count < 0)
-            finish(hidden, s->attended, l, s, s->tokens, s->tiles, &since, half);
-        else {
-            team_gather(s->kept_hidden, hidden, s, in * size, 0);
-            team_gather(s->qkv, s->attended, s, heads * width * size, 0); /* qkv is done with */
-            finish(s->kept_hidden, s->qkv, l, s, s->kept_count, s->kept_tiles, &since, half);
-            team_gather(s->kept_hidden, hidden, s, in * size, 1);
-        }
+        double since = s->seconds ? now() : 0;
+        for (long i = 0; i < count; i++) team_layer(hidden, &layers[i], i == count - 1, s, &since, half);
     }
 }

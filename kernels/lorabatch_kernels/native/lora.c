@@ -18,6 +18,7 @@ INLINE void shrink(vec *v, const float (*x)[CHUNK], const void *panel, long coun
     long k = 0;
     for (; k + 1 < count; k += 2) {
         vec first = load(panel, k * LANES, half), second = load(panel, (k + 1) * LANES, half);
+        for (long i = 0; i < 2 * LANES; i += half ? 32 : 16) fetch(panel, k * LANES + i, half);
         for (int t = 0; t < tokens; t++) even[t] += x[t][k] * first;
         for (int t = 0; t < tokens; t++) odd[t] += x[t][k + 1] * second;
     }
@@ -28,20 +29,32 @@ INLINE void shrink(vec *v, const float (*x)[CHUNK], const void *panel, long coun
     for (int t = 0; t < tokens; t++) v[t] = even[t] + odd[t];
 }
 
+/* sums[t][c:c+16] += v[t][r : r + rows] times as many rank rows; `parts` times 16 columns */
+INLINE void expand_at(float (*sums)[CHUNK], const float (*v)[MAX_PANELS * LANES], long r,
+                      const void *b, long out, long column, long c, int parts, int rows,
+                      int tokens, int half) {
+    vec row[4][2];
+    for (int j = 0; j < rows; j++)
+        for (int p = 0; p < parts; p++)
+            row[j][p] = load(b, (r + j) * out + column + c + p * LANES, half);
+    for (int t = 0; t < tokens; t++) {
+        vec acc[2];
+        for (int p = 0; p < parts; p++) acc[p] = *(vec *)&sums[t][c + p * LANES];
+        for (int j = 0; j < rows; j++)
+            for (int p = 0; p < parts; p++) acc[p] += v[t][r + j] * row[j][p];
+        for (int p = 0; p < parts; p++) *(vec *)&sums[t][c + p * LANES] = acc[p];
+    }
+}
+
 /* sums[t][0:count] += v[t][r : r + rows] times as many rank rows */
 INLINE void expand(float (*sums)[CHUNK], const float (*v)[MAX_PANELS * LANES], long r,
                    const void *b, long out, long column, long count, int rows, int tokens,
                    int half) {
     long c = 0;
-    for (; c + LANES <= count; c += LANES) {
-        vec row[4];
-        for (int j = 0; j < rows; j++) row[j] = load(b, (r + j) * out + column + c, half);
-        for (int t = 0; t < tokens; t++) {
-            vec acc = *(vec *)&sums[t][c];
-            for (int j = 0; j < rows; j++) acc += v[t][r + j] * row[j];
-            *(vec *)&sums[t][c] = acc;
-        }
-    }
+    for (; c + 2 * LANES <= count; c += 2 * LANES)
+        expand_at(sums, v, r, b, out, column, c, 2, rows, tokens, half);
+    for (; c + LANES <= count; c += LANES)
+        expand_at(sums, v, r, b, out, column, c, 1, rows, tokens, half);
     for (; c < count; c++)
         for (int t = 0; t < tokens; t++)
             for (int j = 0; j < rows; j++)

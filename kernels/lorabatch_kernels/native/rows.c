@@ -16,12 +16,7 @@ INLINE void norm(void *out, const void *x, const void *weight, long width, float
     for (; d < width; d++) tail += get(x, d, half) * get(x, d, half);
     float factor = 1 / sqrtf((sum4(squares, squares, squares, squares)[0] + tail) / width + epsilon);
     for (d = 0; d + LANES <= width; d += LANES) {
-        vec v = load(x, d, half) * factor;
-        if (half) {
-            uint16_t rounded[LANES];
-            store(rounded, 0, v, 1);
-            v = load(rounded, 0, 1);
-        }
+        vec v = rounded(load(x, d, half) * factor, half);
         store(out, d, v * load(weight, d, half), half);
     }
     for (; d < width; d++) {
@@ -69,12 +64,7 @@ INLINE void gate(void *out, const void *x, long width, int half) {
         vec above = 1 / (1 + e), below = e * above;
         ivec is_negative = g < 0;
         vec s = g * (vec)(((ivec)below & is_negative) | ((ivec)above & ~is_negative));
-        if (half) {
-            uint16_t rounded[LANES];
-            store(rounded, 0, s, 1);
-            s = load(rounded, 0, 1);
-        }
-        store(out, d, s * load(x, width + d, half), half);
+        store(out, d, rounded(s, half) * load(x, width + d, half), half);
     }
     for (; d < width; d++) {
         float g = get(x, d, half), s = g / (1 + expf(-g));
@@ -139,13 +129,21 @@ INLINE long highest(const void *x, long width, int half) {
     for (long first = 0; first < width; first += SPAN) {
         long last = first + SPAN < width ? first + SPAN : width, c = first;
         vec most = all(-INFINITY);
-        for (; c + LANES <= last; c += LANES) most = larger(most, load(x, c, half));
+        ivec unsound = {0};
+        for (; c + LANES <= last; c += LANES) {
+            vec values = load(x, c, half);
+            unsound |= values != values;
+            most = larger(most, values);
+        }
         float top = largest(most);
+        int32_t any = 0;
+        for (int lane = 0; lane < LANES; lane++) any |= unsound[lane];
         for (; c < last; c++) {
             float value = get(x, c, half);
-            if (value > top || value != value) top = value;
+            any |= value != value;
+            if (value > top) top = value;
         }
-        if (top != top) return -1;
+        if (any) return -1;
         if (top > best) best = top, place = first;
     }
     if (!isfinite(best)) return -1;

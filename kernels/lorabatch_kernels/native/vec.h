@@ -49,72 +49,106 @@ INLINE const void *at(const void *from, long i, int half) {
     return (const char *)from + i * (half ? 2 : 4);
 }
 
-INLINE vec load(const void *from, long i, int half) {
-    if (!half) return *(const vec *)((const float *)from + i);
-    const uint16_t *bits = (const uint16_t *)from + i;
-#ifdef __AVX512F__ /* gcc 12 makes six instructions of the line below */
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)bits));
-    return (vec)_mm512_slli_epi32(wide, 16);
+/* To bf16, to the nearest, ties to even; NaN stays NaN. Where the processor has it as one instruction,
+   magnitudes below 1.2e-38 become 0. */
+INLINE hvec narrow_all(vec value) {
+#ifdef __AVX512BF16__
+    return (hvec)_mm512_cvtneps_pbh((__m512)value);
 #else
-    return (vec)(__builtin_convertvector(*(const hvec *)bits, uvec) << 16);
-#endif
-}
-
-INLINE void store(void *to, long i, vec value, int half) {
-    if (!half) {
-        *(vec *)((float *)to + i) = value;
-        return;
-    }
     uvec bits = (uvec)value;
     uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     uvec nan = (uvec)((bits & 0x7fffffff) > 0x7f800000);
-    *(hvec *)((uint16_t *)to + i) =
-        __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), hvec);
+    return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), hvec);
+#endif
 }
 
-/* {sum(a), sum(b), sum(c), sum(d)} */
-typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
-
-INLINE quad sum4(vec a, vec b, vec c, vec d) {
-#define HALVES(x, y)                                                                            \
-    (__builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +     \
-     __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-    vec ab = HALVES(a, b), cd = HALVES(c, d);
-#undef HALVES
-    vec all4 =
-        __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-        __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    all4 += __builtin_shufflevector(all4, all4, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12,
-                                    13);
-    all4 += __builtin_shufflevector(all4, all4, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15,
-                                    14);
-    return __builtin_shufflevector(all4, all4, 0, 4, 8, 12);
+INLINE vec widen_all(hvec halves) {
+#ifdef __AVX512F__ /* gcc 12 makes six instructions of the line below */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves), 16);
+#else
+    return (vec)(__builtin_convertvector(halves, uvec) << 16);
+#endif
 }
 
-INLINE vec larger(vec a, vec b) { /* NaN where either is */
-    ivec first = (a > b) | (a != a);
+/* The cache line a page on from element `i` comes from memory meanwhile. Processors fetch what is
+   read in order by themselves, but not beyond the end of a page. */
+INLINE void fetch(const void *from, long i, int half) {
+    __builtin_prefetch((const char *)at(from, i, half) + 4096, 0, 2);
+}
+
+INLINE vec load(const void *from, long i, int half) {
+    if (half) return widen_all(*(const hvec *)((const uint16_t *)from + i));
+    return *(const vec *)((const float *)from + i);
+}
+
+INLINE void store(void *to, long i, vec value, int half) {
+    if (half) *(hvec *)((uint16_t *)to + i) = narrow_all(value);
+    else *(vec *)((float *)to + i) = value;
+}
+
+/* As it comes back after a store. */
+INLINE vec rounded(vec value, int half) { return half ? widen_all(narrow_all(value)) : value; }
+
+/* {0, 1, 2, ...} */
+INLINE ivec steps(void) { return (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+
+/* `a` where all bits of the lane are set, `b` where none is. */
+INLINE vec choose(ivec first, vec a, vec b) {
     return (vec)(((ivec)a & first) | ((ivec)b & ~first));
 }
 
-INLINE float largest(vec v) {
-    v = larger(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6,
-                                          7));
-    v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10,
-                                          11));
-    v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12,
-                                          13));
-    v = larger(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15,
-                                          14));
-    return v[0];
+INLINE vec larger(vec a, vec b) { /* b where either is NaN */
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+#define HALVES(x, y, with)                                                                        \
+    with(__builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),   \
+         __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30,  \
+                                 31))
+#define QUARTERS(x, y, with)                                                                      \
+    with(__builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), \
+         __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30,    \
+                                 31))
+#define PAIRS_OF(x, with)                                                                         \
+    with(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13))
+#define SINGLES_OF(x, with)                                                                       \
+    with(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))
+
+INLINE vec plus(vec a, vec b) { return a + b; }
+
+/* {sum(a), sum(b), sum(c), sum(d)} */
+INLINE quad sum4(vec a, vec b, vec c, vec d) {
+    vec ab = HALVES(a, b, plus), cd = HALVES(c, d, plus), all4 = QUARTERS(ab, cd, plus);
+    all4 = PAIRS_OF(all4, plus);
+    all4 = SINGLES_OF(all4, plus);
+    return __builtin_shufflevector(all4, all4, 0, 4, 8, 12);
+}
+
+/* {max(a), max(b), max(c), max(d)} */
+INLINE quad largest4(vec a, vec b, vec c, vec d) {
+    vec ab = HALVES(a, b, larger), cd = HALVES(c, d, larger), all4 = QUARTERS(ab, cd, larger);
+    all4 = PAIRS_OF(all4, larger);
+    all4 = SINGLES_OF(all4, larger);
+    return __builtin_shufflevector(all4, all4, 0, 4, 8, 12);
+}
+
+INLINE float largest(vec v) { return largest4(v, v, v, v)[0]; }
+
+INLINE long within(long value, long least, long most) {
+    return value < least ? least : value > most ? most : value;
 }
 
 /* e^x within 2 units in the last place for x <= 0 (and up to 88); below -87 it is 0. NaN stays. */
 INLINE vec expv(vec x) {
-    vec small = (vec)((ivec)(x < -87.0f));
-    vec safe = (vec)(((ivec)x & ~(ivec)small) | ((ivec)all(-87.0f) & (ivec)small));
-    vec shifted = safe * 1.44269504088896f + 12582912.0f; /* 1.5 * 2^23: the integer is in the low bits */
+    vec shifted = x * 1.44269504088896f + 12582912.0f; /* 1.5 * 2^23: the integer is in the low bits */
     vec n = shifted - 12582912.0f;
-    vec r = safe - n * 0.693359375f;
+    vec r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
     vec p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -124,8 +158,7 @@ INLINE vec expv(vec x) {
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     ivec power = ((ivec)shifted - 0x4b400000 + 127) << 23;
-    vec result = p * (vec)power;
-    return (vec)((ivec)result & ~(ivec)small);
+    return choose(x < -87.0f, (vec){0}, p * (vec)power);
 }
 
 #endif
