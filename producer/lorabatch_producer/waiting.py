@@ -1,7 +1,9 @@
 """Waiting for jobs to end, by looking at the ledger with a gentle back-off.
 
 `Watch` makes one look at a time, so that the blocking and the awaitable client share it.
-Pauses grow from 20 ms to 1 s while nothing ends and are never shorter than a look took.
+Pauses grow from 20 ms to 1 s while nothing ends, and are so long that looking takes a fiftieth of
+the time, or half of it where a look takes more than a second: who waits for many jobs must not take
+the processor from the worker that runs them.
 Raises JobNotFound, WaitTimeout, and for a single job JobFailed and JobCancelled.
 """
 
@@ -19,6 +21,7 @@ __all__ = ["Watch", "succeeded"]
 FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
 GROWTH = 1.5
+LOOKS_PER_PAUSE = 50
 
 
 class Watch:
@@ -59,7 +62,8 @@ class Watch:
 
     def pause_s(self) -> float:
         """Seconds until the next look."""
-        pause = max(self._pause_s, self._took_s)
+        rest = min(self._took_s * LOOKS_PER_PAUSE, LAST_PAUSE_S)
+        pause = max(self._pause_s, self._took_s, rest)
         self._pause_s = min(self._pause_s * GROWTH, LAST_PAUSE_S)
         if self._deadline is not None:
             pause = min(pause, max(0.0, self._deadline - time.monotonic()))

@@ -122,6 +122,28 @@ def test_a_start_is_counted_without_waiting_for_an_outcome(bench: Bench) -> None
     assert bench.ledger.claim(["a"], "next", 30)["a"].attempt == 2
 
 
+def test_groups_that_follow_one_another_are_large(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorabatch_worker.recorder.GROUP_EVERY_S", 1.0)
+    claims = bench.claim("a", "b", "c")
+    record, sizes = bench.ledger.record, []
+
+    def noting(outcomes: Sequence[Outcome]) -> set[str]:
+        sizes.append(len(outcomes))
+        return record(outcomes)
+
+    monkeypatch.setattr(bench.ledger, "record", noting)
+    for number, claim in enumerate(claims):
+        bench.recorder.put([outcome(claim)])
+        if number == 0:
+            wait_until(bench.ends)  # alone, it did not wait for more
+        else:
+            time.sleep(0.05)  # longer than a group of one waits
+    wait_until(lambda: bench.ends() == 3)
+    assert sizes == [1, 2]
+
+
 def test_an_outage_is_waited_out_and_ends_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The intake: delivered messages become claimed jobs, in groups, one transaction a step.
 
-A group is what is delivered within GROUP_WAIT_S and what was held and is due. Every message
+A group is what was held and is due, and what is delivered within GROUP_WAIT_S and, where groups
+follow one another, within GROUP_EVERY_S of the last. Every message
 takes one of these ways: refused (recorded as a failed job, published, acknowledged), attached
 to a job that is live here, claimed and submitted, settled (its job has ended already), or held
 (somebody else has the lease). Outages are waited out and nothing is acknowledged meanwhile.
@@ -44,6 +45,7 @@ T = TypeVar("T")
 
 GROUP_MAX = 256
 GROUP_WAIT_S = 0.005
+GROUP_EVERY_S = 0.1
 IDLE_S = 0.1
 SOON_S = 0.25
 
@@ -70,6 +72,7 @@ class Intake:
         self._p = parts
         self._stop = threading.Event()
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self._last_s = float("-inf")
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
@@ -99,14 +102,18 @@ class Intake:
 
     def _next_group(self) -> list[Delivery]:
         group = self._p.live.due()
-        timeout_s = 0.0 if group else IDLE_S
-        end_s = time.monotonic() + GROUP_WAIT_S
+        if not group:
+            try:
+                group = [self._queue.get(timeout=IDLE_S)]
+            except queue.Empty:
+                return group
+        end_s = max(time.monotonic() + GROUP_WAIT_S, self._last_s + GROUP_EVERY_S)
         while len(group) < GROUP_MAX:
             try:
-                group.append(self._queue.get(timeout=timeout_s))
+                group.append(self._queue.get(timeout=max(0.0, end_s - time.monotonic())))
             except queue.Empty:
                 break
-            timeout_s = max(0.0, end_s - time.monotonic())
+        self._last_s = time.monotonic()
         return group
 
     def _take_all(self, group: Sequence[Delivery]) -> None:

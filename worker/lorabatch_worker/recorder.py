@@ -1,6 +1,8 @@
 """The recorder: starts and outcomes go into the ledger in groups, one transaction each.
 
-A group is up to GROUP_MAX outcomes or what comes within GROUP_WAIT_S. An outage is waited out
+A group is up to GROUP_MAX outcomes, or what comes within GROUP_WAIT_S and, where groups follow one
+another, within GROUP_EVERY_S of the last: a steady flow pays for few transactions, a job alone does
+not wait. An outage is waited out
 and nothing is acknowledged meanwhile. An outcome whose lease was lost is not ours any more: its
 messages are held until the ledger says what became of the job. Raises nothing; an outcome that
 the database refuses ends as a failed one, alone, and never takes its group with it.
@@ -28,6 +30,7 @@ log = structlog.get_logger(__name__)
 
 GROUP_MAX = 256
 GROUP_WAIT_S = 0.005
+GROUP_EVERY_S = 0.1
 REFUSED = "the database refused the result; nothing of it is stored"
 
 
@@ -41,6 +44,7 @@ class Recorder:
         self._stop = threading.Event()
         self._queue: queue.SimpleQueue[Outcome | Claim | None] = queue.SimpleQueue()
         self._spare: Outcome | None = None
+        self._last_s = float("-inf")
         self._started: list[Claim] = []
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
@@ -87,7 +91,7 @@ class Recorder:
         group: dict[str, Outcome] = {}
         item = self._spare or self._queue.get()
         self._spare = None
-        end_s = time.monotonic() + GROUP_WAIT_S
+        end_s = max(time.monotonic() + GROUP_WAIT_S, self._last_s + GROUP_EVERY_S)
         while item is not None:
             if isinstance(item, Claim):
                 self._started.append(item)
@@ -102,6 +106,7 @@ class Recorder:
                 item = self._queue.get(timeout=max(0.0, end_s - time.monotonic()))
             except queue.Empty:
                 break
+        self._last_s = time.monotonic()
         return list(group.values()), item is None
 
     def _count_starts(self) -> None:

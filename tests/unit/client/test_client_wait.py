@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from lorabatch import Ledger, Settings
+from lorabatch import Job, Ledger, Settings
 from lorabatch.errors import JobCancelled, JobFailed, JobNotFound, WaitTimeout
 from lorabatch_producer import AsyncProducer
+from lorabatch_producer.waiting import Watch
 from tests.played_worker import by_adapter, fails, run_queued, working
 
 
@@ -84,3 +85,18 @@ async def test_waits_do_not_hold_threads(settings: Settings, ledger: Ledger) -> 
         with working(ledger):
             results = await waits
     assert [result.job_id for result in results] == ids
+
+
+def test_looking_takes_a_small_part_of_the_time(ledger: Ledger) -> None:
+    job_id = "slow-to-look-at"
+    ledger.accept([Job(job_id=job_id, prompt="a")])
+    watch = Watch(ledger, [job_id], None)
+    watch.look()
+    watch._took_s = 0.01
+    assert watch.pause_s() == pytest.approx(0.5)
+    watch._took_s = 0.3
+    assert watch.pause_s() == 1.0
+    watch._took_s = 3.0
+    assert watch.pause_s() == 3.0
+    watch._took_s = 1e-6
+    assert watch.pause_s() < 0.1
