@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.record import RESULTS
-from bench.rows import read_rows
+from bench.rows import Row, read_rows
 
-Row = dict[str, Any]
 CONDITIONS = ("date", "device", "versions", "threads", "repeats", "load1_at_end")
 
 
@@ -169,10 +168,10 @@ GPU = {
 }
 
 
-def judge(goal: Goal) -> Row:
+def judge(goal: Goal) -> dict[str, Any]:
     fitting = [row for row in read_rows(goal.question) if goal.fits(row)]
     values = [(row, value) for row in fitting if (value := goal.value(row)) is not None]
-    answer: Row = {"name": goal.name, "target": goal.target, "command": goal.command}
+    answer: dict[str, Any] = {"name": goal.name, "target": goal.target, "command": goal.command}
     if not values:
         return {**answer, "value": None, "met": None, "why": "not measured yet"}
     row, value = values[-1]

@@ -115,21 +115,6 @@ def lay_out_tiles(
     return ints, tiles
 
 
-def build_tiles(
-    groups: Mapping[int, Sequence[int]],
-    base: Sequence[int],
-    device: torch.device,
-    *,
-    tile: int,
-    max_tiles: int | None = None,
-    buffer: Tensor | None = None,
-) -> TileMap:
-    """`lay_out_tiles`, on the device."""
-    ints, tiles = lay_out_tiles(groups, base, tile, max_tiles)
-    tokens = len(base) + sum(map(len, groups.values()))
-    return TileMap(tile, tokens, tiles, to_device(ints, device, buffer))
-
-
 def to_device(ints: list[int], device: torch.device, buffer: Tensor | None) -> Tensor:
     """One copy; pinned, so that it does not wait for the GPU."""
     on_gpu = device.type == "cuda"

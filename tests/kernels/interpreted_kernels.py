@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_cases import TOLERANCE, Shape, assert_close, rows_of_base, same_bits
+from lora_cases import TOLERANCE, Shape, assert_close, rows_of_base, same_bits, tiles_of
 
 from bench import tune
 from lorabatch_kernels import add_lora_reference, buffer_ints
@@ -21,10 +21,7 @@ from lorabatch_kernels.lora_triton import add_lora_triton
 from lorabatch_kernels.plan import Plan, attention_plan, plan_for
 from lorabatch_kernels.shrink import shrink, shrink_reference
 from lorabatch_kernels.site import LoraSite
-from lorabatch_kernels.step_map import group_tokens
-from lorabatch_kernels.tiles import TileMap, build_tiles
 
-CPU = torch.device("cpu")
 NAN = float("nan")
 DTYPES = [torch.float16, torch.float32]
 MIXED = Shape([0, 1, -1, 2, 0, 0, 1, -1, 3, 2], {0: 1, 1: 3, 2: 40, 3: 16}, max_rank=40)
@@ -44,10 +41,6 @@ SMALL = Plan(
     num_warps=4,
     shrink_stages=1,
 )
-
-
-def tiles_of(slots, tile=16, **options) -> TileMap:
-    return build_tiles(*group_tokens(slots), CPU, tile=tile, **options)
 
 
 def poison_beyond_rank(site: LoraSite) -> LoraSite:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lorabatch_kernels import LoraSite
+from lorabatch_kernels.step_map import group_tokens
+from lorabatch_kernels.tiles import TileMap, lay_out_tiles, to_device
 
 # Relative root-mean-square error allowed by dtype: rounding of inputs, v and y, not luck.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -59,6 +61,17 @@ class Shape:
         x = torch.randn(tokens, self.in_features, generator=draw)
         y = torch.randn(tokens, self.out_features, generator=draw)
         return x.to(device, dtype), y.to(device, dtype)
+
+
+def tiles_of(
+    slots: Sequence[int],
+    tile: int = 16,
+    max_tiles: int | None = None,
+    buffer: Tensor | None = None,
+) -> TileMap:
+    """These tokens' tiles on a CPU, of any size that a kernel takes."""
+    ints, tiles = lay_out_tiles(*group_tokens(slots), tile, max_tiles)
+    return TileMap(tile, len(slots), tiles, to_device(ints, torch.device("cpu"), buffer))
 
 
 def rows_of_base(slots: Sequence[int]) -> Tensor:

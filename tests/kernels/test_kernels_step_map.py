@@ -6,21 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_cases import tiles_of
 
 from lorabatch_kernels import buffer_ints, build_step_map, tile_bound
-from lorabatch_kernels.step_map import group_tokens
-from lorabatch_kernels.tiles import TileMap, build_tiles
 
-CPU = torch.device("cpu")
 # Short runs of one slot, so that lengths differ, in any order.
 BATCHES = st.lists(st.tuples(st.integers(-1, 9), st.integers(1, 70)), max_size=14).flatmap(
     lambda runs: st.permutations([slot for slot, count in runs for _ in range(count)])
 )
 TILES = st.sampled_from((16, 32, 64, 128))
-
-
-def tiles_of(slots: list[int], tile: int, **options: object) -> TileMap:
-    return build_tiles(*group_tokens(slots), CPU, tile=tile, **options)  # type: ignore[arg-type]
 
 
 @settings(max_examples=80, deadline=None)
