@@ -1,9 +1,9 @@
 """Waiting for jobs to end, by looking at the ledger with a gentle back-off.
 
 `Watch` makes one look at a time, so that the blocking and the awaitable client share it.
-Pauses grow from 20 ms to 1 s while nothing ends, and are so long that looking takes a fiftieth of
-the time, or half of it where a look takes more than a second: who waits for many jobs must not take
-the processor from the worker that runs them.
+Pauses grow from 20 ms to 1 s while nothing ends. They are at least as long as 50 looks, up to 1 s,
+and never shorter than one look: who waits for many jobs must not take the processor from the worker
+that runs them.
 Raises JobNotFound, WaitTimeout, and for a single job JobFailed and JobCancelled.
 """
 

@@ -125,8 +125,9 @@ def test_a_start_is_counted_without_waiting_for_an_outcome(bench: Bench) -> None
 def test_groups_that_follow_one_another_are_large(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorabatch_worker.recorder.GROUP_EVERY_S", 1.0)
-    claims = bench.claim("a", "b", "c")
+    for name, value in {"GROUP_WAIT_S": 0.0, "GROUP_EVERY_S": 3600.0, "GROUP_MAX": 2}.items():
+        monkeypatch.setattr(f"lorabatch_worker.recorder.{name}", value)
+    first, second, third = (outcome(claim) for claim in bench.claim("a", "b", "c"))
     record, sizes = bench.ledger.record, []
 
     def noting(outcomes: Sequence[Outcome]) -> set[str]:
@@ -134,12 +135,11 @@ def test_groups_that_follow_one_another_are_large(
         return record(outcomes)
 
     monkeypatch.setattr(bench.ledger, "record", noting)
-    for number, claim in enumerate(claims):
-        bench.recorder.put([outcome(claim)])
-        if number == 0:
-            wait_until(bench.ends)  # alone, it did not wait for more
-        else:
-            time.sleep(0.05)  # longer than a group of one waits
+    bench.recorder.put([first])
+    wait_until(bench.ends)  # alone, it does not wait for more
+    bench.recorder.put([second])
+    wait_until(bench.recorder._queue.empty)  # the recorder has it, and waits for the third
+    bench.recorder.put([third])
     wait_until(lambda: bench.ends() == 3)
     assert sizes == [1, 2]
 

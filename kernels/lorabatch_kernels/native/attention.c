@@ -43,9 +43,9 @@ INLINE void attend(const Attention *l, const Spans *s, long span, long kv_head, 
     for (long k = lowest > 0 ? lowest : 0; k < past + end; k += KEYS) {
         long count = past + end - k < KEYS ? past + end - k : KEYS;
         score_chunk(w, rows, at(keys, k * width, half), width, count, few, half, pairs);
-        for (long r = 0; r < rows; r += FOUR) { /* rows has room for four more */
-            long from[FOUR], to[FOUR];
-            for (int i = 0; i < FOUR; i++) {
+        for (long r = 0; r < rows; r += WEIGHED) { /* maybe some rows more: nobody reads them */
+            long from[WEIGHED], to[WEIGHED];
+            for (int i = 0; i < WEIGHED; i++) {
                 long position = past + begin + (r + i) / group;
                 to[i] = within(position + 1 - k, 0, count);
                 from[i] = l->window ? within(position + 1 - l->window - k, 0, KEYS) : 0;

@@ -13,7 +13,7 @@
 #define KEYS 64      /* keys of a chunk */
 #define ROWS 6       /* rows of queries multiplied at once */
 #define MOST_ROWS 96 /* rows of a work item */
-#define FOUR 4       /* rows weighed at once */
+#define WEIGHED 4    /* rows weighed at once; divides MOST_ROWS */
 
 typedef struct {
     float query[MOST_ROWS][MAX_WIDTH];
@@ -119,19 +119,19 @@ INLINE void add_all_values(Work *w, long rows, const void *values, long row, lon
     }
 }
 
-/* Scores of keys [from, to) of a chunk become weights, of FOUR rows at once; the others' weights are 0.
+/* Scores of keys [from, to) of a chunk become weights, of WEIGHED rows at once; the others' weights are 0.
    A NaN stays one. */
 INLINE void weigh(Work *w, long r, const long *from, const long *to, long width, float scale,
                   float softcap, int pairs) {
-    vec most[FOUR], shares[FOUR];
-    for (int i = 0; i < FOUR; i++) {
+    vec most[WEIGHED], shares[WEIGHED];
+    for (int i = 0; i < WEIGHED; i++) {
         float *score = w->score[r + i];
         for (long j = 0; j < KEYS; j += LANES) *(vec *)&score[j] *= scale;
         if (softcap > 0)
             for (long j = from[i]; j < to[i]; j++) score[j] = softcap * tanhf(score[j] / softcap);
         if (from[i] > 0 || to[i] < KEYS)
             for (long j = 0; j < KEYS; j += LANES) {
-                ivec key = steps() + (int32_t)j;
+                ivec key = lane_numbers() + (int32_t)j;
                 ivec seen = (key >= (int32_t)from[i]) & (key < (int32_t)to[i]);
                 *(vec *)&score[j] = choose(seen, *(vec *)&score[j], all(-INFINITY));
             }
@@ -140,14 +140,14 @@ INLINE void weigh(Work *w, long r, const long *from, const long *to, long width,
     }
     quad before = *(quad *)&w->highest[r], highest = largest4(most[0], most[1], most[2], most[3]);
     vec keep = {0};
-    float limit[FOUR];
-    for (int i = 0; i < FOUR; i++) {
+    float limit[WEIGHED];
+    for (int i = 0; i < WEIGHED; i++) {
         if (before[i] > highest[i]) highest[i] = before[i];
         limit[i] = highest[i] == -INFINITY ? 0 : highest[i]; /* nothing seen yet: weights are 0 */
         keep[i] = before[i] - limit[i];
     }
     keep = expv(keep);
-    for (int i = 0; i < FOUR; i++) {
+    for (int i = 0; i < WEIGHED; i++) {
         float *score = w->score[r + i];
         shares[i] = (vec){0};
         for (long j = 0; j < KEYS; j += LANES) {
@@ -160,7 +160,7 @@ INLINE void weigh(Work *w, long r, const long *from, const long *to, long width,
     }
     *(quad *)&w->highest[r] = highest;
     quad sums = sum4(shares[0], shares[1], shares[2], shares[3]);
-    for (int i = 0; i < FOUR; i++) w->share[r + i] = w->share[r + i] * keep[i] + sums[i];
+    for (int i = 0; i < WEIGHED; i++) w->share[r + i] = w->share[r + i] * keep[i] + sums[i];
 }
 
 /* to[d][j] = keys[j][d], zeros from `count` on; `width` floats each */

@@ -62,8 +62,7 @@ INLINE void gate(void *out, const void *x, long width, int half) {
         vec negative = (vec)((ivec)g | (int32_t)0x80000000), e = expv(negative);
         /* 1 / (1 + e^-g), from e^-|g| so that nothing overflows */
         vec above = 1 / (1 + e), below = e * above;
-        ivec is_negative = g < 0;
-        vec s = g * (vec)(((ivec)below & is_negative) | ((ivec)above & ~is_negative));
+        vec s = g * choose(g < 0, below, above);
         store(out, d, rounded(s, half) * load(x, width + d, half), half);
     }
     for (; d < width; d++) {

@@ -90,7 +90,9 @@ INLINE void store(void *to, long i, vec value, int half) {
 INLINE vec rounded(vec value, int half) { return half ? widen_all(narrow_all(value)) : value; }
 
 /* {0, 1, 2, ...} */
-INLINE ivec steps(void) { return (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE ivec lane_numbers(void) {
+    return (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
 
 /* `a` where all bits of the lane are set, `b` where none is. */
 INLINE vec choose(ivec first, vec a, vec b) {
