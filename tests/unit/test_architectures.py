@@ -156,6 +156,15 @@ def test_mixed_adapters_equal_peft(kind: str, tmp_path: Path) -> None:
             assert (logits - plain).abs().max() > 0.05 * plain.std()
 
 
+def test_layers_of_different_sizes_are_not_put_into_one_call() -> None:
+    model = tiny_model(small_vocabulary("llama", hidden_act="silu"))
+    wider = copy.deepcopy(model.config)
+    wider.intermediate_size = 2 * model.config.intermediate_size
+    model.model.layers[1].mlp = type(model.model.layers[1].mlp)(wider)
+    runner = runner_of(model)
+    assert (runner.fused.count, runner.fused.compiled) == (model.config.num_hidden_layers, 0)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "gemma2"])
 def test_layers_of_the_llama_kind_are_fused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fields: dict[str, Any] = {"hidden_act": "silu"} if kind != "gemma2" else {}

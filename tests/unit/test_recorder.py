@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from lorabatch import Job, Ledger, Result, Usage
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.tables import jobs
+from lorabatch_worker import grouping, recorder
 from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.publisher import Publisher
@@ -125,8 +126,9 @@ def test_a_start_is_counted_without_waiting_for_an_outcome(bench: Bench) -> None
 def test_groups_that_follow_one_another_are_large(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"GROUP_WAIT_S": 0.0, "GROUP_EVERY_S": 3600.0, "GROUP_MAX": 2}.items():
-        monkeypatch.setattr(f"lorabatch_worker.recorder.{name}", value)
+    monkeypatch.setattr(grouping, "WAIT_S", 0.0)
+    monkeypatch.setattr(grouping, "EVERY_S", 3600.0)
+    monkeypatch.setattr(recorder, "GROUP_MAX", 2)
     first, second, third = (outcome(claim) for claim in bench.claim("a", "b", "c"))
     record, sizes = bench.ledger.record, []
 

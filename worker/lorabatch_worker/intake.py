@@ -1,10 +1,9 @@
 """The intake: delivered messages become claimed jobs, in groups, one transaction a step.
 
-A group is what was held and is due, and what is delivered within GROUP_WAIT_S and, where groups
-follow one another, within GROUP_EVERY_S of the last. Every message
-takes one of these ways: refused (recorded as a failed job, published, acknowledged), attached
-to a job that is live here, claimed and submitted, settled (its job has ended already), or held
-(somebody else has the lease). Outages are waited out and nothing is acknowledged meanwhile.
+A group is what was held and is due, and what is delivered while it is gathered (grouping.py).
+Every message takes one of these ways: refused (recorded as a failed job, published, acknowledged),
+attached to a job that is live here, claimed and submitted, settled (its job has ended already), or
+held (somebody else has the lease). Outages are waited out and nothing is acknowledged meanwhile.
 Raises nothing. A job whose row cannot be read, say one of a newer version, stays held.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -31,6 +29,7 @@ from lorabatch.ledger import Claim, Ledger, Outcome
 from lorabatch.result import TERMINAL_STATES, ErrorInfo, Result
 from lorabatch.settings import Settings
 from lorabatch_worker.delivery import Delivery, failed_result, read, tenant_of
+from lorabatch_worker.grouping import GROUP_MAX, Grouping
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.pulse import Pulse
@@ -43,9 +42,6 @@ __all__ = ["Intake", "IntakeParts"]
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-GROUP_MAX = 256
-GROUP_WAIT_S = 0.005
-GROUP_EVERY_S = 0.1
 IDLE_S = 0.1
 SOON_S = 0.25
 
@@ -72,7 +68,7 @@ class Intake:
         self._p = parts
         self._stop = threading.Event()
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._last_s = float("-inf")
+        self._grouping = Grouping()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:
@@ -107,13 +103,13 @@ class Intake:
                 group = [self._queue.get(timeout=IDLE_S)]
             except queue.Empty:
                 return group
-        end_s = max(time.monotonic() + GROUP_WAIT_S, self._last_s + GROUP_EVERY_S)
+        self._grouping.begin()
         while len(group) < GROUP_MAX:
             try:
-                group.append(self._queue.get(timeout=max(0.0, end_s - time.monotonic())))
+                group.append(self._queue.get(timeout=self._grouping.left_s()))
             except queue.Empty:
                 break
-        self._last_s = time.monotonic()
+        self._grouping.end()
         return group
 
     def _take_all(self, group: Sequence[Delivery]) -> None:

@@ -1,18 +1,15 @@
 """The recorder: starts and outcomes go into the ledger in groups, one transaction each.
 
-A group is up to GROUP_MAX outcomes, or what comes within GROUP_WAIT_S and, where groups follow one
-another, within GROUP_EVERY_S of the last: a steady flow pays for few transactions, a job alone does
-not wait. An outage is waited out
-and nothing is acknowledged meanwhile. An outcome whose lease was lost is not ours any more: its
-messages are held until the ledger says what became of the job. Raises nothing; an outcome that
-the database refuses ends as a failed one, alone, and never takes its group with it.
+A group is up to GROUP_MAX outcomes, or what comes while it is gathered (grouping.py). An outage
+is waited out and nothing is acknowledged meanwhile. An outcome whose lease was lost is not ours any
+more: its messages are held until the ledger says what became of the job. Raises nothing; an outcome
+that the database refuses ends as a failed one, alone, and never takes its group with it.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Sequence
 
 import sqlalchemy as sa
@@ -20,6 +17,7 @@ import structlog
 
 from lorabatch.ledger import Claim, Ledger, Outcome
 from lorabatch.result import ErrorInfo, Usage
+from lorabatch_worker.grouping import GROUP_MAX, Grouping
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.retry import Stopped, reason, until_it_works
@@ -28,9 +26,6 @@ __all__ = ["Recorder"]
 
 log = structlog.get_logger(__name__)
 
-GROUP_MAX = 256
-GROUP_WAIT_S = 0.005
-GROUP_EVERY_S = 0.1
 REFUSED = "the database refused the result; nothing of it is stored"
 
 
@@ -44,7 +39,7 @@ class Recorder:
         self._stop = threading.Event()
         self._queue: queue.SimpleQueue[Outcome | Claim | None] = queue.SimpleQueue()
         self._spare: Outcome | None = None
-        self._last_s = float("-inf")
+        self._grouping = Grouping()
         self._started: list[Claim] = []
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
@@ -91,7 +86,7 @@ class Recorder:
         group: dict[str, Outcome] = {}
         item = self._spare or self._queue.get()
         self._spare = None
-        end_s = max(time.monotonic() + GROUP_WAIT_S, self._last_s + GROUP_EVERY_S)
+        self._grouping.begin()
         while item is not None:
             if isinstance(item, Claim):
                 self._started.append(item)
@@ -103,10 +98,10 @@ class Recorder:
             if len(group) + len(self._started) >= GROUP_MAX:
                 break
             try:
-                item = self._queue.get(timeout=max(0.0, end_s - time.monotonic()))
+                item = self._queue.get(timeout=self._grouping.left_s())
             except queue.Empty:
                 break
-        self._last_s = time.monotonic()
+        self._grouping.end()
         return list(group.values()), item is None
 
     def _count_starts(self) -> None:
