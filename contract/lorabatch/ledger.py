@@ -12,7 +12,7 @@ Raises IdempotencyConflict, JobNotFound; database errors pass through for the ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -25,8 +25,9 @@ from lorabatch.job import Job
 from lorabatch.result import ErrorInfo, JobState, Result
 from lorabatch.rows import bare_result, job_row, stored_result
 from lorabatch.statements import (
+    BODILESS,
     chunks,
-    end_attempt,
+    end_attempts,
     known_jobs,
     lease,
     locked,
@@ -68,10 +69,12 @@ class Ledger:
             now = self._now(connection)
             statement = self._insert(jobs).on_conflict_do_nothing()
             rows = [job_row(job, now, publish_result) for job in accepted]
+            hashes = [row["request_hash"] for row in rows]
             rows.sort(key=lambda row: (row["tenant"], row["idempotency_key"]))  # no deadlocks
             connection.execute(statement, rows)
             known = known_jobs(connection, accepted)
-            return {job.job_id: same_request(job, known) for job in accepted}
+            asked = zip(accepted, hashes, strict=True)
+            return {job.job_id: same_request(job, hash_, known) for job, hash_ in asked}
 
     def add_batch(self, batch_id: str, tenant: str, source: str, accepted: int, bad: int) -> None:
         """Note a bulk file and its line counts; the same file again changes nothing."""
@@ -134,7 +137,7 @@ class Ledger:
         with self._read() as connection:
             for chunk in chunks(job_ids):
                 query = (
-                    sa.select(jobs, results)
+                    sa.select(*BODILESS, results)
                     .join(results, results.c.job_id == jobs.c.job_id)
                     .where(jobs.c.job_id.in_(chunk))
                     .set_label_style(sa.LABEL_STYLE_TABLENAME_PLUS_COL)
@@ -161,27 +164,14 @@ class Ledger:
                 jobs.c.state == "queued",
                 sa.and_(jobs.c.state == "running", jobs.c.lease_expires_us < now),
             )
-            rows = list(locked(connection, job_ids, free, skip_locked=True))
+            rows = list(locked(connection, job_ids, free, skip_locked=True, with_body=True))
             return lease(connection, rows, owner, now, now + round(lease_s * 1e6))
 
     def mark_started(self, claims: Sequence[Claim]) -> None:
         """Count an attempt for claimed jobs that begin to run now: what was only fetched ahead
         when a worker died has lost nothing."""
-        tokens = {claim.job.job_id: claim.lease_token for claim in claims}
         with self.engine.begin() as connection:
-            now = self._now(connection)
-            begun = [
-                {"id": row.job_id}
-                for row in locked(connection, list(tokens))
-                if row.state == "running" and row.lease_token == tokens[row.job_id]
-            ]
-            if begun:
-                connection.execute(
-                    sa.update(jobs)
-                    .where(jobs.c.job_id == sa.bindparam("id"))
-                    .values(attempts=jobs.c.attempts + 1, started_us=now),
-                    begun,
-                )
+            _count_starts(connection, claims, self._now(connection))
 
     def renew(self, claims: Sequence[Claim], lease_s: float) -> tuple[set[str], set[str]]:
         """Extend leases: (jobs whose lease is no longer ours, jobs asked to be cancelled)."""
@@ -210,38 +200,32 @@ class Ledger:
         """Hand jobs back unrun, as queued; one whose lease was lost is left alone."""
         tokens = {claim.job.job_id: claim.lease_token for claim in claims}
         with self.engine.begin() as connection:
-            now = self._now(connection)
-            for row in locked(connection, list(tokens)):
-                if row.state != "running" or row.lease_token != tokens[row.job_id]:
-                    continue
-                connection.execute(
-                    sa.update(jobs)
-                    .where(jobs.c.job_id == row.job_id)
-                    .values(
-                        state="queued",
-                        lease_owner=None,
-                        lease_expires_us=None,
-                    )
-                )
-                end_attempt(connection, row.job_id, row.lease_token, "released", now)
+            held = _standing(connection, tokens)
+            if not held:
+                return
+            connection.execute(
+                sa.update(jobs)
+                .where(jobs.c.job_id == sa.bindparam("id"))
+                .values(state="queued", lease_owner=None, lease_expires_us=None),
+                [{"id": row.job_id} for row in held],
+            )
+            end_attempts(connection, [(row, "released") for row in held], self._now(connection))
 
-    def record(self, outcomes: Sequence[Outcome]) -> set[str]:
+    def record(self, outcomes: Sequence[Outcome], started: Sequence[Claim] = ()) -> set[str]:
         """Write results, usage and final states in one transaction: the job ids written.
 
-        An outcome whose claim no longer stands is left out: somebody else has the job.
+        An outcome whose claim no longer stands is left out: somebody else has the job. `started`
+        is what `mark_started` takes, done first, in the same transaction.
         """
         by_id = {outcome.claim.job.job_id: outcome for outcome in outcomes}
-        written = set[str]()
         with self.engine.begin() as connection:
             now = self._now(connection)
-            rows = []
-            for row in locked(connection, list(by_id)):
-                outcome = by_id[row.job_id]
-                if row.state == "running" and row.lease_token == outcome.claim.lease_token:
-                    rows.append((row, outcome.result))
-                    written.add(row.job_id)
+            if started:
+                _count_starts(connection, started, now)
+            tokens = {job_id: outcome.claim.lease_token for job_id, outcome in by_id.items()}
+            rows = [(row, by_id[row.job_id].result) for row in _standing(connection, tokens)]
             write_results(connection, rows, now)
-        return written
+        return {row.job_id for row, _ in rows}
 
     def reject(self, job_id: str, tenant: str, error: ErrorInfo) -> None:
         """Record a message that is no valid job as a failed job, unless the id is known."""
@@ -290,3 +274,23 @@ class Ledger:
 
     def _write(self, connection: sa.Connection, row: Any, result: Result) -> None:
         write_results(connection, [(row, result)], self._now(connection))
+
+
+def _standing(connection: sa.Connection, tokens: Mapping[str, int]) -> list[Any]:
+    """Those of these jobs' rows, locked, that still run under the token given for each."""
+    return [
+        row
+        for row in locked(connection, list(tokens))
+        if row.state == "running" and row.lease_token == tokens[row.job_id]
+    ]
+
+
+def _count_starts(connection: sa.Connection, claims: Sequence[Claim], now: int) -> None:
+    begun = _standing(connection, {claim.job.job_id: claim.lease_token for claim in claims})
+    if begun:
+        connection.execute(
+            sa.update(jobs)
+            .where(jobs.c.job_id == sa.bindparam("id"))
+            .values(attempts=jobs.c.attempts + 1, started_us=now),
+            [{"id": row.job_id} for row in begun],
+        )

@@ -72,6 +72,7 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
     """
     try:
         with app.producer_or_acquire() as producer, producer.batch(SEND_BATCH):
+            producer.maybe_declare(app.amqp.queues[queue])
             for message in messages:
                 app.send_task(
                     TASK_NAME,
@@ -83,6 +84,7 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
                     task_id=message.job_id,
                     queue=queue,
                     producer=producer,
+                    declare=[],  # done, once for all
                     ignore_result=not message.publish_result,
                     argsrepr="",
                     kwargsrepr="",

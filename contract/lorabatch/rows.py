@@ -16,6 +16,7 @@ __all__ = ["bare_result", "job_row", "result_row", "stored_job", "stored_result"
 
 
 def job_row(job: Job, now: int, publish_result: bool) -> dict[str, Any]:
+    body = job.body()
     return {
         "job_id": job.job_id,
         "tenant": job.tenant,
@@ -23,8 +24,8 @@ def job_row(job: Job, now: int, publish_result: bool) -> dict[str, Any]:
         "batch_id": job.batch_id,
         "custom_id": job.custom_id,
         "idempotency_key": job.key,
-        "request_hash": job.request_hash(),
-        "body": job.body(),
+        "request_hash": job.request_hash(body),
+        "body": body,
         "priority": job.priority,
         "publish_result": publish_result,
         "submitted_us": now,

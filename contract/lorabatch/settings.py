@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     consume: Annotated[tuple[str, ...], NoDecode] = Field(
         default=("lorabatch", "celery"), description="comma list: the queues a worker drains"
     )
+    transport: Literal["atomic", "stock"] = Field(
+        default="atomic", description="how workers fetch messages; stock: as kombu does"
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 on cuda and on CPUs that have it, else float32"

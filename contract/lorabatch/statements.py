@@ -18,8 +18,9 @@ from lorabatch.rows import result_row, stored_job, usage_row
 from lorabatch.tables import job_attempts, jobs, results, usage_events
 
 __all__ = [
+    "BODILESS",
     "chunks",
-    "end_attempt",
+    "end_attempts",
     "known_jobs",
     "lease",
     "locked",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 CHUNK = 500
+BODILESS = [column for column in jobs.c if column is not jobs.c.body]
 T = TypeVar("T")
 
 
@@ -41,10 +43,12 @@ def locked(
     job_ids: Sequence[str],
     condition: sa.ColumnElement[bool] | None = None,
     skip_locked: bool = False,
+    with_body: bool = False,
 ) -> Iterator[Any]:
     """Job rows locked for this transaction, in id order so that two callers never deadlock."""
+    columns = list(jobs.c) if with_body else BODILESS
     for chunk in chunks(sorted(set(job_ids))):
-        query = sa.select(jobs).where(jobs.c.job_id.in_(chunk)).order_by(jobs.c.job_id)
+        query = sa.select(*columns).where(jobs.c.job_id.in_(chunk)).order_by(jobs.c.job_id)
         if condition is not None:
             query = query.where(condition)
         yield from connection.execute(query.with_for_update(skip_locked=skip_locked)).all()
@@ -64,7 +68,7 @@ def known_jobs(connection: sa.Connection, asked: Sequence[Job]) -> dict[tuple[st
     return found
 
 
-def same_request(job: Job, known: dict[tuple[str, str], Any]) -> str:
+def same_request(job: Job, request_hash: str, known: dict[tuple[str, str], Any]) -> str:
     """The id that this request is known by; IdempotencyConflict if its key asked otherwise."""
     row = known.get((job.tenant, job.key))
     if row is None:
@@ -72,7 +76,7 @@ def same_request(job: Job, known: dict[tuple[str, str], Any]) -> str:
             f"job {job.job_id!r}: this id is taken by a job of another tenant or key; "
             "leave job_id out or give a new one"
         )
-    if row.request_hash != job.request_hash():
+    if row.request_hash != request_hash:
         raise IdempotencyConflict(
             f"job {job.job_id!r}: idempotency key {job.key!r} of tenant {job.tenant!r} belongs to "
             f"job {row.job_id!r}, which asks for something else; use a new key"
@@ -138,16 +142,19 @@ def write_results(connection: sa.Connection, rows: Sequence[tuple[Any, Result]],
     )
     connection.execute(results.insert(), [result_row(r, now) for _, r in rows])
     connection.execute(usage_events.insert(), [usage_row(j, r, now) for j, r in rows])
-    for row, result in rows:
-        if row.state == "running":
-            end_attempt(connection, row.job_id, row.lease_token, result.state, now)
+    end_attempts(connection, [(j, r.state) for j, r in rows if j.state == "running"], now)
 
 
-def end_attempt(
-    connection: sa.Connection, job_id: str, lease_token: int, outcome: str, now: int
-) -> None:
+def end_attempts(connection: sa.Connection, ended: Sequence[tuple[Any, str]], now: int) -> None:
+    """Note how the attempt under the token of each of these locked rows ended."""
+    if not ended:
+        return
     connection.execute(
         sa.update(job_attempts)
-        .where(job_attempts.c.job_id == job_id, job_attempts.c.lease_token == lease_token)
-        .values(outcome=outcome, finished_us=now)
+        .where(
+            job_attempts.c.job_id == sa.bindparam("id"),
+            job_attempts.c.lease_token == sa.bindparam("token"),
+        )
+        .values(outcome=sa.bindparam("how"), finished_us=now),
+        [{"id": row.job_id, "token": row.lease_token, "how": how} for row, how in ended],
     )

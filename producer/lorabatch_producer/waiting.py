@@ -1,7 +1,7 @@
 """Waiting for jobs to end, by looking at the ledger with a gentle back-off.
 
 `Watch` makes one look at a time, so that the blocking and the awaitable client share it.
-Pauses grow from 20 ms to 1 s while nothing ends. They are at least as long as 50 looks, up to 1 s,
+Pauses grow from 20 ms to 1 s while nothing ends. They are at least as long as 100 looks, up to 1 s,
 and never shorter than one look: who waits for many jobs must not take the processor from the worker
 that runs them.
 Raises JobNotFound, WaitTimeout, and for a single job JobFailed and JobCancelled.
@@ -14,14 +14,13 @@ from collections.abc import Iterable
 
 from lorabatch import Ledger, Result
 from lorabatch.errors import JobCancelled, JobFailed, JobNotFound, WaitTimeout
-from lorabatch.result import TERMINAL_STATES
 
 __all__ = ["Watch", "succeeded"]
 
 FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
 GROWTH = 1.5
-LOOKS_PER_PAUSE = 50
+LOOKS_PER_PAUSE = 100
 
 
 class Watch:
@@ -32,6 +31,7 @@ class Watch:
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._open = dict.fromkeys(job_ids)
+        self._known = False
         self._pause_s = FIRST_PAUSE_S
         self._took_s = 0.0
 
@@ -45,20 +45,25 @@ class Watch:
         Raises JobNotFound for an unknown id and WaitTimeout when time is up.
         """
         started = time.monotonic()
-        states = self._ledger.states(list(self._open))
-        for job_id in self._open:
-            if job_id not in states:
-                raise JobNotFound(f"job {job_id!r}: no such job in this ledger")
-        ended = [job_id for job_id in self._open if states[job_id] in TERMINAL_STATES]
-        found = self._ledger.results(ended) if ended else {}
+        if not self._known:
+            self._check_known()
+        found = self._ledger.results(list(self._open))
+        ended = [found[job_id] for job_id in self._open if job_id in found]
         for job_id in found:
             del self._open[job_id]
         self._took_s = time.monotonic() - started
         if found:
             self._pause_s = FIRST_PAUSE_S
         elif self._deadline is not None and time.monotonic() >= self._deadline:
-            raise self._timeout(states[next(iter(self._open))])
-        return [found[job_id] for job_id in ended if job_id in found]
+            raise self._timeout()
+        return ended
+
+    def _check_known(self) -> None:
+        states = self._ledger.states(list(self._open))
+        for job_id in self._open:
+            if job_id not in states:
+                raise JobNotFound(f"job {job_id!r}: no such job in this ledger")
+        self._known = True
 
     def pause_s(self) -> float:
         """Seconds until the next look."""
@@ -69,8 +74,9 @@ class Watch:
             pause = min(pause, max(0.0, self._deadline - time.monotonic()))
         return pause
 
-    def _timeout(self, state: str) -> WaitTimeout:
+    def _timeout(self) -> WaitTimeout:
         job_id = next(iter(self._open))
+        state = self._ledger.states([job_id]).get(job_id, "unknown")
         who = f"job {job_id!r} is {state}"
         if len(self._open) > 1:
             who = f"{len(self._open)} jobs are open, the first {job_id!r} ({state})"

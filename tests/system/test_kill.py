@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import Counter
 
 from shop import Shop, check_exactly_once, wait_until
+
+from lorabatch.tables import results, usage_events
 
 JOBS = 200
 KILLS = int(os.environ.get("KILLS", "6"))
@@ -54,4 +57,26 @@ def test_killed_workers_lose_and_repeat_nothing(any_shop: Shop) -> None:
     assert max(started.values()) > 1, "no kill hit a running job"
     assert sum(started.values()) <= JOBS + KILLS * 2 * slots  # running, and ended but not committed
     check_exactly_once(shop, accepted)
+    shop.wait_broker_empty()
+
+
+def test_kills_while_messages_are_fetched_lose_none_of_a_plain_client(shop: Shop) -> None:
+    """Such a job has no row before a worker has its message: only the broker knows of it."""
+    seed = random.randrange(2**32)
+    dice = random.Random(seed)
+    print(f"seed {seed}")
+    sent = []
+    env = {"FAKE_STEP_S": str(STEP_S), "LORABATCH_LOOKAHEAD": "64"}  # all are fetched at once
+    for kill in range(KILLS):
+        worker = shop.start(**env).wait_ready()
+        for i in range(JOBS):
+            prompt = f"prompt number {i} of {kill}"
+            sent.append(shop.generate(prompt=prompt, sampling_params={"max_new_tokens": 2}))
+        time.sleep(dice.uniform(0.0, 0.1))
+        worker.kill()
+    shop.start(**{**env, "FAKE_STEP_S": "0.001"})
+    shop.wait_ended(len(sent))
+    wanted = {result.id for result in sent}
+    assert {row.job_id for row in shop.rows(results)} == wanted
+    assert Counter(row.job_id for row in shop.rows(usage_events)) == Counter(wanted)
     shop.wait_broker_empty()

@@ -42,6 +42,29 @@ def test_a_lost_broker_connection_runs_nothing_twice(shop: Shop) -> None:
     assert "Unrecoverable" not in worker.text()
 
 
+def test_what_is_no_message_stops_no_worker(shop: Shop) -> None:
+    shop.broker.lpush("lorabatch", b"hello", b"{}")
+    worker = shop.start().wait_ready()
+    accepted = shop.accept(20)
+    shop.wait_ended(20)
+    check_exactly_once(shop, accepted)
+    shop.wait_broker_empty()
+    assert shop.broker.lrange("lorabatch:unreadable", 0, -1) == [b"{}", b"hello"]
+    assert worker.text().count('"message set aside: it cannot be read"') == 2
+
+
+def test_kombus_own_transport_does_the_same(shop: Shop) -> None:
+    worker = shop.start(LORABATCH_TRANSPORT="stock").wait_ready()
+    accepted = shop.accept(60, tokens=10)
+    some_ended(shop, 10)
+    assert shop.broker.info("commandstats")["cmdstat_brpop"]["calls"] > 0
+    worker.kill()
+    shop.start(LORABATCH_TRANSPORT="stock")
+    shop.wait_ended(60)
+    check_exactly_once(shop, accepted)
+    shop.wait_broker_empty()
+
+
 @pytest.fixture
 def admin(postgres_server: str) -> Iterator[sa.Connection]:
     engine = sa.create_engine(postgres_server, isolation_level="AUTOCOMMIT")

@@ -177,6 +177,9 @@ def test_layers_of_the_llama_kind_are_fused(kind: str, monkeypatch: pytest.Monke
     assert (paged.fused.count, paged.fused.compiled) == (wanted_count, 0)
     whole = runner_of(copy.deepcopy(model))
     assert (whole.fused.count, whole.fused.compiled) == (wanted_count, wanted_count)
+    assert (whole.direct is None) == (kind == "gemma2")
+    wrapped = runner_of(copy.deepcopy(model))
+    wrapped.direct = None
     monkeypatch.setattr(PackedWeight, "can_pack", lambda weight: False)
     apart = runner_of(copy.deepcopy(model))
     assert (apart.fused.count, apart.fused.compiled) == (wanted_count, 0)
@@ -185,7 +188,8 @@ def test_layers_of_the_llama_kind_are_fused(kind: str, monkeypatch: pytest.Monke
     assert without.fused.count == 0
     wanted = generate(without, PROMPTS, [-1] * 4, NEW, 7)
     monkeypatch.undo()
-    for runner in (paged, whole, apart):
+    assert paged.direct is apart.direct is None
+    for runner in (paged, whole, wrapped, apart):
         assert_same_logits(generate(runner, PROMPTS, [-1] * 4, NEW, 7), wanted)
 
 

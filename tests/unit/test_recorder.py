@@ -99,8 +99,8 @@ def test_the_order_is_commit_publish_end(bench: Bench, monkeypatch: pytest.Monke
     (claim,) = bench.claim("a")
     record = bench.ledger.record
 
-    def noting(outcomes: Sequence[Outcome]) -> set[str]:
-        written = record(outcomes)
+    def noting(outcomes: Sequence[Outcome], started: Sequence[Claim]) -> set[str]:
+        written = record(outcomes, started)
         bench.log.append("commit")
         return written
 
@@ -132,9 +132,9 @@ def test_groups_that_follow_one_another_are_large(
     first, second, third = (outcome(claim) for claim in bench.claim("a", "b", "c"))
     record, sizes = bench.ledger.record, []
 
-    def noting(outcomes: Sequence[Outcome]) -> set[str]:
+    def noting(outcomes: Sequence[Outcome], started: Sequence[Claim]) -> set[str]:
         sizes.append(len(outcomes))
-        return record(outcomes)
+        return record(outcomes, started)
 
     monkeypatch.setattr(bench.ledger, "record", noting)
     bench.recorder.put([first])
@@ -152,11 +152,11 @@ def test_an_outage_is_waited_out_and_ends_nothing(
     (claim,) = bench.claim("a")
     record, tries = bench.ledger.record, []
 
-    def failing(outcomes: Sequence[Outcome]) -> set[str]:
+    def failing(outcomes: Sequence[Outcome], started: Sequence[Claim]) -> set[str]:
         tries.append(list(bench.log))
         if len(tries) <= 3:
             raise sa.exc.OperationalError("INSERT", {}, Exception("server closed"))
-        return record(outcomes)
+        return record(outcomes, started)
 
     monkeypatch.setattr(bench.ledger, "record", failing)
     bench.recorder.put([outcome(claim)])
@@ -169,9 +169,12 @@ def test_one_bad_outcome_does_not_take_its_group_along(bench: Bench) -> None:
     good, bad, other = bench.claim("good", "bad", "other")
     broken = outcome(bad)
     broken = Outcome(bad, broken.result.model_copy(update={"seed": 2**70}))
+    bench.recorder.started([good, bad, other])
     bench.recorder.put([outcome(good), broken, outcome(other)])
     wait_until(lambda: bench.ends() == 3)
     assert bench.ledger.counts() == {"succeeded": 2, "failed": 1}
+    with bench.ledger.engine.connect() as connection:
+        assert connection.scalars(sa.select(jobs.c.attempts)).all() == [1, 1, 1]
     result = bench.ledger.results(["bad"])["bad"]
     assert result.error is not None
     assert result.error.code == "engine_fault"

@@ -14,6 +14,7 @@ from celery import Celery
 
 from lorabatch.queue import TASK_NAME, make_app
 from lorabatch.settings import Settings
+from lorabatch_worker import transport
 from lorabatch_worker.logs import own_logging
 from lorabatch_worker.runner import Runner
 from lorabatch_worker.visibility import VisibilityHeartbeat
@@ -33,6 +34,8 @@ def make_worker_app(
     settings: Settings, runner_factory: Callable[[Settings], Runner] | None = None
 ) -> Celery:
     """The app that a worker runs. Other tasks may be registered on it and run on threads."""
+    if settings.transport == "atomic":
+        transport.use_in_this_process()
     app = make_app(settings)
     app.conf.update(
         worker_pool="lorabatch_worker.pool:EnginePool",

@@ -12,7 +12,7 @@ __all__ = ["GROUP_MAX", "Grouping"]
 
 GROUP_MAX = 256
 WAIT_S = 0.005
-EVERY_S = 0.1
+EVERY_S = 0.25
 
 
 class Grouping:

@@ -1,7 +1,8 @@
 """The base model as a function from a step to logits.
 
 Owns the model, its KV cache and its LoRA sites. The model is called as transformers calls it,
-without its cache protocol: the attention function reads the step from the context. Raises
+without its cache protocol (the attention function reads the step from the context), or directly,
+where it is one that direct.py knows. Raises
 UnsupportedModel when it is built on a model that it would compute wrong.
 """
 
@@ -18,6 +19,7 @@ from lorabatch_worker.attention import IMPLEMENTATION, register
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.block_manager import BlockManager, PagedBlocks
 from lorabatch_worker.decoder_layer import fuse_layers
+from lorabatch_worker.direct import DirectModel
 from lorabatch_worker.graphs import Capture, CudaCapture, DecodeGraphs, GraphSizes
 from lorabatch_worker.kv_cache import KVCache
 from lorabatch_worker.lora_layers import attach_sites, own_weights, pack_head
@@ -76,6 +78,7 @@ class ModelRunner:
         pack_head(self.model)
         own_weights(self.model)
         self.fused = fuse_layers(self.model, self.cache, attend)
+        self.direct = DirectModel.of(self.model)
         self._make_current()
         self.graphs: DecodeGraphs | None = None
         check_attention(self, name, wanted)
@@ -106,16 +109,19 @@ class ModelRunner:
 
     def _compute(self, step: Step) -> Tensor:
         self.context.enter(step)
-        keep: dict[str, Any] = {"logits_to_keep": step.sample_index} if self._keeps_logits else {}
         try:
-            logits: Tensor = self.model(
-                input_ids=step.input_ids[None],
-                position_ids=step.position_ids[None],
-                use_cache=False,
-                **keep,
-            ).logits[0]
+            return self._transformers(step) if self.direct is None else self.direct(step)
         finally:
             self.context.enter(None)
+
+    def _transformers(self, step: Step) -> Tensor:
+        keep: dict[str, Any] = {"logits_to_keep": step.sample_index} if self._keeps_logits else {}
+        logits: Tensor = self.model(
+            input_ids=step.input_ids[None],
+            position_ids=step.position_ids[None],
+            use_cache=False,
+            **keep,
+        ).logits[0]
         return logits if self._keeps_logits else logits[step.sample_index]
 
     def _make_current(self) -> None:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 import structlog
 
 from lorabatch.ledger import Claim, Ledger, Outcome
-from lorabatch.result import ErrorInfo, Usage
+from lorabatch.result import ErrorInfo, Result, Usage
 from lorabatch_worker.grouping import GROUP_MAX, Grouping
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.publisher import Publisher
@@ -73,9 +73,9 @@ class Recorder:
         last = False
         while not last:
             group, last = self._next_group()
+            started, self._started = self._started, []
             try:
-                self._count_starts()
-                self._record(group)
+                self._record(group, started)
             except Stopped:
                 return
             except Exception as error:  # noqa: BLE001 - the thread must outlive any one group
@@ -104,19 +104,19 @@ class Recorder:
         self._grouping.end()
         return list(group.values()), item is None
 
-    def _count_starts(self) -> None:
-        started, self._started = self._started, []
-        if started:
-            until_it_works("start", self._stop, lambda: self._ledger.mark_started(started))
-
-    def _record(self, group: Sequence[Outcome]) -> None:
+    def _record(self, group: Sequence[Outcome], started: Sequence[Claim] = ()) -> None:
         if not group:
+            if started:
+                until_it_works("start", self._stop, lambda: self._ledger.mark_started(started))
             return
         try:
-            written = until_it_works("record", self._stop, lambda: self._ledger.record(group))
+            written = until_it_works(
+                "record", self._stop, lambda: self._ledger.record(group, started)
+            )
         except Stopped:
             raise
         except Exception as error:  # noqa: BLE001 - one bad outcome must not stop its group
+            self._record([], started)
             if len(group) == 1:
                 self._refused(group[0], error)
             else:
@@ -141,11 +141,17 @@ class Recorder:
 
     def _settle(self, group: Sequence[Outcome], written: set[str]) -> None:
         """The committed are published and acknowledged; the stale are asked about again."""
-        ids = sorted(written)
-        stored = until_it_works("read", self._stop, lambda: self._ledger.results(ids))
-        for outcome in group:
+        ended = [(outcome, self._live.pop(outcome.claim)) for outcome in group]
+        ids = [
+            outcome.result.job_id
+            for outcome, deliveries in ended
+            if outcome.claim.publish_result or any(delivery.publish for delivery in deliveries)
+        ]
+        stored: dict[str, Result] = {}
+        if ids:  # read back with the ledger's times
+            stored = until_it_works("read", self._stop, lambda: self._ledger.results(ids))
+        for outcome, deliveries in ended:
             job_id = outcome.claim.job.job_id
-            deliveries = self._live.pop(outcome.claim)
             if job_id in written:
                 extra = [job_id] if outcome.claim.publish_result else []
                 self._publisher.put(stored.get(job_id, outcome.result), deliveries, extra)

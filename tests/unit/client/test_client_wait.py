@@ -92,7 +92,7 @@ def test_looking_takes_a_small_part_of_the_time(ledger: Ledger) -> None:
     ledger.accept([Job(job_id=job_id, prompt="a")])
     watch = Watch(ledger, [job_id], None)
     watch.look()
-    watch._took_s = 0.01
+    watch._took_s = 0.005
     assert watch.pause_s() == pytest.approx(0.5)
     watch._took_s = 0.3
     assert watch.pause_s() == 1.0
