@@ -45,12 +45,12 @@ parity: setup
 # Repeats are meant for 40 minutes on two cores; bench/README.md has what takes longer.
 bench: setup
 	$(VENV)/bin/python -m bench.throughput --adapters 32 0 --repeats 5 --dtype $(BENCH_DTYPE)
-	$(VENV)/bin/python -m bench.adapters --repeats 4 --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.adapters --repeats 5 --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.breakdown --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.latency --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.context --contexts 128 512 2048 --repeats 1 --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.prefix --repeats 1 --dtype $(BENCH_DTYPE)
-	$(VENV)/bin/python -m bench.end_to_end --repeats 2 --dtype $(BENCH_DTYPE)
+	$(VENV)/bin/python -m bench.end_to_end --repeats 5 --dtype $(BENCH_DTYPE)
 	$(VENV)/bin/python -m bench.kernels --quick
 	$(VENV)/bin/python -m bench.goals
 	$(VENV)/bin/python -m bench.plots

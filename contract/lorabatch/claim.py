@@ -1,13 +1,14 @@
-"""What the ledger hands to a worker and takes back: a claim on a job, and its outcome."""
+"""What the ledger hands to a worker and takes back: a claim on a job, its start and its outcome."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from lorabatch.job import Job
 from lorabatch.result import Result
 
-__all__ = ["Claim", "Outcome"]
+__all__ = ["Claim", "Outcome", "Start"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,18 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Start:
+    """A claimed job begins to run: an attempt. `at_s` is by this process's monotonic clock, because
+    the ledger hears of it later."""
+
+    claim: Claim
+    at_s: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What an attempt ended as, to be recorded if its claim still stands."""
+    """What an attempt ended as, to be recorded if its claim still stands; `at_s` as Start's."""
 
     claim: Claim
     result: Result
+    at_s: float = field(default_factory=time.monotonic)

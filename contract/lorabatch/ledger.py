@@ -12,13 +12,13 @@ Raises IdempotencyConflict, JobNotFound; database errors pass through for the ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from lorabatch.claim import Claim, Outcome
+from lorabatch.claim import Claim, Outcome, Start
 from lorabatch.database import now_us
 from lorabatch.errors import JobNotFound
 from lorabatch.job import Job
@@ -26,17 +26,21 @@ from lorabatch.result import ErrorInfo, JobState, Result
 from lorabatch.rows import bare_result, job_row, stored_result
 from lorabatch.statements import (
     BODILESS,
+    Ended,
+    ago_us,
     chunks,
+    count_starts,
     end_attempts,
     known_jobs,
     lease,
     locked,
     same_request,
+    stands,
     write_results,
 )
 from lorabatch.tables import batches, jobs, results
 
-__all__ = ["Claim", "Ledger", "Message", "Outcome"]
+__all__ = ["Claim", "Ledger", "Message", "Outcome", "Start"]
 
 
 class Message(NamedTuple):
@@ -167,11 +171,12 @@ class Ledger:
             rows = list(locked(connection, job_ids, free, skip_locked=True, with_body=True))
             return lease(connection, rows, owner, now, now + round(lease_s * 1e6))
 
-    def mark_started(self, claims: Sequence[Claim]) -> None:
-        """Count an attempt for claimed jobs that begin to run now: what was only fetched ahead
+    def mark_started(self, starts: Sequence[Start]) -> None:
+        """Count an attempt for claimed jobs that have begun to run: what was only fetched ahead
         when a worker died has lost nothing."""
         with self.engine.begin() as connection:
-            _count_starts(connection, claims, self._now(connection))
+            rows = _by_id(locked(connection, [start.claim.job.job_id for start in starts]))
+            count_starts(connection, starts, rows, self._now(connection))
 
     def renew(self, claims: Sequence[Claim], lease_s: float) -> tuple[set[str], set[str]]:
         """Extend leases: (jobs whose lease is no longer ours, jobs asked to be cancelled)."""
@@ -198,9 +203,9 @@ class Ledger:
 
     def release(self, claims: Sequence[Claim]) -> None:
         """Hand jobs back unrun, as queued; one whose lease was lost is left alone."""
-        tokens = {claim.job.job_id: claim.lease_token for claim in claims}
         with self.engine.begin() as connection:
-            held = _standing(connection, tokens)
+            rows = _by_id(locked(connection, [claim.job.job_id for claim in claims]))
+            held = [rows[c.job.job_id] for c in claims if stands(rows.get(c.job.job_id), c)]
             if not held:
                 return
             connection.execute(
@@ -211,21 +216,27 @@ class Ledger:
             )
             end_attempts(connection, [(row, "released") for row in held], self._now(connection))
 
-    def record(self, outcomes: Sequence[Outcome], started: Sequence[Claim] = ()) -> set[str]:
+    def record(self, outcomes: Sequence[Outcome], starts: Sequence[Start] = ()) -> set[str]:
         """Write results, usage and final states in one transaction: the job ids written.
 
-        An outcome whose claim no longer stands is left out: somebody else has the job. `started`
-        is what `mark_started` takes, done first, in the same transaction.
+        An outcome whose claim no longer stands is left out: somebody else has the job. `starts`
+        are counted first, as by `mark_started`.
         """
-        by_id = {outcome.claim.job.job_id: outcome for outcome in outcomes}
+        ids = [outcome.claim.job.job_id for outcome in outcomes]
+        ids += [start.claim.job.job_id for start in starts]
         with self.engine.begin() as connection:
             now = self._now(connection)
-            if started:
-                _count_starts(connection, started, now)
-            tokens = {job_id: outcome.claim.lease_token for job_id, outcome in by_id.items()}
-            rows = [(row, by_id[row.job_id].result) for row in _standing(connection, tokens)]
-            write_results(connection, rows, now)
-        return {row.job_id for row, _ in rows}
+            rows = _by_id(locked(connection, ids))
+            begun = count_starts(connection, starts, rows, now)
+            ended = []
+            for outcome in outcomes:
+                row: Any = rows.get(outcome.claim.job.job_id)
+                if stands(row, outcome.claim):
+                    started = begun.get(row.job_id, row.started_us)
+                    finished = max(started, now - ago_us(outcome.at_s))
+                    ended.append(Ended(row, outcome.result, started, finished))
+            write_results(connection, ended, now)
+        return {job.row.job_id for job in ended}
 
     def reject(self, job_id: str, tenant: str, error: ErrorInfo) -> None:
         """Record a message that is no valid job as a failed job, unless the id is known."""
@@ -273,24 +284,10 @@ class Ledger:
         return int(connection.scalar(sa.select(now_us())) or 0)
 
     def _write(self, connection: sa.Connection, row: Any, result: Result) -> None:
-        write_results(connection, [(row, result)], self._now(connection))
+        now = self._now(connection)
+        started = row.started_us if row.state == "running" else now
+        write_results(connection, [Ended(row, result, started, now)], now)
 
 
-def _standing(connection: sa.Connection, tokens: Mapping[str, int]) -> list[Any]:
-    """Those of these jobs' rows, locked, that still run under the token given for each."""
-    return [
-        row
-        for row in locked(connection, list(tokens))
-        if row.state == "running" and row.lease_token == tokens[row.job_id]
-    ]
-
-
-def _count_starts(connection: sa.Connection, claims: Sequence[Claim], now: int) -> None:
-    begun = _standing(connection, {claim.job.job_id: claim.lease_token for claim in claims})
-    if begun:
-        connection.execute(
-            sa.update(jobs)
-            .where(jobs.c.job_id == sa.bindparam("id"))
-            .values(attempts=jobs.c.attempts + 1, started_us=now),
-            [{"id": row.job_id} for row in begun],
-        )
+def _by_id(rows: Iterable[Any]) -> dict[str, Any]:
+    return {row.job_id: row for row in rows}

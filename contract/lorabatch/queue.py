@@ -72,7 +72,8 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
     """
     try:
         with app.producer_or_acquire() as producer, producer.batch(SEND_BATCH):
-            producer.maybe_declare(app.amqp.queues[queue])
+            policy = app.conf.task_publish_retry_policy
+            producer.maybe_declare(app.amqp.queues[queue], retry=True, **policy)
             for message in messages:
                 app.send_task(
                     TASK_NAME,

@@ -110,8 +110,7 @@ def result_row(result: Result, now: int) -> dict[str, Any]:
     }
 
 
-def usage_row(row: Any, result: Result, now: int) -> dict[str, Any]:
-    started = row.started_us if row.state == "running" else now
+def usage_row(row: Any, result: Result, started: int, finished: int, now: int) -> dict[str, Any]:
     return {
         "event_key": f"{row.job_id}/generation",
         "job_id": row.job_id,
@@ -125,9 +124,9 @@ def usage_row(row: Any, result: Result, now: int) -> dict[str, Any]:
         "input_tokens": result.usage.prompt_tokens,
         "cached_tokens": result.usage.cached_tokens,
         "output_tokens": result.usage.output_tokens,
-        "queue_us": started - row.submitted_us,
-        "run_us": now - started,
+        "queue_us": max(0, started - row.submitted_us),
+        "run_us": max(0, finished - started),
         "billable": result.state == "succeeded",
-        "occurred_us": now,
+        "occurred_us": finished,
         "recorded_us": now,
     }

@@ -256,6 +256,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def in_hand(self) -> int:
+        """Jobs that a worker fetches at most before it has ended some."""
+        return self.max_seqs * self.lookahead
+
+    @property
     def embedded_broker(self) -> bool:
         return self.broker_url is None
 

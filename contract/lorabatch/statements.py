@@ -5,12 +5,13 @@ Raises IdempotencyConflict; database errors pass through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
 
-from lorabatch.claim import Claim
+from lorabatch.claim import Claim, Start
 from lorabatch.errors import IdempotencyConflict
 from lorabatch.job import Job
 from lorabatch.result import Result
@@ -19,12 +20,16 @@ from lorabatch.tables import job_attempts, jobs, results, usage_events
 
 __all__ = [
     "BODILESS",
+    "Ended",
+    "ago_us",
     "chunks",
+    "count_starts",
     "end_attempts",
     "known_jobs",
     "lease",
     "locked",
     "same_request",
+    "stands",
     "write_results",
 ]
 
@@ -125,24 +130,64 @@ def lease(
     return claims
 
 
-def write_results(connection: sa.Connection, rows: Sequence[tuple[Any, Result]], now: int) -> None:
-    """End jobs: their rows as they were locked, each with its result."""
-    if not rows:
+class Ended(NamedTuple):
+    """A job's row as it was locked, its result, and when it began and ended."""
+
+    row: Any
+    result: Result
+    started_us: int
+    finished_us: int
+
+
+def write_results(connection: sa.Connection, ended: Sequence[Ended], now: int) -> None:
+    """End jobs."""
+    if not ended:
         return
     connection.execute(
         sa.update(jobs)
         .where(jobs.c.job_id == sa.bindparam("id"))
         .values(
             state=sa.bindparam("to"),
-            finished_us=now,
+            finished_us=sa.bindparam("at"),
             lease_owner=None,
             lease_expires_us=None,
         ),
-        [{"id": row.job_id, "to": result.state} for row, result in rows],
+        [{"id": e.row.job_id, "to": e.result.state, "at": e.finished_us} for e in ended],
     )
-    connection.execute(results.insert(), [result_row(r, now) for _, r in rows])
-    connection.execute(usage_events.insert(), [usage_row(j, r, now) for j, r in rows])
-    end_attempts(connection, [(j, r.state) for j, r in rows if j.state == "running"], now)
+    connection.execute(results.insert(), [result_row(e.result, now) for e in ended])
+    connection.execute(usage_events.insert(), [usage_row(*e, now) for e in ended])
+    running = [(e.row, e.result.state) for e in ended if e.row.state == "running"]
+    end_attempts(connection, running, now)
+
+
+def count_starts(
+    connection: sa.Connection, starts: Sequence[Start], rows: Mapping[str, Any], now: int
+) -> dict[str, int]:
+    """Count an attempt for those of these whose claim stands, by their locked rows: when each
+    began."""
+    begun = {}
+    for start in starts:
+        row: Any = rows.get(start.claim.job.job_id)
+        if stands(row, start.claim):
+            begun[row.job_id] = max(row.submitted_us, now - ago_us(start.at_s))
+    if begun:
+        connection.execute(
+            sa.update(jobs)
+            .where(jobs.c.job_id == sa.bindparam("id"))
+            .values(attempts=jobs.c.attempts + 1, started_us=sa.bindparam("at")),
+            [{"id": job_id, "at": at_us} for job_id, at_us in begun.items()],
+        )
+    return begun
+
+
+def stands(row: Any, claim: Claim) -> bool:
+    """Whether a job, by its locked row, still runs under this claim."""
+    return row is not None and row.state == "running" and row.lease_token == claim.lease_token
+
+
+def ago_us(at_s: float) -> int:
+    """Microseconds since a time of this process's monotonic clock."""
+    return max(0, round((time.monotonic() - at_s) * 1e6))
 
 
 def end_attempts(connection: sa.Connection, ended: Sequence[tuple[Any, str]], now: int) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result, Usage
 from lorabatch.errors import IdempotencyConflict, JobNotFound
-from lorabatch.ledger import Claim, Outcome
+from lorabatch.ledger import Claim, Outcome, Start
 from lorabatch.result import ErrorInfo
-from lorabatch.tables import job_attempts, results, usage_events
+from lorabatch.tables import job_attempts, jobs, results, usage_events
 
 
 def job(**fields: object) -> Job:
@@ -98,10 +99,10 @@ def test_only_runs_count_as_attempts(ledger: Ledger) -> None:
     one = job()
     ledger.accept([one])
     stale = ledger.claim([one.job_id], "first", -1)[one.job_id]
-    ledger.mark_started([stale])
+    ledger.mark_started([Start(stale)])
     fresh = ledger.claim([one.job_id], "second", -1)[one.job_id]
     assert fresh.attempt == 2
-    ledger.mark_started([stale])
+    ledger.mark_started([Start(stale)])
     assert ledger.claim([one.job_id], "third", 30)[one.job_id].attempt == 2
 
 
@@ -145,6 +146,36 @@ def test_usage_is_written_with_the_result(ledger: Ledger) -> None:
     assert event.batch_id == "b"
     assert event.queue_us >= 0
     assert event.run_us >= 0
+
+
+def test_times_are_those_of_the_run_not_of_the_transaction(ledger: Ledger) -> None:
+    one = job()
+    ledger.accept([one])
+    with ledger.engine.begin() as connection:
+        connection.execute(jobs.update().values(submitted_us=jobs.c.submitted_us - 60_000_000))
+    claim = ledger.claim([one.job_id], "me", 30)[one.job_id]
+    now_s = time.monotonic()
+    ended = Outcome(claim, outcome(claim).result, at_s=now_s - 10)
+    ledger.record([ended], [Start(claim, at_s=now_s - 30)])
+    (event,) = rows(ledger, usage_events)
+    assert event.run_us == pytest.approx(20e6, abs=2e3)
+    assert event.queue_us == pytest.approx(30e6, rel=0.2)
+    assert event.recorded_us - event.occurred_us == pytest.approx(10e6, rel=0.2)
+    (row,) = rows(ledger, jobs)
+    assert row.attempts == 1
+    assert row.finished_us - row.started_us == event.run_us
+
+
+def test_a_start_and_an_outcome_of_a_lost_lease_are_left_out_together(ledger: Ledger) -> None:
+    one, two = job(), job()
+    ledger.accept([one, two])
+    stale = ledger.claim([one.job_id], "first", -1)[one.job_id]
+    ledger.claim([one.job_id], "second", 30)
+    mine = ledger.claim([two.job_id], "first", 30)[two.job_id]
+    starts = [Start(stale), Start(mine)]
+    assert ledger.record([outcome(stale), outcome(mine)], starts) == {two.job_id}
+    attempts = {row.job_id: row.attempts for row in rows(ledger, jobs)}
+    assert attempts == {one.job_id: 0, two.job_id: 1}
 
 
 def test_a_failing_usage_row_takes_the_result_with_it(ledger: Ledger) -> None:

@@ -13,7 +13,7 @@ import redis
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result, Settings
-from lorabatch.ledger import Message
+from lorabatch.ledger import Message, Start
 from lorabatch.queue import make_app, send
 from lorabatch.tables import jobs
 from lorabatch_worker.delivery import Delivery
@@ -132,7 +132,7 @@ def test_a_job_leased_elsewhere_is_held_and_taken_over_when_the_lease_ran_out(
 ) -> None:
     bench.ledger.accept([Job(job_id="a", prompt="x")])
     (other,) = bench.ledger.claim(["a"], "other", 600).values()
-    bench.ledger.mark_started([other])
+    bench.ledger.mark_started([Start(other)])
     bench.start()
     bench.deliver("a")
     wait_until(lambda: bench.live.counts() == {"live": 0, "held": 1})
@@ -163,7 +163,8 @@ def _waiting(bench: Bench) -> list[list[Delivery]]:
 def test_too_many_attempts_end_a_job(bench: Bench) -> None:
     bench.ledger.accept([Job(job_id="poison", prompt="x")])
     for _ in range(3):
-        bench.ledger.mark_started(list(bench.ledger.claim(["poison"], "crashing", -1).values()))
+        claims = bench.ledger.claim(["poison"], "crashing", -1).values()
+        bench.ledger.mark_started([Start(claim) for claim in claims])
     bench.start()
     bench.deliver("poison")
     wait_until(lambda: "poison" in bench.ended)

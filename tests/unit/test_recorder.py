@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result, Usage
-from lorabatch.ledger import Claim, Outcome
+from lorabatch.ledger import Claim, Outcome, Start
 from lorabatch.tables import jobs
 from lorabatch_worker import grouping, recorder
 from lorabatch_worker.delivery import Delivery
@@ -99,8 +99,8 @@ def test_the_order_is_commit_publish_end(bench: Bench, monkeypatch: pytest.Monke
     (claim,) = bench.claim("a")
     record = bench.ledger.record
 
-    def noting(outcomes: Sequence[Outcome], started: Sequence[Claim]) -> set[str]:
-        written = record(outcomes, started)
+    def noting(outcomes: Sequence[Outcome], starts: Sequence[Start]) -> set[str]:
+        written = record(outcomes, starts)
         bench.log.append("commit")
         return written
 
@@ -128,13 +128,14 @@ def test_groups_that_follow_one_another_are_large(
 ) -> None:
     monkeypatch.setattr(grouping, "WAIT_S", 0.0)
     monkeypatch.setattr(grouping, "EVERY_S", 3600.0)
+    monkeypatch.setattr(grouping, "RATE", 1e-6)
     monkeypatch.setattr(recorder, "GROUP_MAX", 2)
     first, second, third = (outcome(claim) for claim in bench.claim("a", "b", "c"))
     record, sizes = bench.ledger.record, []
 
-    def noting(outcomes: Sequence[Outcome], started: Sequence[Claim]) -> set[str]:
+    def noting(outcomes: Sequence[Outcome], starts: Sequence[Start]) -> set[str]:
         sizes.append(len(outcomes))
-        return record(outcomes, started)
+        return record(outcomes, starts)
 
     monkeypatch.setattr(bench.ledger, "record", noting)
     bench.recorder.put([first])
@@ -146,17 +147,28 @@ def test_groups_that_follow_one_another_are_large(
     assert sizes == [1, 2]
 
 
+def test_a_worker_with_few_jobs_gathers_for_less_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouping.time, "monotonic", lambda: 100.0)
+    for in_hand, gather_s in ((1000, grouping.EVERY_S), (4, 4 / grouping.RATE)):
+        groups = grouping.Grouping(in_hand)
+        groups.begin()
+        assert groups.left_s() == pytest.approx(grouping.WAIT_S)
+        groups.end()
+        groups.begin()
+        assert groups.left_s() == pytest.approx(gather_s)
+
+
 def test_an_outage_is_waited_out_and_ends_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (claim,) = bench.claim("a")
     record, tries = bench.ledger.record, []
 
-    def failing(outcomes: Sequence[Outcome], started: Sequence[Claim]) -> set[str]:
+    def failing(outcomes: Sequence[Outcome], starts: Sequence[Start]) -> set[str]:
         tries.append(list(bench.log))
         if len(tries) <= 3:
             raise sa.exc.OperationalError("INSERT", {}, Exception("server closed"))
-        return record(outcomes, started)
+        return record(outcomes, starts)
 
     monkeypatch.setattr(bench.ledger, "record", failing)
     bench.recorder.put([outcome(claim)])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import kombu.transport
 import pytest
 import redis
 from kombu import Connection, Queue
 from kombu.asynchronous import Hub
+from kombu.transport import TRANSPORT_ALIASES
 
 from lorabatch import Settings
 from lorabatch.ledger import Message
@@ -30,10 +33,13 @@ class Desk:
         self.got: list[Any] = []
         self.open(0)
 
-    def open(self, prefetch: int, queues: str = "lorabatch celery", **options: Any) -> None:
+    def open(
+        self, prefetch: int, queues: str = "lorabatch celery", prefix: str = "", **options: Any
+    ) -> None:
         self.hub = Hub()
         kind = f"{Transport.__module__}:{Transport.__name__}"
-        self.connection = Connection(self.url, transport=kind)
+        keys = {"global_keyprefix": prefix}
+        self.connection = Connection(self.url, transport=kind, transport_options=keys)
         self.connection.register_with_event_loop(self.hub)
         self.channel = self.connection.default_channel
         self.channel.basic_qos(0, prefetch, False)
@@ -52,7 +58,7 @@ class Desk:
         for _ in range(rounds):
             self.hub.call_later(0.02, lambda: None)
             next(self.hub.loop)
-        return [message.headers["id"] for message in self.got[before:]]
+        return [message.headers.get("id") for message in self.got[before:]]
 
     def noted(self) -> tuple[int, int]:
         """Messages that the server knows to be in somebody's hands, in the hash and the index."""
@@ -165,11 +171,17 @@ def test_a_lost_connection_loses_no_acknowledgement_for_good(desk: Desk) -> None
     assert desk.noted() in {(0, 0), (2, 2)}, "told, or given out again later"
 
 
+ROUTE = {"exchange": "", "routing_key": "lorabatch"}
+
+
 def bad_body(**properties: Any) -> bytes:
-    route = {"exchange": "", "routing_key": "lorabatch"}
-    known = {"body_encoding": "base64", "delivery_tag": "t", "delivery_info": route}
+    known = {"body_encoding": "base64", "delivery_tag": "t", "delivery_info": ROUTE}
     message = {"body": "a", "headers": {}, "properties": {**known, **properties}}
     return json.dumps(message).encode()
+
+
+def good_body(**properties: Any) -> bytes:
+    return bad_body(body_encoding=None, **properties)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +199,11 @@ def bad_body(**properties: Any) -> bytes:
         bad_body(body_encoding="x"),
         bad_body().replace(b'"t"', b'"\xff"'),
         bad_body(reply_to="-").replace(b"-", b"\xff"),
+        good_body(deep="-").replace(b'"-"', b"[" * 970 + b"]" * 970),
+        good_body(number="-").replace(b'"-"', b"nan"),
+        good_body(delivery_info={"exchange": ""}),
+        good_body(delivery_info={**ROUTE, "routing_key": 7}),
+        good_body(delivery_info={**ROUTE, "routing_key": "-"}).replace(b'"-"', b"1e999"),
     ],
 )
 def test_what_is_no_message_is_set_aside(desk: Desk, raw: bytes) -> None:
@@ -201,6 +218,75 @@ def test_what_is_no_message_is_set_aside(desk: Desk, raw: bytes) -> None:
     assert desk.noted() == (0, 0)
 
 
+def test_text_that_is_no_unicode_is_still_a_message(desk: Desk) -> None:
+    """Its prompt is refused by name further on; half an emoji must not look like no message."""
+    for text in ("\ud83d", "a \\ud83d \udcff"):
+        desk.app.send_task("t", kwargs={"prompt": text}, task_id="cut", queue="lorabatch")
+    assert desk.run() == ["cut", "cut"]
+    assert desk.got[1].payload[1] == {"prompt": "a \\ud83d \udcff"}
+    assert not desk.server.exists("lorabatch:unreadable")
+
+
+def test_a_route_may_be_null_or_no_text(desk: Desk) -> None:
+    desk.server.lpush("lorabatch", good_body(delivery_info={**ROUTE, "exchange": None}))
+    desk.server.lpush("lorabatch", good_body(delivery_info={**ROUTE, "exchange": 1e999}))
+    desk.run()
+    assert len(desk.got) == 2
+    assert desk.server.hvals(UNACKED)[0].endswith(b',"","lorabatch"]')
+
+
+def test_a_note_that_cannot_be_restored_stops_no_restore(desk: Desk) -> None:
+    desk.send("a", "b")
+    desk.run()
+    desk.server.hset(UNACKED, "bad", b"nan")
+    desk.server.hset(UNACKED, "void", json.dumps([{"properties": {}}, "", None]))
+    desk.server.zadd(INDEX, dict.fromkeys(["bad", "void", *desk.channel.qos._delivered], 1))
+    desk.channel.qos._delivered.clear()
+    desk.channel.qos.restore_visible(interval=1)
+    assert sorted(desk.run()) == ["a", "b"]
+    assert desk.noted() == (2, 2)
+    assert desk.server.llen("unacked:unreadable") == 2
+
+
+def test_a_reply_is_waited_for_as_kombu_does_it(desk: Desk) -> None:
+    """celery's mingle waits for replies once the connection is in the loop, which stands still."""
+    with pytest.raises(TimeoutError):
+        desk.connection.drain_events(timeout=0.05)
+    timer = threading.Timer(0.3, desk.send, ["a"])
+    timer.start()
+    desk.connection.drain_events(timeout=5)
+    timer.join()
+    assert [message.headers["id"] for message in desk.got] == ["a"]
+    desk.send("b")
+    assert desk.run() == ["b"]
+    for message in desk.got:
+        message.ack()
+    desk.run()
+    assert desk.noted() == (0, 0)
+
+
+def test_a_key_prefix_is_left_to_kombu(desk: Desk) -> None:
+    desk.close()
+    desk.open(0, prefix="x:")
+    before = calls(desk, "eval")
+    with desk.connection.Producer() as producer:
+        producer.publish({}, headers={"id": "a"}, exchange="", routing_key="lorabatch")
+    assert desk.run() == ["a"]
+    assert calls(desk, "eval") == before
+    assert desk.server.hlen("x:unacked") == 1
+
+
+def test_a_process_that_used_the_broker_before_gets_this_transport(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kombu.transport, "TRANSPORT_ALIASES", dict(TRANSPORT_ALIASES))
+    monkeypatch.setattr(kombu.transport, "_transport_cache", {})
+    assert not isinstance(Connection(desk.url).transport, Transport)
+    transport.use_in_this_process()
+    assert isinstance(Connection(desk.url).transport, Transport)
+    assert isinstance(Connection(desk.url.replace("redis", "rediss")).transport, Transport)
+
+
 def test_a_consumer_without_acknowledgements_leaves_no_note(desk: Desk) -> None:
     desk.close()
     desk.open(0, no_ack=True)
@@ -210,12 +296,16 @@ def test_a_consumer_without_acknowledgements_leaves_no_note(desk: Desk) -> None:
 
 
 def test_a_server_that_refuses_is_a_lost_connection(desk: Desk) -> None:
+    desk.send("a")
     desk.server.config_set("min-replicas-to-write", 1)
     try:
         with pytest.raises(redis.ConnectionError, match="refused to give messages"):
             desk.run()
     finally:
         desk.server.config_set("min-replicas-to-write", 0)
+    desk.close()
+    desk.open(0)
+    assert desk.run() == ["a"]
 
 
 def test_without_a_loop_all_is_as_kombu_does_it(desk: Desk) -> None:

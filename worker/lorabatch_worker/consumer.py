@@ -5,7 +5,7 @@ while an acknowledgement runs on the hub, ends the worker; the message is given 
 ends the next one. Here a generate message that cannot be read becomes a recorded failure, any
 other is rejected, and an acknowledgement on a channel that is gone is logged: the broker gives
 that message out again. Raises the broker's connection errors, on which Celery reconnects.
-Not covered: bytes in the queue that are no kombu message, which fail inside the transport.
+Bytes in the queue that are no kombu message are the transport's (transport.py).
 """
 
 from __future__ import annotations

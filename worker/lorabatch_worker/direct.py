@@ -36,7 +36,10 @@ class DirectModel:
         if type(model).__name__ not in CLASSES:
             return None
         first, *others = model.model.layers
-        return None if others or not isinstance(first, CompiledLayers) else cls(model, first)
+        if others or not isinstance(first, CompiledLayers):
+            return None
+        same = model.model.norm.weight.dtype == model.model.embed_tokens.weight.dtype
+        return cls(model, first) if same else None
 
     def __call__(self, step: Step) -> Tensor:
         """Logits [n, vocabulary] of the n tokens that are sampled."""

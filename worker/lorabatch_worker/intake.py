@@ -68,7 +68,7 @@ class Intake:
         self._p = parts
         self._stop = threading.Event()
         self._queue: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
-        self._grouping = Grouping()
+        self._grouping = Grouping(parts.settings.in_hand)
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
     def start(self) -> None:

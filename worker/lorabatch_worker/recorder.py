@@ -11,11 +11,12 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import sqlalchemy as sa
 import structlog
 
-from lorabatch.ledger import Claim, Ledger, Outcome
+from lorabatch.ledger import Claim, Ledger, Outcome, Start
 from lorabatch.result import ErrorInfo, Result, Usage
 from lorabatch_worker.grouping import GROUP_MAX, Grouping
 from lorabatch_worker.live import LiveJobs
@@ -32,15 +33,18 @@ REFUSED = "the database refused the result; nothing of it is stored"
 class Recorder:
     """A thread between the runner and the publisher."""
 
-    def __init__(self, ledger: Ledger, live: LiveJobs, publisher: Publisher) -> None:
+    def __init__(
+        self, ledger: Ledger, live: LiveJobs, publisher: Publisher, in_hand: int = GROUP_MAX
+    ) -> None:
+        """`in_hand`: how many jobs this worker has at a time."""
         self._ledger = ledger
         self._live = live
         self._publisher = publisher
         self._stop = threading.Event()
-        self._queue: queue.SimpleQueue[Outcome | Claim | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Outcome | Start | None] = queue.SimpleQueue()
         self._spare: Outcome | None = None
-        self._grouping = Grouping()
-        self._started: list[Claim] = []
+        self._grouping = Grouping(in_hand)
+        self._starts: list[Start] = []
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
 
     def start(self) -> None:
@@ -54,7 +58,7 @@ class Recorder:
     def started(self, claims: Sequence[Claim]) -> None:
         """Count an attempt of each, before any outcome that comes later."""
         for claim in claims:
-            self._queue.put(claim)
+            self._queue.put(Start(claim))
 
     def close(self) -> None:
         """Record what is queued, then stop."""
@@ -73,9 +77,9 @@ class Recorder:
         last = False
         while not last:
             group, last = self._next_group()
-            started, self._started = self._started, []
+            starts, self._starts = self._starts, []
             try:
-                self._record(group, started)
+                self._record(group, starts)
             except Stopped:
                 return
             except Exception as error:  # noqa: BLE001 - the thread must outlive any one group
@@ -88,14 +92,14 @@ class Recorder:
         self._spare = None
         self._grouping.begin()
         while item is not None:
-            if isinstance(item, Claim):
-                self._started.append(item)
+            if isinstance(item, Start):
+                self._starts.append(item)
             elif item.claim.job.job_id in group:
                 self._spare = item
                 break
             else:
                 group[item.claim.job.job_id] = item
-            if len(group) + len(self._started) >= GROUP_MAX:
+            if len(group) + len(self._starts) >= GROUP_MAX:
                 break
             try:
                 item = self._queue.get(timeout=self._grouping.left_s())
@@ -104,19 +108,18 @@ class Recorder:
         self._grouping.end()
         return list(group.values()), item is None
 
-    def _record(self, group: Sequence[Outcome], started: Sequence[Claim] = ()) -> None:
+    def _record(self, group: Sequence[Outcome], starts: Sequence[Start] = ()) -> None:
         if not group:
-            if started:
-                until_it_works("start", self._stop, lambda: self._ledger.mark_started(started))
+            if starts:
+                until_it_works("start", self._stop, lambda: self._ledger.mark_started(starts))
             return
         try:
-            written = until_it_works(
-                "record", self._stop, lambda: self._ledger.record(group, started)
-            )
+            write = partial(self._ledger.record, group, starts)
+            written = until_it_works("record", self._stop, write)
         except Stopped:
             raise
         except Exception as error:  # noqa: BLE001 - one bad outcome must not stop its group
-            self._record([], started)
+            self._record([], starts)
             if len(group) == 1:
                 self._refused(group[0], error)
             else:
@@ -131,7 +134,7 @@ class Recorder:
         info = ErrorInfo(code="engine_fault", message=REFUSED)
         empty = {"text": None, "token_ids": (), "seed": None, "usage": Usage()}
         result = outcome.result.model_copy(update={"state": "failed", "error": info, **empty})
-        failed = Outcome(outcome.claim, result)
+        failed = Outcome(outcome.claim, result, outcome.at_s)
         try:
             written = until_it_works("record", self._stop, lambda: self._ledger.record([failed]))
         except sa.exc.SQLAlchemyError as again:

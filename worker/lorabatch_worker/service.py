@@ -69,7 +69,7 @@ class Service:
         self.ledger = Ledger(self._engine)
         self.live = LiveJobs()
         self.publisher = Publisher(app, post)
-        self.recorder = Recorder(self.ledger, self.live, self.publisher)
+        self.recorder = Recorder(self.ledger, self.live, self.publisher, settings.in_hand)
         revoked = worker_state.revoked.__contains__
         self.leases = Leases(settings, self.ledger, self.live, self.runner, self.pulse, revoked)
         self.sweeper = Sweeper(app, settings, self.ledger, self.live)

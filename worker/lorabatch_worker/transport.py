@@ -5,7 +5,9 @@ worker that dies in between loses it. Here one script does both on the server (f
 many messages as there is room for. Outside a worker's loop, where a client waits for a reply, all
 is kombu's. Knows private parts of kombu 5.7's transport (`_brpop_start`, `_brpop_read`, `_in_poll`,
 `QoS._delivered`), so that version is pinned; LORABATCH_TRANSPORT=stock does without this module.
-Raises the connection errors of redis, on which Celery reconnects. Not covered: key prefixes.
+What cannot be read is set aside in the list KEY:unreadable, because it would stop this worker and
+every one after it. Raises the connection errors of redis, on which Celery reconnects. Not covered:
+key prefixes and queues without acknowledgements, which stay kombu's.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from queue import Empty
 from time import monotonic, time
 from typing import Any
 
+import kombu.transport
 import redis
 import structlog
-from kombu.transport import TRANSPORT_ALIASES, virtual
 from kombu.transport import redis as stock
+from kombu.transport import virtual
 from kombu.utils.json import loads
 
 __all__ = ["Transport", "use_in_this_process"]
@@ -32,14 +35,16 @@ FIRST_PAUSE_S = 0.01
 LAST_PAUSE_S = 0.05
 GROWTH = 1.5
 ACK_WAIT_S = 0.02
+UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError, redis.DataError)
 
 
 class QoS(stock.QoS):
-    """What is delivered and not acknowledged; acknowledgements wait up to ACK_WAIT_S for others."""
+    """What is delivered and not acknowledged. Used on the hub's thread."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._acked: list[str] = []
+        self._send_by_s = 0.0
 
     def note(self, tags: list[str]) -> None:
         """These are ours from now on: the server has noted them, a close hands them back."""
@@ -54,14 +59,17 @@ class QoS(stock.QoS):
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
+        """In a worker's loop the server is told within ACK_WAIT_S of the loop's next round."""
         loop = self.channel.connection.loop
         if loop is None:
             super().ack(delivery_tag)
             return
         virtual.QoS.ack(self, delivery_tag)
         self._acked.append(delivery_tag)
-        if len(self._acked) == 1:  # any thread may be here, and only call_soon is for any thread
-            loop.call_soon(loop.call_later, ACK_WAIT_S, self.send_acks)
+        now_s = monotonic()
+        if now_s >= self._send_by_s:
+            self._send_by_s = now_s + ACK_WAIT_S
+            loop.call_later(ACK_WAIT_S, self.send_acks)
 
     def send_acks(self) -> None:
         """Tell the server. What it does not hear it gives out again, which settles it then."""
@@ -74,32 +82,57 @@ class QoS(stock.QoS):
         except (redis.RedisError, OSError) as error:
             log.warning("acknowledgements not sent", messages=len(tags), error=type(error).__name__)
 
+    def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
+        try:
+            super().restore_by_tag(tag, client=client, leftmost=leftmost)
+        except UNREADABLE as error:
+            with self.channel.conn_or_acquire(client) as server:
+                raw = server.hget(self.unacked_key, tag) or b""
+            self.set_aside(self.unacked_key, tag, raw, error)
+
+    def set_aside(self, key: str, tag: str, raw: bytes, error: Exception) -> None:
+        """Keep it where a person can see it, and nowhere else."""
+        log.error("message set aside: it cannot be read", key=key, error=type(error).__name__)
+        if tag:  # else the script has done it
+            with self.pipe_or_acquire() as pipe:
+                pipe.lpush(_aside(key), raw)
+                pipe.zrem(self.unacked_index_key, tag).hdel(self.unacked_key, tag).execute()
+            virtual.QoS.ack(self, tag)
+
 
 class Channel(stock.Channel):
     """`_brpop_start` asks for messages, `_brpop_read` takes the answer."""
 
     QoS = QoS
     fetching = False
+    _scripted = False
+    """What is asked for, or was last, is the script's answer."""
     _not_before_s = 0.0
     _pause_s = FIRST_PAUSE_S
 
     def _brpop_start(self, timeout: float | None = None) -> None:
-        if self.connection.loop is None:
+        waits = self.connection.cycle._in_protected_read  # a client, before the loop runs
+        plain = self.ack_emulation and not self.global_keyprefix
+        self._scripted = plain and not waits and self.connection.loop is not None
+        if self._scripted:
+            self._ask()
+        else:
             super()._brpop_start(timeout)
-            return
+
+    def _ask(self) -> None:
         queues = self._queue_cycle.consume(len(self.active_queues))
         if not queues or monotonic() < self._not_before_s:
             return
         lists = [self._q_for_pri(queue, step) for step in self.priority_steps for queue in queues]
-        room = self.qos.can_consume_max_estimate() or FETCH_MAX
-        keys = [self.unacked_key, self.unacked_index_key, *lists]
-        limits = [repr(time()), min(room, FETCH_MAX), FETCH_BYTES, len(queues)]
+        keys = [self.unacked_key, self.unacked_index_key, *lists, *map(_aside, lists)]
+        room = min(self.qos.can_consume_max_estimate() or FETCH_MAX, FETCH_MAX)
+        limits = [repr(time()), room, FETCH_BYTES, len(queues), len(lists)]
         self._in_poll = self.client.connection
         self._brpop_sent_at = monotonic()
         self.client.connection.send_command("EVAL", FETCH, len(keys), *keys, *limits)
 
     def _brpop_read(self, **options: Any) -> bool:
-        if self.connection.loop is None:
+        if not self._scripted:
             return bool(super()._brpop_read(**options))
         connection = self.client.connection
         try:
@@ -145,25 +178,15 @@ class Channel(stock.Channel):
             if not tag:
                 raise ValueError("no message of kombu's")
             self.connection._deliver(loads(message.decode()), queue)
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            # our consumer lets none of these out: the message cannot be taken apart
-            self._set_aside(name, tag, message, error)
+        except UNREADABLE as error:  # our consumer lets none of these out
+            self.qos.set_aside(name, tag, message, error)
         else:
             self._queue_cycle.rotate(queue)
             if tag in self.qos._delivered and self.qos._delivered[tag] is None:
                 self.qos.ack(tag)  # a consumer without acknowledgements
 
-    def _set_aside(self, name: str, tag: str, message: bytes, error: Exception) -> None:
-        """Keep what would stop the worker, and every worker after it, where a person can see it."""
-        key = f"{name}:unreadable"
-        log.error("message set aside: it cannot be read", key=key, error=type(error).__name__)
-        if tag:
-            with self.conn_or_acquire() as client:
-                client.lpush(key, message)
-            self.qos.ack(tag)
-
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and isinstance(self.qos, QoS):
             self.qos.send_acks()
         super().close()
 
@@ -182,7 +205,13 @@ class Transport(stock.Transport):
 def use_in_this_process() -> None:
     """Connections to redis:// and rediss:// URLs that are made from now on are of this kind."""
     name = f"{__name__}:{Transport.__name__}"
-    TRANSPORT_ALIASES.update(redis=name, rediss=name)
+    for scheme in ("redis", "rediss"):
+        kombu.transport.TRANSPORT_ALIASES[scheme] = name
+        kombu.transport._transport_cache.pop(scheme, None)
+
+
+def _aside(key: str) -> str:
+    return f"{key}:unreadable"
 
 
 def _tick() -> None:
