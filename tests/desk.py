@@ -113,7 +113,7 @@ def leave_nothing(engine: Engine) -> None:
     """No block, slot or sequence is held when all jobs have ended."""
     scheduler = engine.scheduler
     assert scheduler.blocks.free == scheduler.blocks.capacity
-    assert not any(scheduler.slots._users)
+    assert scheduler.slots.users == 0
     assert not [*scheduler.running, *scheduler.waiting]
     assert len(engine.arrivals) == 0
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+
 from lorabatch import Job
 from lorabatch_worker.adapters.slots import AdapterSlots
-from lorabatch_worker.adapters.weights import Adapter
+from lorabatch_worker.adapters.weights import Adapter, SiteWeights
 from lorabatch_worker.block_manager import BlockManager, PagedBlocks
 from lorabatch_worker.row_manager import RowBlocks
 from lorabatch_worker.scheduler import Chunk, Scheduler
@@ -19,7 +21,12 @@ EOS = frozenset({-1})
 
 
 def adapter(name: str | None) -> Adapter | None:
-    return None if name is None else Adapter(name, f"version of {name}", {}, None)
+    """One of `name`'s rank: the number at its end, if there is one."""
+    if name is None:
+        return None
+    rank = int(name.rpartition("-r")[2]) if "-r" in name else 0
+    weights = {"q": SiteWeights(torch.empty(rank, 1), torch.empty(1, rank), 1.0)} if rank else {}
+    return Adapter(name, f"version of {name}", weights, None)
 
 
 def sequence(
@@ -49,11 +56,12 @@ def scheduler(
     slots: int = 2,
     age_cap_s: float = 5.0,
     rows: bool | None = None,
+    pool_rows: int | None = None,
 ) -> Scheduler:
     manager: BlockManager = PagedBlocks(1 + blocks, BLOCK)
     if LAYOUT["rows"] if rows is None else rows:
         manager = RowBlocks(max_seqs, blocks, blocks, BLOCK)
-    return Scheduler(manager, AdapterSlots({}, slots), max_seqs, step_tokens, age_cap_s)
+    return Scheduler(manager, AdapterSlots({}, slots, pool_rows), max_seqs, step_tokens, age_cap_s)
 
 
 def play(s: Scheduler, chunks: list[Chunk]) -> list[Sequence]:

@@ -121,7 +121,8 @@ class Settings(BaseSettings):
         default=True, description="compute a beginning that prompts share only once"
     )
     adapter_slots: int = Field(default=8, ge=1, le=4096, description="adapters on the device")
-    max_adapter_rank: int = Field(default=64, ge=1, le=1024, description="rank a slot holds")
+    max_adapter_rank: int = Field(default=64, ge=1, le=1024, description="largest rank allowed")
+    adapter_rank_rows: int = Field(default=0, ge=0, description="ranks on a GPU, summed; 0: any")
     adapter_cache_bytes: int = Field(
         default=1 << 30, ge=1 << 20, description="host memory for loaded adapters"
     )
@@ -252,6 +253,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "
                 "a step must hold one token of every sequence; raise the first"
+            )
+        if 0 < self.adapter_rank_rows < self.max_adapter_rank:
+            raise ValueError(
+                f"adapter_rank_rows {self.adapter_rank_rows} is below max_adapter_rank "
+                f"{self.max_adapter_rank}: the largest would never fit; raise the first"
             )
         return self
 

@@ -120,7 +120,7 @@ def expand_reference(y: Tensor, v: Tensor, site: LoraSite, slots: Sequence[int])
     total = y.to(torch.float32, copy=True)
     for token, slot in enumerate(slots):
         if slot >= 0:
-            rank = site.ranks[slot]
-            delta = v[token, :rank].float() @ site.b[slot, :rank].float()
+            _, b = site.rows(slot)
+            delta = v[token, : len(b)].float() @ b.float()
             total[token] = total[token] + site.scales[slot] * delta
     return total

@@ -120,6 +120,6 @@ def shrink_reference(x: Tensor, site: LoraSite, slots: Sequence[int]) -> Tensor:
     v = torch.zeros(x.shape[0], site.max_rank, dtype=torch.float32, device=x.device)
     for token, slot in enumerate(slots):
         if slot >= 0:
-            rank = site.ranks[slot]
-            v[token, :rank] = site.a[slot, :rank].float() @ x[token].float()
+            a, _ = site.rows(slot)
+            v[token, : len(a)] = a.float() @ x[token].float()
     return v

@@ -1,17 +1,17 @@
 """A LoRA site: the device tensors of one linear layer that adapters may change.
 
-Shapes and dtypes: `a` and `b` in one floating dtype; `b` [slots, max_rank, out_features]. On a GPU
-`a` is [slots, max_rank, in_features], so that the kernels see rank rows
-[slots * max_rank, features]. On a CPU it lies in panels of 16 rank rows, [slots, panels *
-in_features, 16]: there a sum over in_features reads memory in order, whatever the rank. Tables
-`row0` and `rank` int32 [slots] and `scale` fp32 [slots]: row `row0[s] + j` is rank row j of slot s.
-Rank 0: the adapter in that slot, if any, leaves this layer alone. Sites that read the same input
-form a `SiteGroup`.
+Shapes and dtypes: `a` and `b` in one floating dtype. On a GPU they are a pool of rank rows, `a`
+[rows, in_features] and `b` [rows, out_features], in which an adapter takes as many as its rank. On
+a CPU each slot has its own, which take memory once they are written: `b` [slots, max_rank,
+out_features], and `a` in panels of 16 rank rows, [slots, panels * in_features, 16], where a sum
+over in_features reads memory in order, whatever the rank. Tables `row0` and `rank` int32 [slots]
+and `scale` fp32 [slots]: row `row0[s] + j` is rank row j of slot s. Rank 0: the adapter in that
+slot, if any, leaves this layer alone. Sites that read the same input form a `SiteGroup`.
 
-Two promises. Rows at or beyond a slot's rank hold zeros (`load` and `clear` wipe what a bigger
-adapter left behind). Loading and clearing change contents, never shapes or addresses, so captured
-CUDA graphs stay valid. `ranks` and `scales` mirror the tables on the host, so a step never asks the
-device.
+Two promises. In panels, rows at or beyond a slot's rank hold zeros (`load` and `clear` wipe what a
+bigger adapter left behind); of a pool nobody reads them, because they may be another slot's.
+Loading and clearing change contents, never shapes or addresses, so captured CUDA graphs stay valid.
+`starts`, `ranks` and `scales` mirror the tables on the host, so a step never asks the device.
 
 Raises ValueError for a slot, shape, rank or scale that does not fit, naming the value seen.
 Does not cover: locking. Call `load` and `clear` between steps, on the stream the steps run on.
@@ -52,9 +52,13 @@ class LoraSite:
     row0: Tensor
     rank: Tensor
     scale: Tensor
+    starts: list[int]
     ranks: list[int]
     scales: list[float]
+    slots: int
+    max_rank: int
     in_features: int
+    out_features: int
     paneled: bool
 
     @classmethod
@@ -67,8 +71,10 @@ class LoraSite:
         dtype: torch.dtype,
         device: torch.device | str,
         paneled: bool | None = None,
+        pool_rows: int | None = None,
     ) -> LoraSite:
-        """An empty site: every slot has rank 0. `paneled` None: on a CPU."""
+        """An empty site: every slot has rank 0. `paneled` None: on a CPU. `pool_rows`: rank rows of
+        all slots together, where they are a pool; None: the largest rank for each slot."""
         sizes = (slots, max_rank, in_features, out_features)
         if min(sizes) < 1:
             raise ValueError(f"(slots, max_rank, in, out) is {sizes}, wanted each 1 or more")
@@ -76,32 +82,30 @@ class LoraSite:
             raise ValueError(f"dtype is {dtype}, wanted one of {DTYPES}")
         where = torch.device(device)
         paneled = where.type == "cpu" if paneled is None else paneled
-        shape = (slots, max_rank, in_features)
+        rows = slots * max_rank if pool_rows is None else pool_rows
+        if rows < max_rank:
+            raise ValueError(f"pool_rows is {rows}, wanted max_rank, which is {max_rank}, or more")
+        a_shape: tuple[int, ...] = (rows, in_features)
+        b_shape: tuple[int, ...] = (rows, out_features)
         if paneled:
-            shape = (slots, -(-max_rank // PANEL) * in_features, PANEL)
+            a_shape = (slots, -(-max_rank // PANEL) * in_features, PANEL)
+            b_shape = (slots, max_rank, out_features)
+        starts = [slot * max_rank for slot in range(slots)]
         return cls(
-            a=lazy_zeros(shape, dtype, where),
-            b=lazy_zeros((slots, max_rank, out_features), dtype, where),
-            row0=torch.arange(slots, dtype=torch.int32, device=where) * max_rank,
+            a=lazy_zeros(a_shape, dtype, where),
+            b=lazy_zeros(b_shape, dtype, where),
+            row0=torch.tensor(starts, dtype=torch.int32, device=where),
             rank=torch.zeros(slots, dtype=torch.int32, device=where),
             scale=torch.zeros(slots, dtype=torch.float32, device=where),
+            starts=starts,
             ranks=[0] * slots,
             scales=[0.0] * slots,
+            slots=slots,
+            max_rank=max_rank,
             in_features=in_features,
+            out_features=out_features,
             paneled=paneled,
         )
-
-    @property
-    def slots(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def max_rank(self) -> int:
-        return self.b.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.b.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,9 +118,9 @@ class LoraSite:
 
     def rows(self, slot: int) -> tuple[Tensor, Tensor]:
         """A slot's `a` [rank, in_features] and `b` [rank, out_features]; of panels a copy."""
-        rank = self.ranks[slot]
+        rank, start = self.ranks[slot], self.starts[slot]
         if not self.paneled:
-            return self.a[slot, :rank], self.b[slot, :rank]
+            return self.a[start : start + rank], self.b[start : start + rank]
         panels = self.a[slot].view(self.panels, self.in_features, PANEL)
         return panels.transpose(1, 2).flatten(0, 1)[:rank], self.b[slot, :rank]
 
@@ -125,9 +129,10 @@ class LoraSite:
         """The group of this site by itself."""
         return SiteGroup((self,))
 
-    def load(self, slot: int, a: Tensor, b: Tensor, scale: float) -> None:
+    def load(self, slot: int, a: Tensor, b: Tensor, scale: float, start: int | None = None) -> None:
         """Put an adapter's `a` [rank, in_features] and `b` [out_features, rank] into `slot`. A GPU
-        is not waited for where `a` and the transpose of `b` are pinned and contiguous."""
+        is not waited for where `a` and the transpose of `b` are pinned and contiguous. `start`:
+        the first of the pool's rows that it takes; None: slot * max_rank."""
         self._check_slot(slot)
         rank = a.shape[0] if a.dim() == 2 else 0
         if not 1 <= rank <= self.max_rank or a.shape[1] != self.in_features:
@@ -138,9 +143,18 @@ class LoraSite:
             raise ValueError(f"b is {list(b.shape)}, wanted [{self.out_features}, {rank}]")
         if not math.isfinite(scale):
             raise ValueError(f"scale is {scale}, wanted a finite number")
+        start = slot * self.max_rank if start is None else start
+        last = (self.slots * self.max_rank if self.paneled else self.a.shape[0]) - rank
+        if not 0 <= start <= last or (self.paneled and start != slot * self.max_rank):
+            raise ValueError(f"start is {start}, wanted a row of slot {slot}'s, up to {last}")
+        self.starts[slot] = start
         with torch.inference_mode():
-            self.b[slot, :rank].copy_(b.t(), non_blocking=True)
-            self._fill(slot, a)
+            if self.paneled:
+                self.b[slot, :rank].copy_(b.t())
+                self._fill(slot, a)
+            else:
+                self.b[start : start + rank].copy_(b.t(), non_blocking=True)
+                self.a[start : start + rank].copy_(a, non_blocking=True)
         self._set(slot, rank, scale)
 
     def clear(self, slot: int) -> None:
@@ -149,10 +163,7 @@ class LoraSite:
         self._set(slot, 0, 0.0)
 
     def _fill(self, slot: int, a: Tensor) -> None:
-        """Write all rows that `a` [rank, in_features] has a share in; of panels, whole ones."""
-        if not self.paneled:
-            self.a[slot, : a.shape[0]].copy_(a, non_blocking=True)
-            return
+        """Write `a` [rank, in_features] into a slot's panels."""
         panels = self.a[slot].view(self.panels, self.in_features, PANEL)
         for first in range(0, a.shape[0], PANEL):
             rows = a[first : first + PANEL]
@@ -161,19 +172,17 @@ class LoraSite:
     def _set(self, slot: int, rank: int, scale: float) -> None:
         stale = self.ranks[slot]
         with torch.inference_mode():
-            if stale > rank:
+            if self.paneled and stale > rank:
                 self._wipe(slot, rank, stale)
+            self.row0.select(0, slot).fill_(self.starts[slot])
             self.rank.select(0, slot).fill_(rank)
             self.scale.select(0, slot).fill_(scale)
         self.ranks[slot] = rank
         self.scales[slot] = scale
 
     def _wipe(self, slot: int, rank: int, stale: int) -> None:
-        """Zero rank rows [rank, stale)."""
+        """Zero rank rows [rank, stale) of a slot's panels."""
         self.b[slot, rank:stale].zero_()
-        if not self.paneled:
-            self.a[slot, rank:stale].zero_()
-            return
         panels = self.a[slot].view(self.panels, self.in_features, PANEL)
         for number in range(rank // PANEL, -(-stale // PANEL)):
             panels[number, :, max(rank - number * PANEL, 0) :].zero_()
@@ -198,14 +207,15 @@ class SiteGroup:
         out_features: Sequence[int],
         dtype: torch.dtype,
         device: torch.device | str,
+        pool_rows: int | None = None,
     ) -> SiteGroup:
         """Empty sites, one for each of `out_features`."""
-        return cls(
-            tuple(
-                LoraSite.allocate(slots, max_rank, in_features, out, dtype, device)
-                for out in out_features
-            )
-        )
+        sizes = slots, max_rank, in_features
+        made = [
+            LoraSite.allocate(*sizes, out, dtype, device, pool_rows=pool_rows)
+            for out in out_features
+        ]
+        return cls(tuple(made))
 
     @property
     def in_features(self) -> int:

@@ -12,7 +12,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_cases import TOLERANCE, Shape, assert_close, rows_of_base, same_bits, tiles_of
+from lora_cases import (
+    TOLERANCE,
+    Shape,
+    assert_close,
+    poison_the_rest,
+    rows_of_base,
+    same_bits,
+    tiles_of,
+)
 
 from bench import tune
 from lorabatch_kernels import add_lora_reference, buffer_ints
@@ -20,7 +28,6 @@ from lorabatch_kernels.expand import expand, expand_reference
 from lorabatch_kernels.lora_triton import add_lora_triton
 from lorabatch_kernels.plan import Plan, attention_plan, plan_for
 from lorabatch_kernels.shrink import shrink, shrink_reference
-from lorabatch_kernels.site import LoraSite
 
 NAN = float("nan")
 DTYPES = [torch.float16, torch.float32]
@@ -43,14 +50,6 @@ SMALL = Plan(
 )
 
 
-def poison_beyond_rank(site: LoraSite) -> LoraSite:
-    """What the kernels must not read even if `load` had not wiped it."""
-    for slot, rank in enumerate(site.ranks):
-        site.a[slot, rank:] = NAN
-        site.b[slot, rank:] = NAN
-    return site
-
-
 def written(shape: Shape) -> torch.Tensor:
     cells = torch.zeros(len(shape.slots), shape.max_rank, dtype=torch.bool)
     for token, slot in enumerate(shape.slots):
@@ -67,7 +66,7 @@ def test_this_is_the_interpreter():
 @pytest.mark.parametrize("name", CASES)
 def test_shrink(name, split_k, dtype):
     shape = CASES[name]
-    site = poison_beyond_rank(shape.site(dtype, paneled=False))
+    site = poison_the_rest(shape.site(dtype, paneled=False))
     x, _ = shape.x_y(dtype)
     plan = replace(SMALL, split_k=split_k)
     planes = torch.full((split_k, len(shape.slots), shape.max_rank), NAN)
@@ -84,7 +83,7 @@ def test_shrink(name, split_k, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_expand(name, split_k, dtype):
     shape = CASES[name]
-    site = poison_beyond_rank(shape.site(dtype, paneled=False))
+    site = poison_the_rest(shape.site(dtype, paneled=False))
     _, y = shape.x_y(dtype)
     cells = written(shape)
     planes = torch.randn(split_k, *cells.shape, generator=torch.Generator().manual_seed(2))
@@ -107,7 +106,7 @@ def test_expand(name, split_k, dtype):
 def test_the_whole_with_its_own_plan(dtype, tile):
     shape = replace(MIXED, in_features=2100, slots=[*MIXED.slots, *[1] * 20])
     assert plan_for(shape.in_features, shape.max_rank, 16, dtype).split_k > 1
-    site = poison_beyond_rank(shape.site(dtype, paneled=False))
+    site = poison_the_rest(shape.site(dtype, paneled=False))
     x, y = shape.x_y(dtype)
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()

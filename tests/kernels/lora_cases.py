@@ -30,12 +30,26 @@ def assert_close(name: str, ref: Tensor, out: Tensor, ratio: float) -> None:
 
 
 def fill(site: LoraSite, ranks: Mapping[int, int], seed: int = 0) -> LoraSite:
-    """Load an adapter of the given rank into each slot; slots left out stay empty."""
+    """Load an adapter of the given rank into each slot; slots left out stay empty. In a pool they
+    lie close together, the last one first."""
     draw = torch.Generator().manual_seed(seed)
+    end = 1 + sum(ranks.values())
     for slot, rank in ranks.items():
+        end -= rank
         a = torch.randn(rank, site.in_features, generator=draw) / math.sqrt(site.in_features)
         b = torch.randn(site.out_features, rank, generator=draw)
-        site.load(slot, a, b, scale=0.5 + 0.25 * slot)
+        site.load(slot, a, b, 0.5 + 0.25 * slot, None if site.paneled else end)
+    return site
+
+
+def poison_the_rest(site: LoraSite) -> LoraSite:
+    """Rows of the pool that no slot has, which no kernel may read."""
+    free = torch.ones(len(site.a), dtype=torch.bool)
+    for start, rank in zip(site.starts, site.ranks, strict=True):
+        free[start : start + rank] = False
+    assert free.any()
+    site.a[free] = float("nan")
+    site.b[free] = float("nan")
     return site
 
 

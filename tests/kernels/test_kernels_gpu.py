@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_cases import Shape, assert_close, rows_of_base, same_bits
+from lora_cases import Shape, assert_close, poison_the_rest, rows_of_base, same_bits
 
 from lorabatch_kernels import (
     add_lora,
@@ -39,10 +39,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_against_reference(name, tile, dtype):
     shape = SHAPES[name]
-    site = shape.site(dtype, "cuda")
-    for slot, rank in enumerate(site.ranks):  # what the kernels must not read
-        site.a[slot, rank:] = float("nan")
-        site.b[slot, rank:] = float("nan")
+    site = poison_the_rest(shape.site(dtype, "cuda"))
     x, y = shape.x_y(dtype, "cuda")
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()
@@ -69,7 +66,7 @@ def test_a_captured_graph_serves_other_adapters_and_other_batches():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         add_lora(out, x, site, step_map)
-    site.load(0, torch.randn(33, 70) / 8, torch.randn(50, 33), 0.7)
+    site.load(0, torch.randn(33, 70) / 8, torch.randn(50, 33), 0.7, start=100)
     site.clear(2)
     for slots in ([0, 1, 2, 3, 5, -1, -1, -1], [0] * 8, [-1, 5] * 4):
         build_step_map(slots, "cuda", **options)

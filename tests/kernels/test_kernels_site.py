@@ -32,9 +32,8 @@ def test_load_puts_rank_rows_and_tables(paneled):
     assert site.scale.dtype == torch.float32
 
 
-@LAYOUTS
-def test_a_smaller_adapter_wipes_what_a_bigger_one_left(paneled):
-    site = small(paneled)
+def test_a_smaller_adapter_wipes_what_a_bigger_one_left():
+    site = small()
     site.load(1, torch.full((8, 5), float("nan")), torch.full((7, 8), float("nan")), 1.0)
     site.load(1, torch.ones(2, 5), torch.ones(7, 2), 1.0)
     assert all(part.eq(1).all() for part in site.rows(1))
@@ -56,9 +55,37 @@ def test_panels_hold_rank_rows_by_column_and_nothing_stale(bigger, smaller):
     assert site.a[1].any()
 
 
-@LAYOUTS
-def test_clear_wipes_everything(paneled):
-    site = fill(small(paneled), {0: 8, 1: 3})
+def test_adapters_lie_anywhere_in_a_pool_and_take_their_rank_alone():
+    site = LoraSite.allocate(3, 8, 5, 7, torch.float32, "cpu", paneled=False, pool_rows=11)
+    assert (site.a.shape, site.b.shape) == ((11, 5), (11, 7))
+    adapters = {}
+    for slot, (start, rank) in {2: (0, 3), 0: (10, 1), 1: (3, 7)}.items():
+        adapters[slot] = torch.randn(rank, 5), torch.randn(7, rank)
+        site.load(slot, *adapters[slot], 1.0, start)
+    assert site.row0.tolist() == site.starts == [10, 3, 0]
+    site.clear(0)
+    site.load(0, torch.ones(1, 5), torch.ones(7, 1), 1.0, 10)
+    for slot in (1, 2):
+        a, b = site.rows(slot)
+        assert torch.equal(a, adapters[slot][0])
+        assert torch.equal(b, adapters[slot][1].t())
+
+
+@pytest.mark.parametrize(("paneled", "start"), [(False, -1), (False, 23), (True, 0), (True, 9)])
+def test_a_start_that_does_not_fit_is_named(paneled, start):
+    site = small(paneled)
+    with pytest.raises(ValueError, match=rf"start is {start}, wanted"):
+        site.load(1, torch.ones(2, 5), torch.ones(7, 2), 1.0, start)
+    assert (site.ranks, site.starts) == ([0, 0, 0], [0, 8, 16])
+
+
+def test_a_pool_holds_the_largest_adapter():
+    with pytest.raises(ValueError, match=r"pool_rows is 7, wanted max_rank, which is 8, or more"):
+        LoraSite.allocate(3, 8, 5, 7, torch.float32, "cpu", paneled=False, pool_rows=7)
+
+
+def test_clear_wipes_everything():
+    site = fill(small(), {0: 8, 1: 3})
     site.clear(0)
     assert not site.a[0].any()
     assert not site.b[0].any()

@@ -27,11 +27,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         slots=st.integers(1, 3),
         age=st.sampled_from([1e-9, 1e9]),
         rows=st.booleans(),
+        pool=st.sampled_from([None, 5, 6, 9]),
     )
     def begin(
-        self, max_seqs: int, extra: int, blocks: int, slots: int, age: float, rows: bool
+        self,
+        max_seqs: int,
+        extra: int,
+        blocks: int,
+        slots: int,
+        age: float,
+        rows: bool,
+        pool: int | None,
     ) -> None:
-        self.s = scheduler(max_seqs, max_seqs + extra, blocks, slots, age, rows)
+        self.s = scheduler(max_seqs, max_seqs + extra, blocks, slots, age, rows, pool)
+        self.count = slots
         self.all: dict[str, Sequence] = {}
         self.begun: list[str] = []
         self.kv: dict[tuple[int, int], object] = {}
@@ -65,7 +74,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.integers(1, 24),
         new=st.integers(1, 8),
-        name=st.sampled_from([None, "a", "b", "c", "d"]),
+        name=st.sampled_from([None, "a-r1", "b-r2", "c-r3", "d-r5"]),
         priority=st.integers(-1, 1),
         tenant=st.sampled_from("tu"),
         first=st.sampled_from([0, 0, 5]),
@@ -135,9 +144,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             if s.adapter_version is not None:
                 by_slot[s.slot].add(s.adapter_version)
         assert all(len(versions) == 1 for versions in by_slot.values())
-        assert all(slot < len(self.s.slots._users) for slot in by_slot)
-        users = [sum(s.slot == i for s in running) for i in range(len(self.s.slots._users))]
-        assert self.s.slots._users == users
+        self.places_hold(Counter(s.slot for s in running if s.slot >= 0))
+
+    def places_hold(self, users: Counter[int]) -> None:
+        places = self.s.slots._by_slot
+        assert set(places) <= set(range(self.count))
+        assert {slot: one.users for slot, one in places.items() if one.users} == users
+        pool = self.s.slots._pool
+        if pool is not None:
+            rows = [row for one in places.values() for row in one.rows or ()]
+            assert len(rows) == len(set(rows))
+            assert all(0 <= row < pool.count for row in rows)
+            assert sorted(rows) == [row for taken in pool._taken for row in taken]
 
     def pages_hold(self, blocks: PagedBlocks, owners: Counter[int]) -> None:
         assert [owners[b] for b in range(blocks.num_blocks)] == blocks._users
@@ -164,7 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for job_id in [*self.s.waiting, *self.s.running]:
             self.s.remove(job_id)
         assert self.s.blocks.free == self.s.blocks.capacity
-        assert not any(self.s.slots._users)
+        assert self.s.slots.users == 0
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
@@ -181,7 +199,7 @@ def test_removing_a_sequence_anywhere_frees_all_it_holds(steps: int) -> None:
     assert s.remove("target") is target
     assert (target.blocks, target.slot) == ([], -1)
     assert s.blocks.free == s.blocks.capacity
-    assert s.slots._users == [0, 0]
+    assert s.slots.users == 0
     assert s.plan() == ([], [])
     assert s.remove("target") is None
 

@@ -103,6 +103,31 @@ def test_more_adapters_than_slots_starve_nobody(clock: SimpleNamespace) -> None:
     assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
 
 
+def test_a_large_adapter_gets_its_rows_among_small_ones(clock: SimpleNamespace) -> None:
+    """Small adapters could keep every gap of the pool too narrow for ever."""
+    s = scheduler(max_seqs=8, slots=8, pool_rows=16, age_cap_s=5.0, blocks=100)
+    rng = random.Random(0)
+    serial = iter(range(10**6))
+    submitted: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    for step in range(2000):
+        clock.s += 0.1
+        while len(s.waiting) < 6:
+            name = f"greedy{rng.randrange(9)}-r{rng.choice((2, 3, 4))}"
+            s.add(sequence(f"greedy-{next(serial)}", new=rng.randrange(5, 30), name=name))
+        if step % 100 == 0:
+            job_id = f"rare-{next(serial)}"
+            submitted[job_id] = clock.s
+            s.add(sequence(job_id, new=5, name=f"rare{step // 100}-r{rng.choice((8, 12, 16))}"))
+        chunks, admitted = s.plan()
+        waited |= {
+            a.job_id: clock.s - submitted[a.job_id] for a in admitted if a.job_id in submitted
+        }
+        play(s, chunks)
+    assert {j for j, t in submitted.items() if t < clock.s - 25} <= set(waited)
+    assert max(waited.values()) < 5.0 + 15.0
+
+
 @pytest.mark.usefixtures("layout")
 def test_a_big_old_job_gets_its_blocks(clock: SimpleNamespace) -> None:
     """Small jobs keep coming and always fit; the one that needs all blocks must run too."""

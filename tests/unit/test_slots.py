@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -126,3 +127,82 @@ def test_adapter_tells_size_and_rank() -> None:
     a = adapter("a", {"q": 3, "v": 1})
     assert a.rank == 3
     assert a.nbytes == (3 + 1) * 2 * WIDTH * 4
+
+
+POOL_ROWS = 8
+
+
+@pytest.fixture
+def pool() -> dict[str, LoraSite]:
+    """Sites as a GPU has them: four slots, eight rank rows together."""
+    sizes = (4, 4, WIDTH, WIDTH, torch.float32, "cpu", False, POOL_ROWS)
+    return {n: LoraSite.allocate(*sizes) for n in SITES}
+
+
+def test_a_pool_holds_as_many_adapters_as_their_ranks_allow(pool: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(pool, 4, POOL_ROWS)
+    adapters = [adapter(n, {"q": 2, "v": 1 + i % 2}) for i, n in enumerate(["a", "bb", "ccc"])]
+    users = [sequence(one) for one in adapters]
+    assert all(slots.acquire(user) for user in users)
+    big = sequence(adapter("dddd", {"up": 4}))
+    assert not slots.acquire(big)
+    assert slots.acquire(sequence(adapter("small", {"q": 2})))
+    for user, one in zip(users, adapters, strict=True):
+        for name, weights in one.sites.items():
+            assert torch.equal(pool[name].rows(user.slot)[0], weights.a)
+        assert pool["up"].ranks[user.slot] == 0
+
+
+def test_nobody_is_put_out_for_an_adapter_that_does_not_fit_all_the_same(
+    pool: dict[str, LoraSite],
+) -> None:
+    slots = AdapterSlots(pool, 4, POOL_ROWS)
+    keeps, idle, late = (adapter(n, {"q": 3}) for n in ("a", "bb", "ccc"))
+    use(slots, idle)
+    running = sequence(keeps)
+    assert slots.acquire(running)  # in the middle: 3 rows before it, 2 behind
+    assert not slots.acquire(sequence(adapter("dddd", {"q": 4})))
+    assert slots.is_resident(idle)
+    assert use(slots, late) >= 0
+    assert not slots.is_resident(idle)
+    slots.release(running.slot)
+    assert use(slots, adapter("dddd", {"q": 4})) >= 0
+
+
+def test_ways_in_name_who_would_have_to_go(pool: dict[str, LoraSite]) -> None:
+    slots = AdapterSlots(pool, 4, POOL_ROWS)
+    users = [sequence(adapter(n, {"q": 2})) for n in ("a", "bb", "ccc")]
+    assert all(slots.acquire(user) for user in users)
+    ways = slots.ways_in(adapter("dddd", {"q": 4}))
+    assert set(ways) == {
+        frozenset({"version-a", "version-bb"}),
+        frozenset({"version-bb", "version-ccc"}),
+        frozenset({"version-ccc"}),
+    }
+    assert frozenset() in slots.ways_in(adapter("small", {"q": 2}))
+    fourth = sequence(adapter("small", {"q": 2}))
+    assert slots.acquire(fourth)
+    no_slot = slots.ways_in(adapter("e" * 6, {"q": 1}))
+    assert {frozenset({u.adapter.version}) for u in [*users, fourth] if u.adapter} == set(no_slot)
+
+
+def test_a_pool_never_gives_rows_twice(pool: dict[str, LoraSite]) -> None:
+    dice = random.Random(1)
+    slots = AdapterSlots(pool, 4, POOL_ROWS)
+    adapters = [adapter("x" * (i + 1), {"q": 1 + i % 4, "up": 1 + i % 3}) for i in range(9)]
+    running: list[Sequence] = []
+    for _ in range(600):
+        user = sequence(dice.choice(adapters))
+        fits = frozenset() in slots.ways_in(user.adapter) if user.adapter else True
+        resident = slots.is_resident(user.adapter)
+        assert slots.acquire(user) == (fits or resident)
+        if user.slot >= 0:
+            running.append(user)
+        if dice.random() < 0.6 and running:
+            slots.release(running.pop(dice.randrange(len(running))).slot)
+        for one in running:
+            assert one.adapter is not None
+            for name, weights in one.adapter.sites.items():
+                assert torch.equal(pool[name].rows(one.slot)[0], weights.a)
+                assert torch.equal(pool[name].rows(one.slot)[1], weights.b.t())
+    assert slots.loads > 50

@@ -48,6 +48,8 @@ def build_engine(settings: Settings) -> Engine:
     base = load_base_model(settings)
     shapes = linear_shapes(base.model)
     modules = frozenset(name for name, _ in base.model.named_modules())
+    on_cpu = base.device.type == "cpu"
+    pool_rows = None if on_cpu else settings.adapter_rank_rows or None
     runner = ModelRunner(
         base,
         settings.kv_cache_tokens,
@@ -56,6 +58,7 @@ def build_engine(settings: Settings) -> Engine:
         settings.max_adapter_rank,
         settings.max_seqs,
         settings.prefix_cache,
+        pool_rows=pool_rows,
     )
     target = AdapterTarget(
         base_names=frozenset({base.name.partition("@")[0], *settings.base_model_aliases}),
@@ -68,12 +71,12 @@ def build_engine(settings: Settings) -> Engine:
     store = AdapterStore(AdapterCatalog(settings), target, settings.adapter_cache_bytes)
     scheduler = Scheduler(
         runner.blocks,
-        AdapterSlots(runner.sites, settings.adapter_slots),
+        AdapterSlots(runner.sites, settings.adapter_slots, pool_rows),
         settings.max_seqs,
         settings.max_step_tokens,
         settings.age_cap_s,
     )
-    if base.device.type == "cpu":
+    if on_cpu:
         keep_freed_memory()
     return Engine(base, runner, scheduler, store, settings.threads or cores())
 

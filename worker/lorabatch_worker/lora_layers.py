@@ -84,7 +84,11 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def attach_sites(
-    model: nn.Module, context: StepContext, slots: int, max_rank: int
+    model: nn.Module,
+    context: StepContext,
+    slots: int,
+    max_rank: int,
+    pool_rows: int | None = None,
 ) -> dict[str, LoraSite]:
     """Replace the layers in place: their sites by module name."""
     sites = {}
@@ -99,6 +103,7 @@ def attach_sites(
             [w.shape[0] for w in weights],
             weights[0].dtype,
             weights[0].device,
+            pool_rows,
         )
         group = LoraGroup(SharedInput(weights, biases), made, context)
         for number, name in enumerate(names):

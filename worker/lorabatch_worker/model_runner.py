@@ -51,10 +51,12 @@ class ModelRunner:
         max_seqs: int = 32,
         prefix_cache: bool = True,
         rows: bool | None = None,
+        pool_rows: int | None = None,
         capture: Capture | None = None,
     ) -> None:
-        """`rows`: whether the KV cache has a row for each sequence; None: on a CPU. `capture`: what
-        records decode steps that need no rows; None: CUDA graphs where there are any."""
+        """`rows`: whether the KV cache has a row for each sequence; None: on a CPU. `pool_rows`: as
+        LoraSite's. `capture`: what records decode steps that need no rows; None: CUDA graphs where
+        there are any."""
         check_config(base.model.config)
         self.base = base
         self.model: Any = base.model
@@ -74,7 +76,9 @@ class ModelRunner:
         attend = register(self.cache, name)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         wanted = eager_logits(base, block_size)
-        self.sites = attach_sites(self.model, self.context, adapter_slots, max_adapter_rank)
+        self.sites = attach_sites(
+            self.model, self.context, adapter_slots, max_adapter_rank, pool_rows
+        )
         pack_head(self.model)
         own_weights(self.model)
         self.fused = fuse_layers(self.model, self.cache, attend)

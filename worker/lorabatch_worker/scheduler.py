@@ -100,11 +100,14 @@ class Scheduler:
         if not self.waiting or budget <= 0 or len(self.running) >= self.max_seqs:
             return admitted
         old = time.monotonic() - self.age_cap_s
-        closed: set[str | None] = set()  # adapters that admit no more until an old job is in
+        closed = set[str | None]()  # adapters that admit no more until an old job is in
+        loads = True
         for sequence in sorted(self.waiting.values(), key=lambda s: self._order(s, old)):
             if budget <= 0 or len(self.running) >= self.max_seqs:
                 break
             if sequence.adapter_version in closed:
+                continue
+            if not loads and not self.slots.is_resident(sequence.adapter):
                 continue
             if self.blocks.will_be_shared(sequence):
                 continue
@@ -116,7 +119,8 @@ class Scheduler:
                 continue
             if not self.slots.acquire(sequence):
                 if aged:
-                    closed.add(self._soonest_free())
+                    closed |= self._soonest_way_in(sequence)
+                    loads = False
                 continue
             self.blocks.allocate(sequence)
             del self.waiting[sequence.job_id]
@@ -137,13 +141,16 @@ class Scheduler:
             sequence.waiting_since_s,
         )
 
-    def _soonest_free(self) -> str | None:
-        """The adapter whose running sequences have the fewest tokens left to make."""
-        left: Counter[str] = Counter()
+    def _soonest_way_in(self, waiting: Sequence) -> frozenset[str]:
+        """Adapters whose running sequences are to end so that this one's fits: those with the
+        fewest tokens left to make."""
+        assert waiting.adapter is not None
+        left = Counter[str]()
         for s in self.running.values():
             if s.adapter is not None:
                 left[s.adapter.version] += s.max_length - s.length
-        return min(left, key=lambda v: left[v], default=None)
+        ways = self.slots.ways_in(waiting.adapter)
+        return min(ways, key=lambda way: sum(left[v] for v in way), default=frozenset())
 
 
 def _take(sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:

@@ -1,0 +1,43 @@
+"""Which rows of the pool of rank rows are whose: each adapter's lie side by side.
+
+Used from the engine's thread alone. Raises nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["RankRows", "Rows"]
+
+Rows = range  # of the pool: those that an adapter takes, the same in every layer
+
+
+class RankRows:
+    """A pool of `count` rows."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._taken: list[Rows] = []  # in order
+
+    def take(self, rank: int) -> Rows | None:
+        """The smallest gap that holds so many; None: there is none."""
+        gap = min(
+            (g for g in gaps(self._taken, self.count) if len(g) >= rank), key=len, default=None
+        )
+        if gap is None:
+            return None
+        rows = range(gap.start, gap.start + rank)
+        self._taken = sorted([*self._taken, rows], key=lambda r: r.start)
+        return rows
+
+    def give_back(self, rows: Rows) -> None:
+        self._taken.remove(rows)
+
+
+def gaps(taken: Iterable[Rows], count: int) -> list[Rows]:
+    """What is between these, which are in order, of `count` rows."""
+    found, end = [], 0
+    for rows in taken:
+        found.append(range(end, rows.start))
+        end = rows.stop
+    return [*found, range(end, count)]
