@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     )
     adapter_slots: int = Field(default=8, ge=1, le=4096, description="adapters on the device")
     max_adapter_rank: int = Field(default=64, ge=1, le=1024, description="largest rank allowed")
-    adapter_rank_rows: int = Field(default=0, ge=0, description="ranks on a GPU, summed; 0: any")
+    adapter_rank_rows: int = Field(default=0, ge=0, description="of a GPU; 0: largest in each slot")
     adapter_cache_bytes: int = Field(
         default=1 << 30, ge=1 << 20, description="host memory for loaded adapters"
     )

@@ -103,29 +103,37 @@ def test_more_adapters_than_slots_starve_nobody(clock: SimpleNamespace) -> None:
     assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
 
 
-def test_a_large_adapter_gets_its_rows_among_small_ones(clock: SimpleNamespace) -> None:
-    """Small adapters could keep every gap of the pool too narrow for ever."""
-    s = scheduler(max_seqs=8, slots=8, pool_rows=16, age_cap_s=5.0, blocks=100)
+@pytest.mark.parametrize(
+    ("small", "rank", "large", "pool_rows", "slots"),
+    [(4, 4, 16, 16, 8), (2, 8, 16, 16, 8), (8, 16, 64, 128, 16), (8, 16, 64, 128, 8)],
+)
+def test_a_large_adapter_gets_its_rows_among_small_ones(
+    clock: SimpleNamespace, small: int, rank: int, large: int, pool_rows: int, slots: int
+) -> None:
+    """Each small adapter always has a job that waits: together they could keep every gap of the
+    pool too narrow for ever."""
+    s = scheduler(max_seqs=16, slots=slots, pool_rows=pool_rows, age_cap_s=5.0, blocks=400)
     rng = random.Random(0)
     serial = iter(range(10**6))
     submitted: dict[str, float] = {}
     waited: dict[str, float] = {}
-    for step in range(2000):
+    names = [f"small{i}-r{rank}" for i in range(small)]
+    for step in range(900):
         clock.s += 0.1
-        while len(s.waiting) < 6:
-            name = f"greedy{rng.randrange(9)}-r{rng.choice((2, 3, 4))}"
-            s.add(sequence(f"greedy-{next(serial)}", new=rng.randrange(5, 30), name=name))
-        if step % 100 == 0:
-            job_id = f"rare-{next(serial)}"
+        have = {w.adapter_version for w in s.waiting.values()}
+        for name in names:
+            if f"version of {name}" not in have:
+                s.add(sequence(f"small-{next(serial)}", new=rng.randrange(5, 30), name=name))
+        if step % 300 == 0:
+            job_id = f"large-{next(serial)}"
             submitted[job_id] = clock.s
-            s.add(sequence(job_id, new=5, name=f"rare{step // 100}-r{rng.choice((8, 12, 16))}"))
+            s.add(sequence(job_id, new=5, name=f"large{step}-r{large}"))
         chunks, admitted = s.plan()
-        waited |= {
-            a.job_id: clock.s - submitted[a.job_id] for a in admitted if a.job_id in submitted
-        }
+        rare = [a.job_id for a in admitted if a.job_id in submitted]
+        waited |= {job_id: clock.s - submitted[job_id] for job_id in rare}
         play(s, chunks)
-    assert {j for j, t in submitted.items() if t < clock.s - 25} <= set(waited)
-    assert max(waited.values()) < 5.0 + 15.0
+    assert set(waited) == set(submitted)
+    assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
 
 
 @pytest.mark.usefixtures("layout")

@@ -142,8 +142,8 @@ class Scheduler:
         )
 
     def _soonest_way_in(self, waiting: Sequence) -> frozenset[str]:
-        """Adapters whose running sequences are to end so that this one's fits: those with the
-        fewest tokens left to make."""
+        """Adapters that are to be left alone so that this one's fits: those with the fewest tokens
+        left to make, and those between them that nobody uses now."""
         assert waiting.adapter is not None
         left = Counter[str]()
         for s in self.running.values():

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["RankRows", "Rows"]
+__all__ = ["NO_ROWS", "RankRows", "Rows", "gaps"]
 
 Rows = range  # of the pool: those that an adapter takes, the same in every layer
+NO_ROWS = range(0)
 
 
 class RankRows:
@@ -31,7 +32,8 @@ class RankRows:
         return rows
 
     def give_back(self, rows: Rows) -> None:
-        self._taken.remove(rows)
+        if rows:
+            self._taken.remove(rows)
 
 
 def gaps(taken: Iterable[Rows], count: int) -> list[Rows]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabatch_kernels import LoraSite
-from lorabatch_worker.adapters.rank_rows import RankRows, Rows
+from lorabatch_worker.adapters.rank_rows import NO_ROWS, RankRows, Rows, gaps
 from lorabatch_worker.adapters.weights import Adapter
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ __all__ = ["AdapterSlots"]
 
 @dataclass(eq=False)
 class _Resident:
-    version: str
     slot: int
-    rows: Rows | None
+    rows: Rows
     users: int = 0
 
 
@@ -63,10 +62,11 @@ class AdapterSlots:
             return True
         resident = self._resident.get(adapter.version)
         if resident is None:
-            if frozenset() not in self.ways_in(adapter):
+            if not self._fits(adapter.rank):
                 return False
             resident = self._make_room(adapter)
             self._load(adapter, resident)
+            self._resident[adapter.version] = self._by_slot[resident.slot] = resident
         self._resident.move_to_end(adapter.version)
         resident.users += 1
         sequence.slot = resident.slot
@@ -78,48 +78,61 @@ class AdapterSlots:
             self._by_slot[slot].users -= 1
 
     def ways_in(self, adapter: Adapter) -> list[frozenset[str]]:
-        """Versions in use that would have to go for this adapter to fit, each way to do it; of
-        nobody, if it fits beside those in use."""
-        used = [one for one in self._resident.values() if one.users]
-        slot_free = bool(self._free) or len(used) < len(self._resident)
+        """For an adapter that does not fit: versions that would make room for it if nobody used
+        them, each way to do it."""
+        if self._free or not all(one.users for one in self._resident.values()):
+            return self._windows(adapter.rank)
+        alone = [frozenset([version]) for version in self._resident]
         if self._pool is None:
-            return [frozenset()] if slot_free else [frozenset([one.version]) for one in used]
-        ways = self._ways_into(self._pool, used, adapter.rank)
-        if slot_free:
-            return ways
-        return [way or frozenset([one.version]) for way in ways for one in used]
+            return alone
+        return [way or one for way in self._windows(adapter.rank) for one in alone]
 
-    @staticmethod
-    def _ways_into(pool: RankRows, used: list[_Resident], rank: int) -> list[frozenset[str]]:
-        """By where its rows could begin: at the pool's begin, or behind somebody's."""
-        placed = [(one.version, one.rows) for one in used if one.rows is not None]
-        starts = [0, *(rows.stop for _, rows in placed), *(rows.start - rank for _, rows in placed)]
+    def _fits(self, rank: int) -> bool:
+        """Whether there is room beside those in use."""
+        used = [one for one in self._resident.values() if one.users]
+        if not self._free and len(used) == len(self._resident):
+            return False
+        if self._pool is None:
+            return True
+        taken = sorted((one.rows for one in used), key=lambda rows: rows.start)
+        return any(len(gap) >= rank for gap in gaps(taken, self._pool.count))
+
+    def _windows(self, rank: int) -> list[frozenset[str]]:
+        """Whose rows would be in the way, by where they could begin: first of all, or behind
+        somebody's."""
+        if self._pool is None:
+            return [frozenset()]
+        placed = [(version, one.rows) for version, one in self._resident.items()]
         return [
             frozenset(v for v, rows in placed if rows.start < start + rank and rows.stop > start)
-            for start in starts
-            if 0 <= start <= pool.count - rank
+            for start in (0, *(rows.stop for _, rows in placed))
+            if start <= self._pool.count - rank
         ]
 
     def _make_room(self, adapter: Adapter) -> _Resident:
-        """A place for an adapter that fits beside those in use."""
-        unused = [one for one in self._resident.values() if not one.users]
-        while True:
-            rows = self._pool.take(adapter.rank) if self._pool and self._free else None
-            if self._free and (rows is not None or self._pool is None):
-                made = _Resident(adapter.version, self._free.pop(), rows)
-                self._resident[adapter.version] = self._by_slot[made.slot] = made
-                return made
-            self._evict(unused.pop(0))
+        """A place for an adapter that fits beside those in use, where what goes was used longest
+        ago."""
+        used = {version for version, one in self._resident.items() if one.users}
+        age = {version: number for number, version in enumerate(self._resident)}
+        idle = [way for way in self._windows(adapter.rank) if not way & used]
+        for version in min(idle, key=lambda way: max((age[v] for v in way), default=-1)):
+            self._evict(version)
+        if not self._free:
+            self._evict(next(v for v in self._resident if v not in used))
+        rows = NO_ROWS if self._pool is None else self._pool.take(adapter.rank)
+        assert rows is not None
+        return _Resident(self._free.pop(), rows)
 
-    def _evict(self, resident: _Resident) -> None:
-        del self._resident[resident.version], self._by_slot[resident.slot]
-        self._free.append(resident.slot)
-        if self._pool is not None and resident.rows is not None:
-            self._pool.give_back(resident.rows)
+    def _evict(self, version: str) -> None:
+        gone = self._resident.pop(version)
+        del self._by_slot[gone.slot]
+        self._free.append(gone.slot)
+        if self._pool is not None:
+            self._pool.give_back(gone.rows)
 
     def _load(self, adapter: Adapter, resident: _Resident) -> None:
         self.loads += 1
-        start = None if resident.rows is None else resident.rows.start
+        start = None if self._pool is None else resident.rows.start
         for name, site in self._sites.items():
             weights = adapter.sites.get(name)
             if weights is not None:
