@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorabatch_worker.engine import Engine
-from tests.desk import Desk, job, leave_nothing, long
+from tests.desk import WAIT_S, Desk, job, leave_nothing, long
 
 
 def kinds(engine: Engine) -> Iterator[str]:
@@ -38,6 +39,9 @@ def test_what_ended_is_reported_at_once_or_while_the_next_step_runs(
             return tokens
 
     def launched(chunks: Any) -> Any:
+        deadline_s = time.monotonic() + WAIT_S
+        while engine.arrivals.preparing and time.monotonic() < deadline_s:
+            time.sleep(0.001)  # neither may end before the other is there
         events.append("launch")
         return forward(chunks)
 
