@@ -1,7 +1,7 @@
 """A model of the Llama kind from token ids to logits, without transformers' wrappers.
 
-Where all its layers are one call (decoder_layer.py), what transformers does around it takes a
-millisecond of Python a step: as long as a few of the layers. The same modules are called here, in
+Where all its layers are one call (decoder_layer.py), what transformers does around it takes as long
+as one of them. The same modules are called here, in
 the order in which transformers' classes of these names call them. `probe.py` compares the result
 with the untouched model before any job runs. Raises nothing.
 """
