@@ -1,9 +1,9 @@
 """A model of the Llama kind from token ids to logits, without transformers' wrappers.
 
 Where all its layers are one call (decoder_layer.py), what transformers does around it takes as long
-as one of them. The same modules are called here, in
-the order in which transformers' classes of these names call them. `probe.py` compares the result
-with the untouched model before any job runs. Raises nothing.
+as one of them. The same modules are called here, in the order in which transformers' classes of
+these names call them. `probe.py` compares the result with the untouched model before any job runs.
+Raises nothing.
 """
 
 from __future__ import annotations
