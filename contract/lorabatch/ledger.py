@@ -181,11 +181,11 @@ class Ledger:
     def renew(self, claims: Sequence[Claim], lease_s: float) -> tuple[set[str], set[str]]:
         """Extend leases: (jobs whose lease is no longer ours, jobs asked to be cancelled)."""
         lost, cancelled = set[str](), set[str]()
-        tokens = {claim.job.job_id: claim.lease_token for claim in claims}
+        by_id = {claim.job.job_id: claim for claim in claims}
         with self.engine.begin() as connection:
             held = []
-            for row in locked(connection, list(tokens)):
-                if row.state != "running" or row.lease_token != tokens[row.job_id]:
+            for row in locked(connection, list(by_id)):
+                if not stands(row, by_id[row.job_id]):
                     lost.add(row.job_id)
                     continue
                 held.append({"id": row.job_id})

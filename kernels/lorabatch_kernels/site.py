@@ -144,9 +144,10 @@ class LoraSite:
         if not math.isfinite(scale):
             raise ValueError(f"scale is {scale}, wanted a finite number")
         start = slot * self.max_rank if start is None else start
-        last = (self.slots * self.max_rank if self.paneled else self.a.shape[0]) - rank
-        if not 0 <= start <= last or (self.paneled and start != slot * self.max_rank):
-            raise ValueError(f"start is {start}, wanted a row of slot {slot}'s, up to {last}")
+        own = slot * self.max_rank
+        first, last = (own, own) if self.paneled else (0, self.a.shape[0] - rank)
+        if not first <= start <= last:
+            raise ValueError(f"start is {start}, wanted {first}..{last}")
         self.starts[slot] = start
         with torch.inference_mode():
             if self.paneled:

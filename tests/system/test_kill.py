@@ -72,7 +72,7 @@ def test_kills_while_messages_are_fetched_lose_none_of_a_plain_client(shop: Shop
         for i in range(JOBS):
             prompt = f"prompt number {i} of {kill}"
             sent.append(shop.generate(prompt=prompt, sampling_params={"max_new_tokens": 2}))
-        time.sleep(dice.uniform(0.0, 0.1))
+        time.sleep(dice.uniform(0.0, 0.1))  # a random moment: anywhere in the fetch, or after it
         worker.kill()
     shop.start(**{**env, "FAKE_STEP_S": "0.001"})
     shop.wait_ended(len(sent))

@@ -11,8 +11,9 @@ import sqlalchemy as sa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorabatch import Job, Ledger
+from lorabatch import Job, Ledger, Settings
 from lorabatch.tables import usage_events
+from tests.broker_desk import BrokerDesk
 from tests.desk import WAIT_S, Desk, start
 from tests.ended_jobs import JOBS, ended
 from tests.models import bundled_folder, checkpoint, random_adapter
@@ -48,6 +49,15 @@ def tiny_adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         name: random_adapter(model, folder / name, seed, **extra)
         for seed, (name, extra) in enumerate(fields.items())
     }
+
+
+@pytest.fixture
+def broker_desk(settings: Settings, valkey_url: str) -> Iterator[BrokerDesk]:
+    """A consumer of both queues on the worker's transport."""
+    desk = BrokerDesk(settings, valkey_url)
+    yield desk
+    desk.close()
+    desk.app.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,9 @@ def test_what_ended_is_reported_at_once_or_while_the_next_step_runs(
             return tokens
 
     def launched(chunks: Any) -> Any:
-        deadline_s = time.monotonic() + WAIT_S
-        while engine.arrivals.preparing and time.monotonic() < deadline_s:
-            time.sleep(0.001)  # neither may end before the other is there
+        arrivals = engine.arrivals
+        with arrivals._changed:  # neither may end before the other is there
+            assert arrivals._changed.wait_for(lambda: not arrivals.preparing, WAIT_S)
         events.append("launch")
         return forward(chunks)
 

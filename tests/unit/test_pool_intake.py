@@ -51,7 +51,7 @@ class Bench:
         )
         app: Any = SimpleNamespace(backend=backend)
         self.publisher = Publisher(app, lambda call: call())
-        self.recorder = Recorder(ledger, self.live, self.publisher)
+        self.recorder = Recorder(ledger, self.live, self.publisher, settings.in_hand)
         self.pulse = Pulse(runner, settings.lease_s)
         self.leases = Leases(settings, ledger, self.live, runner, self.pulse)
         self.intake = Intake(

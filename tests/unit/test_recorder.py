@@ -69,7 +69,7 @@ class Bench:
         self.backend = Backend(self.log)
         app: Any = SimpleNamespace(backend=self.backend)
         self.publisher = Publisher(app, lambda call: call())
-        self.recorder = Recorder(ledger, self.live, self.publisher)
+        self.recorder = Recorder(ledger, self.live, self.publisher, in_hand=128)
         self.publisher.start()
         self.recorder.start()
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorabatch_worker.scheduler import Scheduler
 from tests.scheduling import play, run, scheduler, sequence
 
 
@@ -78,29 +79,48 @@ def test_jobs_of_a_resident_adapter_go_first_until_others_are_old(clock: SimpleN
     assert run(s) == ["a3", "b2", "a4"]
 
 
+class Waits:
+    """A scheduler under load: how long those jobs waited that must not starve."""
+
+    def __init__(self, s: Scheduler, clock: SimpleNamespace) -> None:
+        self.s, self.clock = s, clock
+        self.rng = random.Random(0)
+        self.serial = iter(range(10**6))
+        self.submitted: dict[str, float] = {}
+        self.waited: dict[str, float] = {}
+
+    def top_up(self, name: str, count: int) -> None:
+        """So many jobs of this adapter always wait."""
+        version = f"version of {name}"
+        have = sum(w.adapter_version == version for w in self.s.waiting.values())
+        for _ in range(count - have):
+            new = self.rng.randrange(5, 30)
+            self.s.add(sequence(f"greedy-{next(self.serial)}", new=new, name=name))
+
+    def submit(self, name: str) -> None:
+        job_id = f"rare-{next(self.serial)}"
+        self.submitted[job_id] = self.clock.s
+        self.s.add(sequence(job_id, new=5, name=name))
+
+    def step(self) -> None:
+        chunks, admitted = self.s.plan()
+        rare = [a.job_id for a in admitted if a.job_id in self.submitted]
+        self.waited |= {job_id: self.clock.s - self.submitted[job_id] for job_id in rare}
+        play(self.s, chunks)
+
+
 def test_more_adapters_than_slots_starve_nobody(clock: SimpleNamespace) -> None:
     """Two adapters could keep both slots for ever; eight others must get their turn."""
-    s = scheduler(max_seqs=8, slots=2, age_cap_s=5.0, blocks=100)
-    rng = random.Random(0)
-    serial = iter(range(10**6))
-    submitted: dict[str, float] = {}
-    waited: dict[str, float] = {}
+    waits = Waits(scheduler(max_seqs=8, slots=2, age_cap_s=5.0, blocks=100), clock)
     for step in range(2000):
         clock.s += 0.1
         for greedy in ("x0", "x1"):
-            version = f"version of {greedy}"
-            while sum(w.adapter_version == version for w in s.waiting.values()) < 4:
-                s.add(sequence(f"greedy-{next(serial)}", new=rng.randrange(5, 30), name=greedy))
+            waits.top_up(greedy, 4)
         if step % 100 == 0:
-            job_id = f"rare-{next(serial)}"
-            submitted[job_id] = clock.s
-            s.add(sequence(job_id, new=5, name=f"y{step // 100 % 8}"))
-        chunks, admitted = s.plan()
-        rare = [a.job_id for a in admitted if a.job_id in submitted]
-        waited |= {job_id: clock.s - submitted[job_id] for job_id in rare}
-        play(s, chunks)
-    assert {j for j, t in submitted.items() if t < clock.s - 15} <= set(waited)
-    assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
+            waits.submit(f"y{step // 100 % 8}")
+        waits.step()
+    assert {j for j, t in waits.submitted.items() if t < clock.s - 15} <= set(waits.waited)
+    assert max(waits.waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
 
 
 @pytest.mark.parametrize(
@@ -113,27 +133,16 @@ def test_a_large_adapter_gets_its_rows_among_small_ones(
     """Each small adapter always has a job that waits: together they could keep every gap of the
     pool too narrow for ever."""
     s = scheduler(max_seqs=16, slots=slots, pool_rows=pool_rows, age_cap_s=5.0, blocks=400)
-    rng = random.Random(0)
-    serial = iter(range(10**6))
-    submitted: dict[str, float] = {}
-    waited: dict[str, float] = {}
-    names = [f"small{i}-r{rank}" for i in range(small)]
+    waits = Waits(s, clock)
     for step in range(900):
         clock.s += 0.1
-        have = {w.adapter_version for w in s.waiting.values()}
-        for name in names:
-            if f"version of {name}" not in have:
-                s.add(sequence(f"small-{next(serial)}", new=rng.randrange(5, 30), name=name))
+        for i in range(small):
+            waits.top_up(f"small{i}-r{rank}", 1)
         if step % 300 == 0:
-            job_id = f"large-{next(serial)}"
-            submitted[job_id] = clock.s
-            s.add(sequence(job_id, new=5, name=f"large{step}-r{large}"))
-        chunks, admitted = s.plan()
-        rare = [a.job_id for a in admitted if a.job_id in submitted]
-        waited |= {job_id: clock.s - submitted[job_id] for job_id in rare}
-        play(s, chunks)
-    assert set(waited) == set(submitted)
-    assert max(waited.values()) < 5.0 + 6.0  # the cap, and about twice the longest job
+            waits.submit(f"large{step}-r{large}")
+        waits.step()
+    assert set(waits.waited) == set(waits.submitted)
+    assert max(waits.waited.values()) < 5.0 + 6.0
 
 
 @pytest.mark.usefixtures("layout")

@@ -2,8 +2,8 @@
 
 Owns the model, its KV cache and its LoRA sites. The model is called as transformers calls it,
 without its cache protocol (the attention function reads the step from the context), or directly,
-where it is one that direct.py knows. Raises
-UnsupportedModel when it is built on a model that it would compute wrong.
+where it is one that direct.py knows. Raises UnsupportedModel when it is built on a model that it
+would compute wrong.
 """
 
 from __future__ import annotations

@@ -33,9 +33,7 @@ REFUSED = "the database refused the result; nothing of it is stored"
 class Recorder:
     """A thread between the runner and the publisher."""
 
-    def __init__(
-        self, ledger: Ledger, live: LiveJobs, publisher: Publisher, in_hand: int = GROUP_MAX
-    ) -> None:
+    def __init__(self, ledger: Ledger, live: LiveJobs, publisher: Publisher, in_hand: int) -> None:
         """`in_hand`: how many jobs this worker has at a time."""
         self._ledger = ledger
         self._live = live

@@ -22,11 +22,12 @@ class RankRows:
 
     def take(self, rank: int) -> Rows | None:
         """The smallest gap that holds so many; None: there is none."""
-        gap = min(
-            (g for g in gaps(self._taken, self.count) if len(g) >= rank), key=len, default=None
-        )
-        if gap is None:
+        if not rank:
+            return NO_ROWS
+        wide = [gap for gap in gaps(self._taken, self.count) if len(gap) >= rank]
+        if not wide:
             return None
+        gap = min(wide, key=len)
         rows = range(gap.start, gap.start + rank)
         self._taken = sorted([*self._taken, rows], key=lambda r: r.start)
         return rows
