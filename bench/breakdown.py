@@ -29,7 +29,8 @@ from bench.ours import HOME, OurEngine
 from bench.record import peak_rss_mb, record
 from bench.workload import make_requests, write_adapters
 from lorabatch.settings import DEFAULT_BASE_MODEL
-from lorabatch_worker import attention, lora_layers, model_runner
+from lorabatch_kernels import lora
+from lorabatch_worker import attention, model_runner
 from lorabatch_worker.bundled import bundled_checkpoint
 from lorabatch_worker.linear import Dense
 from lorabatch_worker.threads import compute_with
@@ -72,11 +73,11 @@ def instrument(
     for module in runner.model.modules():
         group = getattr(module, "group", None)
         if isinstance(module, Dense):
-            module.forward = clock.around("gemm", module.forward)  # type: ignore[method-assign]
+            module.product = clock.around("gemm", module.product)
         elif group is not None and not hasattr(group.product, "timed"):
             group.product.timed = True
-            group.product.dense.forward = clock.around("gemm", group.product.dense.forward)
-    lora_layers.add_lora_group = clock.around("lora", lora_layers.add_lora_group)
+            group.product.dense.product = clock.around("gemm", group.product.dense.product)
+    lora.add_lora_cpu = clock.around("lora", lora.add_lora_cpu)
     model_runner.build_step = clock.around("schedule", model_runner.build_step)
     for name in ("attend_rows", "_attend_blocks", "_attend_spans"):
         setattr(attention, name, clock.around("attention", getattr(attention, name)))

@@ -101,7 +101,7 @@ def forms(case: Case) -> dict[str, Callable[[Tensor, Tensor, LoraSite], None]]:
     owner = torch.tensor(used).repeat_interleave(case.rank)
     mask = torch.where(of_token[:, None] == owner, 0.01, 0.0).to(case.dtype)
     return {
-        "add_lora": lambda y, x, site: add_lora(y, x, site, step_map),
+        "add_lora": lambda y, x, site: add_lora(y, x, site.alone, step_map),
         "loop": lambda y, x, site: addmm_loop(y, x, site, indices),
         "cat": lambda y, x, site: masked_gemm(y, x, site, rows, mask),
     }

@@ -5,9 +5,10 @@
 For each size of the models (a name in MODELS, or a folder with a config.json) it starts from the
 plan in force and changes one field at a time, as long as that saves more than 1%. A time is the
 median of replays of one CUDA graph over LAYERS layers, each with weights or a cache of its own, so
-that nothing stays in the L2 cache; a candidate whose result differs from that of the plan in force
-is dropped. The table of this generation of devices, kernels/lorabatch_kernels/tuned/sm_90.json and
-so on, keeps what it has for other sizes. Tile 16 and one token a run are decode.
+that nothing stays in the L2 cache; LoRA is timed with its base product, and with the gate where
+that comes next. A candidate whose result differs from that of the plan in force is dropped. The
+table of this generation of devices, kernels/lorabatch_kernels/tuned/sm_90.json and so on, keeps
+what it has for other sizes. Tile 16 and one token a run are decode.
 
 Ends with one JSON line. Fails where there is no CUDA device. Does not cover: the number of pipeline
 stages of expand, which must be 1, as must some of attention's on sm_90 (see plan.py).
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.record import device, record, versions
-from lorabatch_kernels import LoraSite, PagedSpans, build_step_map
+from lorabatch_kernels import PagedSpans, SiteGroup, build_step_map
 from lorabatch_kernels import tuned as tables
 from lorabatch_kernels.plan import AttentionPlan, Plan, attention_plan, plan_for
 
@@ -47,6 +49,8 @@ LORA_FIELDS: dict[str, Sequence[int]] = {
     "block_r": (16, 32, 64),
     "num_warps": (2, 4, 8),
     "shrink_stages": (2, 3, 4),
+    "beside": (False, True),
+    "fused": (False, True),
 }
 ATTENTION_FIELDS: dict[str, Sequence[int]] = {
     "block_n": (16, 32, 64, 128),
@@ -136,25 +140,31 @@ def _replay_us(run: Callable[[], Tensor]) -> float:
     return 1000 * times[REPLAYS // 2]
 
 
-def lora_run(inp: int, out: int, max_rank: int, tile: int, dtype: torch.dtype) -> Run:
-    """LAYERS sites under ADAPTERS adapters of the full rank."""
-    from lorabatch_kernels.expand import expand
-    from lorabatch_kernels.shrink import shrink
+def lora_run(inp: int, outs: Sequence[int], max_rank: int, tile: int, dtype: torch.dtype) -> Run:
+    """LAYERS groups of sites under ADAPTERS adapters of the full rank, each after its base product
+    and, two sites being gate and up, before what reads them."""
+    from lorabatch_kernels.lora_triton import Shrinking
 
     tokens = TOKENS[tile]
-    sizes = (ADAPTERS, max_rank, inp, out, dtype, DEVICE)
-    sites = [LoraSite.allocate(*sizes, paneled=False) for _ in range(LAYERS)]
-    for site in sites:
+    sizes = (ADAPTERS, max_rank, inp, outs, dtype, DEVICE)
+    groups = [SiteGroup.allocate(*sizes, paneled=False) for _ in range(LAYERS)]
+    for site in (site for group in groups for site in group.sites):
         for slot in range(ADAPTERS):
-            a, b = torch.randn(max_rank, inp) / inp**0.5, torch.randn(out, max_rank)
+            a, b = torch.randn(max_rank, inp) / inp**0.5, torch.randn(site.out_features, max_rank)
             site.load(slot, a, b, 1.0)
-    x = torch.randn(tokens, inp, dtype=dtype, device=DEVICE)
+    options: dict[str, Any] = {"dtype": dtype, "device": DEVICE}
+    weights = [torch.randn(sum(outs), inp, **options) / inp**0.5 for _ in groups]
+    x = torch.randn(tokens, inp, **options)
     tiles = build_step_map([t * ADAPTERS // tokens for t in range(tokens)], DEVICE, tile=tile).tiles
 
     def run(plan: Plan) -> Tensor:
-        for site in sites:
-            y = torch.zeros(tokens, out, dtype=dtype, device=DEVICE)
-            expand(y, shrink(x, site, tiles, plan), site, tiles, plan)
+        for group, weight in zip(groups, weights, strict=True):
+            shrinking = Shrinking(x, group, tiles, plan)
+            y = F.linear(x, weight)
+            if len(outs) == 2:
+                y = shrinking.gate(y)
+            else:
+                shrinking.add_to(y)
         return y
 
     return run
@@ -194,10 +204,11 @@ def tune(models: Sequence[str], max_rank: int, dtype: torch.dtype) -> dict[str, 
     for model in models:
         sizes = sizes_of(model)
         hidden, inner, width = sizes["hidden"], sizes["inner"], sizes["width"]
-        for inp, out in {sizes["heads"] * width: hidden, hidden: inner, inner: hidden}.items():
+        layers = {sizes["heads"] * width: [hidden], inner: [hidden], hidden: [inner, inner]}
+        for inp, outs in layers.items():
             for tile in TOKENS:
                 lora = (inp, max_rank, tile, dtype)
-                measured = timed(lora_run(inp, out, *lora[1:]))
+                measured = timed(lora_run(inp, outs, *lora[1:]))
                 plan = improve(plan_for(*lora, on), LORA_FIELDS, measured)
                 found["lora"][tables.key_of(*lora)] = asdict(plan)
         for rows in (16, 64):

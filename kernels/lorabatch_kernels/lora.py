@@ -3,8 +3,11 @@
     y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t; nothing for slot -1
 
 Shapes and dtypes: y [tokens, out_features (of all sites of a group)] and x [tokens, in_features] in
-one dtype (bf16, fp16 or fp32) that the site has too, columns next to each other, any row stride.
-Sums are fp32.
+one dtype (bf16, fp16 or fp32) that the sites have too, columns next to each other, any row stride.
+Sums are fp32. A group's sites have their outputs side by side in y.
+
+`LoraTerms` is for layers that can begin before the base product is made, or that say what reads y
+next; `add_lora` for all others.
 
 Raises ValueError, naming the value seen and the value wanted, for shapes, dtypes, devices and slots
 that do not fit together.
@@ -14,32 +17,79 @@ Does not cover: gradients, dropout, DoRA, embeddings, convolutions, 3-D expert w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lorabatch_kernels.lora_cpu import add_lora_cpu
+from lorabatch_kernels.rows import rotary_, silu_gate
 from lorabatch_kernels.site import LoraSite, SiteGroup
 from lorabatch_kernels.step_map import StepMap
 
+if TYPE_CHECKING:
+    from lorabatch_kernels.lora_triton import Shrinking
 
-def add_lora(y: Tensor, x: Tensor, site: LoraSite, step_map: StepMap) -> None:
+
+class LoraTerms:
+    """The adapters' terms of one product y of `x`, of which a GPU makes a part at once. Ask for
+    them once, by one of the methods. `x` must not change before."""
+
+    def __init__(self, x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
+        self._x, self._group, self._step_map = x, group, step_map
+        self._shrinking: Shrinking | None = None
+        if step_map.active:
+            _check_x(x, group, step_map)
+            if group.pool is not None:
+                from lorabatch_kernels.lora_triton import Shrinking  # a CPU process needs no triton
+
+                self._shrinking = Shrinking(x, group, step_map.tiles)
+
+    def add_to(self, y: Tensor) -> None:
+        """Add them to `y` in place; returns at once where there are none."""
+        if not self._step_map.active:
+            return
+        self._check_y(y)
+        if self._shrinking is not None:
+            self._shrinking.add_to(y)
+        else:
+            add_lora_cpu(y, self._x, self._group, self._step_map.tiles)
+
+    def gate(self, y: Tensor) -> Tensor:
+        """`silu_gate` of gate and up: y [tokens, 2 * width] -> [tokens, width]. Do not read y
+        again."""
+        if self._shrinking is not None:
+            self._check_y(y)
+            return self._shrinking.gate(y)
+        self.add_to(y)
+        return silu_gate(y)
+
+    def rotate(self, y: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Add them to y [tokens, columns of q, k and v], then `rotary_` of q and k."""
+        if self._shrinking is not None:
+            self._check_y(y)
+            self._shrinking.rotate(y, cos, sin)
+            return
+        self.add_to(y)
+        q, k, _ = (site.out_features for site in self._group.sites)
+        rotary_(y[:, : q + k], cos, sin)
+
+    def _check_y(self, y: Tensor) -> None:
+        tokens, out = self._step_map.tokens, self._group.out_features
+        if y.shape != (tokens, out):
+            raise ValueError(f"y is {list(y.shape)}, wanted {[tokens, out]}")
+        if y.stride(1) != 1:
+            raise ValueError(f"the column stride of y is {y.stride(1)}, wanted 1")
+        if y.dtype != self._x.dtype or y.device != self._x.device:
+            raise ValueError(
+                f"y is {y.dtype} on {y.device}, wanted that of x, {self._x.dtype} on "
+                f"{self._x.device}"
+            )
+
+
+def add_lora(y: Tensor, x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
     """Add the adapters' terms of one step to `y` in place; returns at once where there are none."""
-    add_lora_group(y, x, site.alone, step_map)
-
-
-def add_lora_group(y: Tensor, x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
-    """`add_lora` for sites that share their input, whose outputs lie side by side in `y`."""
-    if not step_map.active:
-        return
-    _check(y, x, group, step_map)
-    if group.sites[0].paneled:
-        add_lora_cpu(y, x, group, step_map.tiles)
-    else:
-        from lorabatch_kernels.lora_triton import add_lora_triton  # a CPU process needs no triton
-
-        for part, site in zip(group.split(y), group.sites, strict=True):
-            add_lora_triton(part, x, site, step_map.tiles)
+    LoraTerms(x, group, step_map).add_to(y)
 
 
 def add_lora_reference(y: Tensor, x: Tensor, site: LoraSite, slots: Sequence[int]) -> Tensor:
@@ -54,22 +104,18 @@ def add_lora_reference(y: Tensor, x: Tensor, site: LoraSite, slots: Sequence[int
     return total
 
 
-def _check(y: Tensor, x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
-    tokens, site = step_map.tokens, group.sites[0]
-    if x.shape != (tokens, site.in_features):
-        raise ValueError(f"x is {list(x.shape)}, wanted {[tokens, site.in_features]}")
-    if y.shape != (tokens, group.out_features):
-        raise ValueError(f"y is {list(y.shape)}, wanted {[tokens, group.out_features]}")
-    if x.stride(1) != 1 or y.stride(1) != 1:
-        raise ValueError(f"column strides are x {x.stride(1)}, y {y.stride(1)}, wanted 1")
-    if y.dtype != x.dtype:
-        raise ValueError(f"y is {y.dtype}, wanted that of x, {x.dtype}")
-    if site.dtype != x.dtype:
-        raise ValueError(f"the site is {site.dtype}, wanted that of x, {x.dtype}")
-    if not y.device.type == x.device.type == site.a.device.type == step_map.device.type:
+def _check_x(x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
+    wanted = [step_map.tokens, group.in_features]
+    if list(x.shape) != wanted:
+        raise ValueError(f"x is {list(x.shape)}, wanted {wanted}")
+    if x.stride(1) != 1:
+        raise ValueError(f"the column stride of x is {x.stride(1)}, wanted 1")
+    if group.dtype != x.dtype:
+        raise ValueError(f"the sites are {group.dtype}, wanted that of x, {x.dtype}")
+    if not x.device.type == group.sites[0].a.device.type == step_map.device.type:
         raise ValueError(
-            f"y is on {y.device}, x on {x.device}, the site on {site.a.device}, "
-            f"the step map on {step_map.device}: wanted one device"
+            f"x is on {x.device}, the sites on {group.sites[0].a.device}, the step map on "
+            f"{step_map.device}: wanted one device"
         )
-    if step_map.active[-1] >= site.slots:
-        raise ValueError(f"slot is {step_map.active[-1]}, wanted below {site.slots}")
+    if step_map.active[-1] >= group.slots:
+        raise ValueError(f"slot is {step_map.active[-1]}, wanted below {group.slots}")

@@ -33,7 +33,9 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class Plan:
-    """Compile-time sizes of one site's shrink and expand."""
+    """Compile-time sizes of one group's shrink and expand, and where they run. `beside`: shrink on
+    a stream of its own, beside the base product; `fused`: expand inside of what reads its result
+    next. Neither is taken before it was measured to be faster (tuned.py)."""
 
     block_m: int
     block_k: int
@@ -45,6 +47,8 @@ class Plan:
     # 1: pipelined wgmma with a register operand is miscompiled on sm_90 before ptxas 13.3
     # (triton#9433).
     expand_stages: int = 1
+    beside: bool = False
+    fused: bool = False
 
 
 def _rank_block(max_rank: int, tile: int, dtype: torch.dtype) -> int:
@@ -60,7 +64,7 @@ def _rank_block(max_rank: int, tile: int, dtype: torch.dtype) -> int:
 def plan_for(
     in_features: int, max_rank: int, tile: int, dtype: torch.dtype, on: str | None = None
 ) -> Plan:
-    """The plan for a site of `in_features` and `max_rank` under tiles of `tile` tokens, on devices
+    """The plan for sites of `in_features` and `max_rank` under tiles of `tile` tokens, on devices
     of the generation `on`."""
     tuned = tuned_plan("lora", Plan, on, in_features, max_rank, tile, dtype)
     if tuned is not None:

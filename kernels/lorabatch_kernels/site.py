@@ -6,7 +6,10 @@ a CPU each slot has its own, which take memory once they are written: `b` [slots
 out_features], and `a` in panels of 16 rank rows, [slots, panels * in_features, 16], where a sum
 over in_features reads memory in order, whatever the rank. Tables `row0` and `rank` int32 [slots]
 and `scale` fp32 [slots]: row `row0[s] + j` is rank row j of slot s. Rank 0: the adapter in that
-slot, if any, leaves this layer alone. Sites that read the same input form a `SiteGroup`.
+slot, if any, leaves this layer alone.
+
+Sites that read the same input form a `SiteGroup`. On a GPU theirs are views of a `GroupPool`, so
+that one launch serves them all.
 
 Two promises. In panels, rows at or beyond a slot's rank hold zeros (`load` and `clear` wipe what a
 bigger adapter left behind); of a pool nobody reads them, because they may be another slot's.
@@ -33,6 +36,7 @@ from lorabatch_kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PANEL = 16
+MOST_SITES = 3  # of a group on a GPU: expand.py
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -75,37 +79,9 @@ class LoraSite:
     ) -> LoraSite:
         """An empty site: every slot has rank 0. `paneled` None: on a CPU. `pool_rows`: rank rows of
         all slots together, where they are a pool; None: the largest rank for each slot."""
-        sizes = (slots, max_rank, in_features, out_features)
-        if min(sizes) < 1:
-            raise ValueError(f"(slots, max_rank, in, out) is {sizes}, wanted each 1 or more")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype}, wanted one of {DTYPES}")
-        where = torch.device(device)
-        paneled = where.type == "cpu" if paneled is None else paneled
-        rows = slots * max_rank if pool_rows is None else pool_rows
-        if rows < max_rank:
-            raise ValueError(f"pool_rows is {rows}, wanted max_rank, which is {max_rank}, or more")
-        a_shape: tuple[int, ...] = (rows, in_features)
-        b_shape: tuple[int, ...] = (rows, out_features)
-        if paneled:
-            a_shape = (slots, -(-max_rank // PANEL) * in_features, PANEL)
-            b_shape = (slots, max_rank, out_features)
-        starts = [slot * max_rank for slot in range(slots)]
-        return cls(
-            a=lazy_zeros(a_shape, dtype, where),
-            b=lazy_zeros(b_shape, dtype, where),
-            row0=torch.tensor(starts, dtype=torch.int32, device=where),
-            rank=torch.zeros(slots, dtype=torch.int32, device=where),
-            scale=torch.zeros(slots, dtype=torch.float32, device=where),
-            starts=starts,
-            ranks=[0] * slots,
-            scales=[0.0] * slots,
-            slots=slots,
-            max_rank=max_rank,
-            in_features=in_features,
-            out_features=out_features,
-            paneled=paneled,
-        )
+        sizes = slots, max_rank, in_features
+        made = SiteGroup.allocate(*sizes, [out_features], dtype, device, pool_rows, paneled)
+        return made.sites[0]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +103,10 @@ class LoraSite:
     @cached_property
     def alone(self) -> SiteGroup:
         """The group of this site by itself."""
-        return SiteGroup((self,))
+        if self.paneled:
+            return SiteGroup((self,))
+        tables = (table[None] for table in (self.row0, self.rank, self.scale))
+        return SiteGroup((self,), GroupPool(self.a[None], self.b, *tables))
 
     def load(self, slot: int, a: Tensor, b: Tensor, scale: float, start: int | None = None) -> None:
         """Put an adapter's `a` [rank, in_features] and `b` [out_features, rank] into `slot`. A GPU
@@ -194,10 +173,24 @@ class LoraSite:
 
 
 @dataclass(frozen=True, eq=False)
+class GroupPool:
+    """A group's sites as the Triton kernels read them: `a` [sites, rows, in_features], `b` [rows,
+    out_features of all sites], `row0` and `rank` int32 and `scale` fp32 [sites, slots]."""
+
+    a: Tensor
+    b: Tensor
+    row0: Tensor
+    rank: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class SiteGroup:
-    """Sites of one input size that are always given the same input, such as q, k and v."""
+    """Sites of one input size that are always given the same input, such as q, k and v. `pool`: on
+    a GPU."""
 
     sites: tuple[LoraSite, ...]
+    pool: GroupPool | None = None
 
     @classmethod
     def allocate(
@@ -209,18 +202,66 @@ class SiteGroup:
         dtype: torch.dtype,
         device: torch.device | str,
         pool_rows: int | None = None,
+        paneled: bool | None = None,
     ) -> SiteGroup:
-        """Empty sites, one for each of `out_features`."""
-        sizes = slots, max_rank, in_features
-        made = [
-            LoraSite.allocate(*sizes, out, dtype, device, pool_rows=pool_rows)
-            for out in out_features
+        """Empty sites, one for each of `out_features`; the rest as `LoraSite.allocate`."""
+        sizes = (slots, max_rank, in_features, min(out_features))
+        if min(sizes) < 1:
+            raise ValueError(f"(slots, max_rank, in, out) is {sizes}, wanted each 1 or more")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}, wanted one of {DTYPES}")
+        where, count = torch.device(device), len(out_features)
+        paneled = where.type == "cpu" if paneled is None else paneled
+        rows = slots * max_rank if pool_rows is None else pool_rows
+        if rows < max_rank:
+            raise ValueError(f"pool_rows is {rows}, wanted max_rank, which is {max_rank}, or more")
+        starts = [slot * max_rank for slot in range(slots)]
+        row0 = torch.tensor([starts] * count, dtype=torch.int32, device=where)
+        rank = torch.zeros(count, slots, dtype=torch.int32, device=where)
+        scale = torch.zeros(count, slots, dtype=torch.float32, device=where)
+        pool = None
+        if paneled:
+            shape = (slots, -(-max_rank // PANEL) * in_features, PANEL)
+            a = [lazy_zeros(shape, dtype, where) for _ in out_features]
+            b = [lazy_zeros((slots, max_rank, out), dtype, where) for out in out_features]
+        elif count > MOST_SITES:
+            raise ValueError(f"{count} sites share an input, wanted {MOST_SITES} or fewer")
+        else:
+            all_a = lazy_zeros((count, rows, in_features), dtype, where)
+            all_b = lazy_zeros((rows, sum(out_features)), dtype, where)
+            a, b = list(all_a), list(torch.split(all_b, list(out_features), dim=1))
+            pool = GroupPool(all_a, all_b, row0, rank, scale)
+        sites = [
+            LoraSite(
+                a=a[i],
+                b=b[i],
+                row0=row0[i],
+                rank=rank[i],
+                scale=scale[i],
+                starts=list(starts),
+                ranks=[0] * slots,
+                scales=[0.0] * slots,
+                slots=slots,
+                max_rank=max_rank,
+                in_features=in_features,
+                out_features=out,
+                paneled=paneled,
+            )
+            for i, out in enumerate(out_features)
         ]
-        return cls(tuple(made))
+        return cls(tuple(sites), pool)
 
     @property
     def in_features(self) -> int:
         return self.sites[0].in_features
+
+    @property
+    def slots(self) -> int:
+        return self.sites[0].slots
+
+    @property
+    def max_rank(self) -> int:
+        return self.sites[0].max_rank
 
     @property
     def dtype(self) -> torch.dtype:

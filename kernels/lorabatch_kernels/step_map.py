@@ -1,8 +1,7 @@
 """The step map: which tokens of a step's flat batch belong to which adapter slot.
 
 It is built once a step on the host and shared by all layers and all sites. `slots[t]` is the slot
-of token t, or -1 for the base model alone: such a token is in no tile and costs nothing. Slots may
-come in any order.
+of token t, or -1 for the base model alone. Slots may come in any order.
 
 `lay_out_step_map` leaves the copy to the device to the caller, who may have more to send.
 
@@ -23,9 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabatch_kernels.tiles import TileMap, lay_out_tiles, to_device
+from lorabatch_kernels.tiles import BASE_SLOT, TileMap, lay_out_tiles, to_device
 
-BASE_SLOT = -1
 TILE_SIZES = (16, 32, 64, 128)
 GPU_TILE = 16
 CPU_TILE = 8  # TILE in native/lora.c
@@ -86,9 +84,9 @@ def lay_out_step_map(
     if tile not in TILE_SIZES:
         raise ValueError(f"tile is {tile}, wanted one of {TILE_SIZES}")
     groups, base = group_tokens(slots)
-    if torch.device(device).type == "cpu":
-        tile = CPU_TILE
-    ints, tiles = lay_out_tiles(groups, base, tile, max_tiles)
+    on_cpu = torch.device(device).type == "cpu"
+    tile = CPU_TILE if on_cpu else tile
+    ints, tiles = lay_out_tiles(groups, base, tile, max_tiles, base_tiles=not on_cpu)
     return HostStepMap(len(slots), tuple(groups), tile, tiles, ints)
 
 

@@ -2,9 +2,10 @@
 
 Shapes and dtypes: all int32. `order` [tokens] lists token indices, tokens of one slot next to each
 other in batch order, base tokens last; `tile_slot`, `tile_start`, `tile_len` [tiles] say that tile
-i is order[start : start + len] and belongs to adapter slot `tile_slot[i]`. A tile of length 0 is
-padding. The four are views of one `buffer`, so that a GPU needs one copy a step; each begins at a
-multiple of 16 bytes, so that Triton never compiles a second variant for an odd address.
+i is order[start : start + len] and belongs to adapter slot `tile_slot[i]`. On a GPU base tokens are
+in tiles of slot -1, which are for kernels that do more than LoRA; on a CPU in none. A tile of
+length 0 is padding. The four are views of one `buffer`, so that a GPU needs one copy a step; each
+begins at a multiple of 16 bytes, so that Triton never compiles a second variant for an odd address.
 
 Raises ValueError for too few tiles or a buffer that does not fit.
 Does not cover: grouping tokens by slot (see step_map.py).
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from lorabatch_kernels import native
 
+BASE_SLOT = -1
 ALIGN_INTS = 4  # 16 bytes of int32
 
 
@@ -33,8 +35,8 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def tile_bound(tokens: int, slots: int, tile: int) -> int:
-    """The most tiles that `tokens` tokens of at most `slots` adapters can need."""
-    return min(tokens, (tokens + min(slots, tokens) * (tile - 1)) // tile)
+    """The most tiles that `tokens` tokens of the base and at most `slots` adapters can need."""
+    return min(tokens, (tokens + min(slots + 1, tokens) * (tile - 1)) // tile)
 
 
 def buffer_ints(tokens: int, max_tiles: int) -> int:
@@ -97,9 +99,12 @@ def lay_out_tiles(
     base: Sequence[int],
     tile: int,
     max_tiles: int | None = None,
+    base_tiles: bool = True,
 ) -> tuple[list[int], int]:
-    """Cut `groups` (slot -> its token indices) into tiles; `base` tokens get none: what a map's
-    buffer is to hold, and its number of tiles."""
+    """Cut `groups` (slot -> its token indices) into tiles, and with `base_tiles` the `base` tokens:
+    what a map's buffer is to hold, and its number of tiles."""
+    if base and base_tiles:
+        groups, base = {**groups, BASE_SLOT: base}, []
     order, tables = _cut(groups, tile)
     needed = len(tables[0])
     tiles = needed if max_tiles is None else max_tiles

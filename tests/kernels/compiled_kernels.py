@@ -15,38 +15,59 @@ import torch
 from ahead_of_time import NAMES, check, compile_for, on_tensor_cores, spilled_bytes
 
 from lorabatch_kernels.expand import expand_kernel
+from lorabatch_kernels.expand_into import expand_gate_kernel, expand_rotary_kernel
 from lorabatch_kernels.plan import Plan, plan_for
 from lorabatch_kernels.shrink import shrink_kernel
 
 INTS = ("order", "tile_slot", "tile_start", "tile_len", "row0", "rank")
+KERNELS = {
+    "shrink": shrink_kernel,
+    "expand": expand_kernel,
+    "expand, gate": expand_gate_kernel,
+    "expand, rotary": expand_rotary_kernel,
+}
+
+
+HALVES = [torch.bfloat16, torch.float16]
+KERNELS_AND_DTYPES = [(kernel, dtype) for kernel in KERNELS for dtype in HALVES]
+KERNELS_AND_DTYPES += [(kernel, torch.float32) for kernel in ("shrink", "expand")]  # never fused
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer and its adapters; `aligned`: pointers and strides are multiples of 16."""
+    """Linear layers of one input and their adapters, `features` in and out of each; `aligned`:
+    pointers and strides are multiples of 16."""
 
     features: int
     max_rank: int
     tile: int
     aligned: bool = True
+    sites: int = 1
 
 
 LAYERS = {
     "decode": Layer(4096, 64, 16),
+    "decode of three": Layer(4096, 64, 16, sites=3),
     "decode of a small model": Layer(576, 16, 16),
     "prefill": Layer(4096, 64, 64),
     "odd sizes": Layer(77, 5, 16, aligned=False),
 }
-LARGE = {"tile 32": Layer(4096, 64, 32), "tile 128": Layer(4096, 64, 128)}
+LARGE = {"tile 32": Layer(4096, 64, 32), "tile 128": Layer(4096, 64, 128, sites=3)}
 
 
-def constants(layer: Layer, plan: Plan) -> dict[str, dict[str, int]]:
+def constants(kernel: str, layer: Layer, plan: Plan) -> dict[str, int]:
     shared = {"MAX_RANK": layer.max_rank, "SPLIT_K": plan.split_k, "BLOCK_M": plan.block_m}
     shared |= {"BLOCK_R": plan.block_r}
-    return {
-        "shrink": {"K": layer.features, "BLOCK_K": plan.block_k, **shared},
-        "expand": {"N": layer.features, "BLOCK_N": plan.block_n, **shared},
+    columns = [layer.features] * layer.sites + [0] * (3 - layer.sites)
+    n = {f"N{number}": count for number, count in enumerate(columns)}
+    heads = {"Q_HEADS": 32, "K_HEADS": 8, "HALF": 64, "BLOCK_N": 64}
+    own = {
+        "shrink": {"K": layer.features, "SITES": layer.sites, "BLOCK_K": plan.block_k},
+        "expand": {**n, "SITES": layer.sites, "BLOCK_N": plan.block_n},
+        "expand, gate": {"WIDTH": layer.features, "BLOCK_N": plan.block_n},
+        "expand, rotary": heads,
     }
+    return {**own[kernel], **shared}
 
 
 def compile_kernel(
@@ -54,15 +75,16 @@ def compile_kernel(
 ) -> Any:
     """`arch` 90: sm_90; "gfx942": AMD's."""
     plan = plan_for(layer.features, layer.max_rank, layer.tile, dtype)
-    fn = {"shrink": shrink_kernel, "expand": expand_kernel}[kernel]
-    consts = constants(layer, plan)[kernel]
     element = f"*{NAMES[dtype]}"
-    types = {**dict.fromkeys(("x", "a", "b", "y"), element), **dict.fromkeys(INTS, "*i32")}
-    types |= {"planes": "*fp32", "scale": "*fp32", "tokens": "i32"}
-    types |= {"x_stride": "i32", "y_stride": "i32"}
-    stages = {"shrink": plan.shrink_stages, "expand": plan.expand_stages}[kernel]
+    tensors = ("x", "a", "b", "y", "out", "cos", "sin")
+    types = {**dict.fromkeys(tensors, element), **dict.fromkeys(INTS, "*i32")}
+    types |= {"planes": "*fp32", "scale": "*fp32", "tokens": "i32", "slots": "i32"}
+    types |= dict.fromkeys(("x_stride", "y_stride", "a_stride", "b_stride"), "i32")
+    stages = plan.shrink_stages if kernel == "shrink" else plan.expand_stages
     options = {"num_warps": plan.num_warps, "num_stages": stages, **options}
-    return compile_for(arch, fn, types, consts, layer.aligned, ("tokens",), **options)
+    consts = constants(kernel, layer, plan)
+    fn, unspecialized = KERNELS[kernel], ("tokens", "slots")
+    return compile_for(arch, fn, types, consts, layer.aligned, unspecialized, **options)
 
 
 def check_nvidia(kernel: str, layer: Layer, dtype: torch.dtype, arch: int, folder: Path) -> None:
@@ -73,23 +95,21 @@ def check_nvidia(kernel: str, layer: Layer, dtype: torch.dtype, arch: int, folde
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("dtype", list(NAMES), ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("kernel", ["shrink", "expand"])
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
 def test_compiles(kernel, name, dtype, arch, tmp_path):
     check_nvidia(kernel, LAYERS[name], dtype, arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("name", LARGE)
-@pytest.mark.parametrize("kernel", ["shrink", "expand"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_with_large_tiles(kernel, name, arch, tmp_path):
     check_nvidia(kernel, LARGE[name], torch.bfloat16, arch, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", list(NAMES), ids=str)
 @pytest.mark.parametrize("name", [*LAYERS, *LARGE])
-@pytest.mark.parametrize("kernel", ["shrink", "expand"])
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES, ids=str)
 def test_compiles_for_amd(kernel, name, dtype, tmp_path):
     compiled = compile_kernel(kernel, {**LAYERS, **LARGE}[name], dtype, "gfx942")
     check(compiled, "gfx942", tmp_path)

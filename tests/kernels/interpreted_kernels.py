@@ -23,11 +23,11 @@ from lora_cases import (
 )
 
 from bench import tune
-from lorabatch_kernels import add_lora_reference, buffer_ints
+from lorabatch_kernels import add_lora_reference, buffer_ints, tile_bound
 from lorabatch_kernels.expand import expand, expand_reference
-from lorabatch_kernels.lora_triton import add_lora_triton
+from lorabatch_kernels.lora_triton import Shrinking
 from lorabatch_kernels.plan import Plan, attention_plan, plan_for
-from lorabatch_kernels.shrink import shrink, shrink_reference
+from lorabatch_kernels.shrink import new_planes, shrink, shrink_reference
 
 NAN = float("nan")
 DTYPES = [torch.float16, torch.float32]
@@ -69,9 +69,9 @@ def test_shrink(name, split_k, dtype):
     site = poison_the_rest(shape.site(dtype, paneled=False))
     x, _ = shape.x_y(dtype)
     plan = replace(SMALL, split_k=split_k)
-    planes = torch.full((split_k, len(shape.slots), shape.max_rank), NAN)
+    planes = new_planes(x, site.alone, plan).fill_(NAN)
     tiles = tiles_of(shape.slots, max_tiles=len(shape.slots) + 2)
-    assert shrink(x, site, tiles, plan, planes) is planes
+    shrink(planes, x, site.alone, tiles, plan)
     cells = written(shape)
     assert planes[:, ~cells].isnan().all(), "a cell without an adapter was written"
     ref = shrink_reference(x, site, shape.slots)
@@ -93,7 +93,7 @@ def test_expand(name, split_k, dtype):
     wide = torch.full((len(shape.slots), y.shape[1] + 9), 7.0, dtype=dtype)
     out = wide[:, 4:-5]
     out.copy_(y)
-    expand(out, planes, site, tiles_of(shape.slots), replace(SMALL, split_k=split_k))
+    expand(out, planes, site.alone, tiles_of(shape.slots), replace(SMALL, split_k=split_k))
     assert_close("y", ref, out, TOLERANCE[dtype])
     base = rows_of_base(shape.slots)
     assert same_bits(out[base], y[base])
@@ -110,7 +110,7 @@ def test_the_whole_with_its_own_plan(dtype, tile):
     x, y = shape.x_y(dtype)
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()
-    add_lora_triton(out, x, site, tiles_of(shape.slots, tile))
+    Shrinking(x, site.alone, tiles_of(shape.slots, tile)).add_to(out)
     assert_close("y", ref, out, TOLERANCE[dtype])
     base = rows_of_base(shape.slots)
     assert same_bits(out[base], y[base])
@@ -118,13 +118,13 @@ def test_the_whole_with_its_own_plan(dtype, tile):
 
 def test_one_buffer_serves_step_after_step():
     site = MIXED.site(torch.float32, paneled=False)
-    tokens, max_tiles = 6, 4
+    tokens, max_tiles = 6, tile_bound(6, 4, 16)
     buffer = torch.zeros(buffer_ints(tokens, max_tiles), dtype=torch.int32)
     for slots in ([0, 1, 2, 3, -1, -1], [2, 2, 2, 2, 2, -1], [-1] * 6):
         x, y = replace(MIXED, slots=slots).x_y(torch.float32)
         ref = add_lora_reference(y, x, site, slots)
         tiles = tiles_of(slots, max_tiles=max_tiles, buffer=buffer)
-        add_lora_triton(y, x, site, tiles)
+        Shrinking(x, site.alone, tiles).add_to(y)
         assert_close(f"y of {slots}", ref, y, TOLERANCE[torch.float32])
 
 
@@ -138,11 +138,15 @@ def small_tuning(monkeypatch):
 @pytest.mark.usefixtures("small_tuning")
 @pytest.mark.parametrize("rows", [16, 64])
 def test_what_tuning_measures(rows):
-    lora = (70, 8, 16, torch.float16)
-    made = tune.lora_run(70, 50, *lora[1:])(plan_for(*lora))
+    lora = (70, 8, 16, torch.float32)
+    made = tune.lora_run(70, [50], *lora[1:])(plan_for(*lora))
     assert made.shape == (4, 50)
     assert made.isfinite().all()
     assert made.any()
+    run = tune.lora_run(70, [20, 20], *lora[1:])
+    apart, fused = (run(replace(plan_for(*lora), fused=fused)) for fused in (False, True))
+    assert apart.shape == (4, 20)
+    assert_close("fused", apart, fused, 1e-6)
     sizes = {"heads": 2, "kv_heads": 1, "width": 16}
     plan = attention_plan(16, 16, rows, torch.float16)
     made = tune.attention_run(sizes, rows, torch.float16)(plan)

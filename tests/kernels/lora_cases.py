@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import LoraSite
+from lorabatch_kernels import LoraSite, SiteGroup, add_lora_reference
 from lorabatch_kernels.step_map import group_tokens
 from lorabatch_kernels.tiles import TileMap, lay_out_tiles, to_device
 
@@ -77,14 +77,37 @@ class Shape:
         return x.to(device, dtype), y.to(device, dtype)
 
 
+def group_of(
+    ranks: Sequence[Mapping[int, int]],
+    in_features: int,
+    out_features: Sequence[int],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    max_rank: int = 40,
+) -> SiteGroup:
+    """A group with a pool, whose sites have these ranks by slot, and NaN wherever nothing is."""
+    sizes = (5, max_rank, in_features, out_features)
+    group = SiteGroup.allocate(*sizes, dtype, device, paneled=False)
+    for number, (site, loaded) in enumerate(zip(group.sites, ranks, strict=True)):
+        poison_the_rest(fill(site, loaded, seed=number))
+    return group
+
+
+def group_reference(y: Tensor, x: Tensor, group: SiteGroup, slots: Sequence[int]) -> Tensor:
+    """`add_lora_reference` of all sites side by side."""
+    parts = zip(group.split(y), group.sites, strict=True)
+    return torch.cat([add_lora_reference(part, x, site, slots) for part, site in parts], dim=1)
+
+
 def tiles_of(
     slots: Sequence[int],
     tile: int = 16,
     max_tiles: int | None = None,
     buffer: Tensor | None = None,
+    base_tiles: bool = True,
 ) -> TileMap:
     """These tokens' tiles on a CPU, of any size that a kernel takes."""
-    ints, tiles = lay_out_tiles(*group_tokens(slots), tile, max_tiles)
+    ints, tiles = lay_out_tiles(*group_tokens(slots), tile, max_tiles, base_tiles)
     return TileMap(tile, len(slots), tiles, to_device(ints, torch.device("cpu"), buffer))
 
 

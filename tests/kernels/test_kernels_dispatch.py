@@ -6,23 +6,24 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from lora_cases import Shape
 
 import lorabatch_kernels
-from lorabatch_kernels import LoraSite, add_lora, build_step_map
+from lorabatch_kernels import SiteGroup, add_lora, build_step_map
 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
 import lorabatch_kernels as k
-site = k.LoraSite.allocate(1, 4, 6, 5, torch.float32, "cpu")
-site.load(0, torch.ones(2, 6), torch.ones(5, 2), 0.5)
+group = k.SiteGroup.allocate(1, 4, 6, [5], torch.float32, "cpu")
+group.sites[0].load(0, torch.ones(2, 6), torch.ones(5, 2), 0.5)
 y = torch.zeros(3, 5)
-k.add_lora(y, torch.ones(3, 6), site, k.build_step_map([0, -1, 0], "cpu"))
+k.add_lora(y, torch.ones(3, 6), group, k.build_step_map([0, -1, 0], "cpu"))
 assert y.tolist() == [[6.0] * 5, [0.0] * 5, [6.0] * 5], y
 assert not any(name.startswith("triton") for name in sys.modules if sys.modules[name])
 """
@@ -53,14 +54,15 @@ def test_the_layout_of_the_sites_decides(monkeypatch):
     calls = []
     monkeypatch.setattr(lorabatch_kernels.lora, "add_lora_cpu", lambda *args: calls.append("cpu"))
     fake = type(sys)("lorabatch_kernels.lora_triton")
-    fake.add_lora_triton = lambda *args: calls.append("triton")
+    fake.Shrinking = Mock(return_value=Mock(add_to=lambda y: calls.append("triton")))
     monkeypatch.setitem(sys.modules, "lorabatch_kernels.lora_triton", fake)
     shape = Shape([0, -1], {0: 4})
     x, y = shape.x_y(torch.float32)
     step_map = build_step_map(shape.slots, "cpu")
-    add_lora(y, x, shape.site(torch.float32), step_map)
-    add_lora(y, x, shape.site(torch.float32, paneled=False), step_map)
-    add_lora(y, x, shape.site(torch.float32), build_step_map([-1, -1], "cpu"))
+    for paneled in (True, False):
+        group = shape.site(torch.float32, paneled=paneled).alone
+        add_lora(y, x, group, step_map)
+        add_lora(y, x, group, build_step_map([-1, -1], "cpu"))
     assert calls == ["cpu", "triton"]
 
 
@@ -74,21 +76,31 @@ def test_the_layout_of_the_sites_decides(monkeypatch):
     ],
 )
 def test_shapes_that_do_not_fit_are_named(x, y, slots, message):
-    site = Shape([], {0: 4, 1: 4}).site(torch.float32)
+    group = Shape([], {0: 4, 1: 4}).site(torch.float32).alone
     with pytest.raises(ValueError, match=message):
-        add_lora(torch.zeros(y), torch.zeros(x), site, build_step_map(slots, "cpu"))
+        add_lora(torch.zeros(y), torch.zeros(x), group, build_step_map(slots, "cpu"))
 
 
 def test_dtypes_strides_and_devices_that_do_not_fit_are_named():
     shape = Shape([0, 1], {0: 4, 1: 4})
-    site, step_map = shape.site(torch.float32), build_step_map([0, 1], "cpu")
+    group, step_map = shape.site(torch.float32).alone, build_step_map([0, 1], "cpu")
     x, y = shape.x_y(torch.float32)
-    with pytest.raises(ValueError, match=r"y is torch.bfloat16, wanted that of x, torch.float32"):
-        add_lora(y.bfloat16(), x, site, step_map)
-    with pytest.raises(ValueError, match=r"the site is torch.bfloat16"):
-        add_lora(y, x, shape.site(torch.bfloat16), step_map)
-    with pytest.raises(ValueError, match=r"column strides are x 2, y 1"):
-        add_lora(y, x.t().contiguous().t(), site, step_map)
-    with pytest.raises(ValueError, match=r"y is on cpu, x on meta"):
-        add_lora(y, x.to("meta"), site, step_map)
-    assert isinstance(site, LoraSite)
+    with pytest.raises(ValueError, match=r"y is torch.bfloat16 on cpu, wanted that of x"):
+        add_lora(y.bfloat16(), x, group, step_map)
+    with pytest.raises(ValueError, match=r"y is torch.float32 on meta, wanted that of x"):
+        add_lora(y.to("meta"), x, group, step_map)
+    with pytest.raises(ValueError, match=r"the sites are torch.bfloat16"):
+        add_lora(y, x, shape.site(torch.bfloat16).alone, step_map)
+    with pytest.raises(ValueError, match=r"the column stride of x is 2, wanted 1"):
+        add_lora(y, x.t().contiguous().t(), group, step_map)
+    with pytest.raises(ValueError, match=r"the column stride of y is 2, wanted 1"):
+        add_lora(y.t().contiguous().t(), x, group, step_map)
+    with pytest.raises(ValueError, match=r"x is on meta, the sites on cpu"):
+        add_lora(y, x.to("meta"), group, step_map)
+
+
+def test_a_group_on_a_gpu_has_at_most_three_sites():
+    sizes = (1, 4, 6, [5] * 4, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"4 sites share an input, wanted 3 or fewer"):
+        SiteGroup.allocate(*sizes, paneled=False)
+    assert len(SiteGroup.allocate(*sizes).sites) == 4

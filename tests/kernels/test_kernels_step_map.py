@@ -18,10 +18,10 @@ TILES = st.sampled_from((16, 32, 64, 128))
 
 
 @settings(max_examples=80, deadline=None)
-@given(slots=BATCHES, tile=TILES, spare=st.integers(0, 5))
-def test_each_adapter_token_is_in_one_tile_of_its_slot(slots, tile, spare):
+@given(slots=BATCHES, tile=TILES, spare=st.integers(0, 5), base_tiles=st.booleans())
+def test_each_token_is_in_one_tile_of_its_slot(slots, tile, spare, base_tiles):
     bound = tile_bound(len(slots), len(set(slots) - {-1}), tile) + spare
-    tiles = tiles_of(slots, tile, max_tiles=bound)
+    tiles = tiles_of(slots, tile, max_tiles=bound, base_tiles=base_tiles)
     order = tiles.order.tolist()
     assert sorted(order) == list(range(len(slots)))
     seen = []
@@ -31,7 +31,7 @@ def test_each_adapter_token_is_in_one_tile_of_its_slot(slots, tile, spare):
         assert 0 <= length <= tile
         assert all(slots[token] == slot for token in order[start : start + length])
         seen += order[start : start + length]
-    assert sorted(seen) == [token for token, slot in enumerate(slots) if slot >= 0]
+    assert sorted(seen) == [t for t, slot in enumerate(slots) if slot >= 0 or base_tiles]
 
 
 @settings(max_examples=40, deadline=None)
@@ -50,10 +50,10 @@ def test_tables_begin_at_multiples_of_16_bytes():
     tables = (tiles.order, tiles.tile_slot, tiles.tile_start, tiles.tile_len)
     assert [table.storage_offset() % 4 for table in tables] == [0, 0, 0, 0]
     assert tiles.order.tolist() == [3, 0, 1, 4, 2]
-    assert tiles.tile_slot.tolist() == [0, 3]
+    assert tiles.tile_slot.tolist() == [0, 3, -1]
 
 
-def test_a_map_for_a_cpu_has_tiles_of_8():
+def test_a_map_for_a_cpu_has_tiles_of_8_and_none_of_base_tokens():
     step_map = build_step_map([0] * 9 + [-1, 3], "cpu")
     assert step_map.tiles.tile_slot.tolist() == [0, 0, 3]
     assert step_map.tiles.tile_len.tolist() == [8, 1, 1]
@@ -62,11 +62,11 @@ def test_a_map_for_a_cpu_has_tiles_of_8():
 
 def test_a_buffer_is_written_in_place():
     slots = [1, -1, 0, 1]
-    buffer = torch.full((buffer_ints(4, 3),), -7, dtype=torch.int32)
-    tiles = tiles_of(slots, 16, max_tiles=3, buffer=buffer)
+    buffer = torch.full((buffer_ints(4, 4),), -7, dtype=torch.int32)
+    tiles = tiles_of(slots, 16, max_tiles=4, buffer=buffer)
     assert tiles.buffer.data_ptr() == buffer.data_ptr()
     assert tiles.order.tolist() == [2, 0, 3, 1]
-    assert tiles.tile_len.tolist() == [1, 2, 0]
+    assert tiles.tile_len.tolist() == [1, 2, 1, 0]
 
 
 def test_mistakes_are_named():

@@ -40,6 +40,17 @@ def test_a_product_is_torchs_own(
     torch.testing.assert_close(got, F.linear(x, weight, bias), rtol=limit, atol=10 * limit)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_is_added_to_what_is_there(kind: type[object], biased: bool) -> None:
+    torch.manual_seed(0)
+    weight, x, total = torch.randn(70, 50), torch.randn(9, 50), torch.randn(9, 70)
+    bias = torch.randn(70) if biased else None
+    wanted = total + F.linear(x, weight, bias)
+    with torch.inference_mode():
+        Dense(weight, bias).add_to(total, x)
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-4)
+
+
 def test_a_weight_in_another_layout_is_held_once(kind: type[object]) -> None:
     dense = Dense(torch.randn(8, 4))
     assert (dense.weight.numel(), dense.weight.dtype) == (32 * (kind is Plain), torch.float32)

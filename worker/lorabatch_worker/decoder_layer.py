@@ -26,8 +26,6 @@ from lorabatch_kernels import (
     can_attend,
     can_do_rows,
     rms_norm,
-    rotary_,
-    silu_gate,
 )
 from lorabatch_worker.kv_cache import KVCache
 from lorabatch_worker.lora_layers import LoraGroup, LoraLinear
@@ -204,19 +202,19 @@ class FusedLayer:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """As CompiledLayers'."""
+        """As CompiledLayers', the hidden states changed in place."""
         assert position_embeddings is not None
         cos, sin = (part[0] for part in position_embeddings)
         h, parts = hidden_states, self.parts
         first, second = parts.norms
-        qkv = parts.qkv.whole(rms_norm(h, *first))
-        q, k, v = torch.split_with_sizes(qkv[0], parts.qkv.product.widths, dim=-1)
-        width = cos.shape[-1]
-        rotary_(qkv[0, :, : q.shape[1] + k.shape[1]], cos, sin)
-        heads = (part.view(1, part.shape[0], -1, width).transpose(1, 2) for part in (q, k, v))
+        qkv = parts.qkv.rotated(rms_norm(h, *first), cos, sin)[0]
+        heads = (
+            part.view(1, part.shape[0], -1, cos.shape[-1]).transpose(1, 2)
+            for part in torch.split_with_sizes(qkv, parts.qkv.product.widths, dim=-1)
+        )
         attended, _ = self.attend(
             parts.attention, *heads, None, scaling=parts.scaling, sliding_window=parts.window
         )
-        h = parts.o.whole(attended.flatten(2)).add_(h)
-        gated = silu_gate(parts.gate_up.whole(rms_norm(h, *second)))
-        return parts.down.whole(gated).add_(h)
+        parts.o.add_to(h, attended.flatten(2))
+        parts.down.add_to(h, parts.gate_up.gated(rms_norm(h, *second)))
+        return h

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorabatch_kernels import LoraSite, SiteGroup, add_lora_group
+from lorabatch_kernels import LoraSite, LoraTerms, SiteGroup
 from lorabatch_worker.linear import Dense, SharedInput
 from lorabatch_worker.step import StepContext
 
@@ -24,28 +24,42 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class LoraGroup:
-    """Layers that share their input: one product, one call for the adapters of all of them."""
+    """Layers that share their input: one product, and the adapters of all of them at once."""
 
     def __init__(self, product: SharedInput, sites: SiteGroup, context: StepContext) -> None:
         self.product = product
         self.sites = sites
         self.context = context
 
-    def whole(self, x: Tensor) -> Tensor:
-        """x [1, T, in] -> [1, T, out of all layers, side by side]."""
+    def part(self, x: Tensor, number: int) -> Tensor:
+        """x [..., in] -> [..., out of layer `number`]."""
+        return self.product.part(x, number, lambda y: self._terms(x).add_to(_rows(y)))
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Of q, k and v: x [1, T, in] -> [1, T, out of all of them], q and k turned by cos and sin
+        [T, head width]."""
+        terms = self._terms(x)
         y: Tensor = self.product.dense(x)
-        self._add_adapters(x, y)
+        terms.rotate(y[0], cos, sin)
         return y
 
-    def part(self, x: Tensor, number: int) -> Tensor:
-        """The output of layer `number` alone."""
-        return self.product.part(x, number, lambda y: self._add_adapters(x, y))
+    def gated(self, x: Tensor) -> Tensor:
+        """Of gate and up: x [1, T, in] -> silu(gate) * up [1, T, width]."""
+        terms = self._terms(x)
+        return terms.gate(self.product.dense(x)[0])[None]
 
-    def _add_adapters(self, x: Tensor, y: Tensor) -> None:
-        step_map = self.context.step.step_map
-        if step_map.active:
-            rows = x.reshape(-1, x.shape[-1])
-            add_lora_group(y.view(-1, y.shape[-1]), rows, self.sites, step_map)
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """Of one layer: total [1, T, out] += its output of x [1, T, in]."""
+        terms = self._terms(x)
+        self.product.dense.add_to(total[0], x[0])
+        terms.add_to(total[0])
+
+    def _terms(self, x: Tensor) -> LoraTerms:
+        return LoraTerms(_rows(x), self.sites, self.context.step.step_map)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class LoraLinear(nn.Module):
