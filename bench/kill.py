@@ -1,6 +1,6 @@
 """kill -9 of the real worker at random moments: is every accepted job recorded exactly once?
 
-    python -m bench.kill [--jobs 200] [--kills 20] [--seed N]
+    python -m bench.kill [--jobs 500] [--kills 20] [--seed N]
 
 One worker at a time on the real model and the shipped adapters; each is killed at a random moment
 after it is ready, in mid-step as a rule, and another one is started. Checks: accepted = succeeded,
@@ -35,7 +35,7 @@ from lorabatch_worker.bundled import bundled_checkpoint
 
 SUBJECTS = "moon tea bridge honey chess winter map glass salt clock".split()
 END_TIMEOUT_S = 1200
-LONGEST_LIFE_S = 6.0  # 20 lives are to end before the jobs do
+LONGEST_LIFE_S = 6.0  # 20 lives are to end before 500 jobs do
 
 
 def worker_of(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
@@ -98,7 +98,7 @@ def check(producer: Producer, jobs: list[Job], broker: redis.Redis) -> dict[str,
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=500)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     args = parser.parse_args()
