@@ -5,8 +5,8 @@
 For each size of the models (a name in MODELS, or a folder with a config.json) it starts from the
 plan in force and changes one field at a time, as long as that saves more than 1%. A time is the
 median of replays of one CUDA graph over LAYERS layers, each with weights or a cache of its own, so
-that nothing stays in the L2 cache; LoRA is timed with its base product, and with the gate where
-that comes next. A candidate whose result differs from that of the plan in force is dropped. The
+that nothing stays in the L2 cache; LoRA is timed with its base product and what reads that next. A
+candidate whose result differs from that of the plan in force is dropped. The
 table of this generation of devices, kernels/lorabatch_kernels/tuned/sm_90.json and so on, keeps
 what it has for other sizes. Tile 16 and one token a run are decode.
 
@@ -140,9 +140,17 @@ def _replay_us(run: Callable[[], Tensor]) -> float:
     return 1000 * times[REPLAYS // 2]
 
 
-def lora_run(inp: int, outs: Sequence[int], max_rank: int, tile: int, dtype: torch.dtype) -> Run:
+def lora_run(
+    inp: int,
+    outs: Sequence[int],
+    max_rank: int,
+    tile: int,
+    dtype: torch.dtype,
+    what: str,
+    width: int,
+) -> Run:
     """LAYERS groups of sites under ADAPTERS adapters of the full rank, each after its base product
-    and, two sites being gate and up, before what reads them."""
+    and before what reads that, a method of `Shrinking`; `width` of a head."""
     from lorabatch_kernels.lora_triton import Shrinking
 
     tokens = TOKENS[tile]
@@ -155,17 +163,20 @@ def lora_run(inp: int, outs: Sequence[int], max_rank: int, tile: int, dtype: tor
     options: dict[str, Any] = {"dtype": dtype, "device": DEVICE}
     weights = [torch.randn(sum(outs), inp, **options) / inp**0.5 for _ in groups]
     x = torch.randn(tokens, inp, **options)
+    turn = torch.randn(tokens, width, **options)
     tiles = build_step_map([t * ADAPTERS // tokens for t in range(tokens)], DEVICE, tile=tile).tiles
 
     def run(plan: Plan) -> Tensor:
         for group, weight in zip(groups, weights, strict=True):
             shrinking = Shrinking(x, group, tiles, plan)
             y = F.linear(x, weight)
-            if len(outs) == 2:
-                y = shrinking.gate(y)
+            if what == "gate":
+                made = shrinking.gate(y)
+            elif what == "rotate":
+                shrinking.rotate(made := y, turn, turn)
             else:
-                shrinking.add_to(y)
-        return y
+                shrinking.sum(made := torch.zeros_like(y), y)
+        return made
 
     return run
 
@@ -204,11 +215,17 @@ def tune(models: Sequence[str], max_rank: int, dtype: torch.dtype) -> dict[str, 
     for model in models:
         sizes = sizes_of(model)
         hidden, inner, width = sizes["hidden"], sizes["inner"], sizes["width"]
-        layers = {sizes["heads"] * width: [hidden], inner: [hidden], hidden: [inner, inner]}
-        for inp, outs in layers.items():
+        kv = sizes["kv_heads"] * width
+        layers = [
+            (hidden, [sizes["heads"] * width, kv, kv], "rotate"),
+            (sizes["heads"] * width, [hidden], "sum"),
+            (hidden, [inner, inner], "gate"),
+            (inner, [hidden], "sum"),
+        ]
+        for inp, outs, what in layers:
             for tile in TOKENS:
-                lora = (inp, max_rank, tile, dtype)
-                measured = timed(lora_run(inp, outs, *lora[1:]))
+                lora = (inp, sum(outs), max_rank, tile, dtype)
+                measured = timed(lora_run(inp, outs, *lora[2:], what, width))
                 plan = improve(plan_for(*lora, on), LORA_FIELDS, measured)
                 found["lora"][tables.key_of(*lora)] = asdict(plan)
         for rows in (16, 64):

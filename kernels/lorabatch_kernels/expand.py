@@ -161,7 +161,7 @@ def expand(y: Tensor, planes: Tensor, group: SiteGroup, tiles: TileMap, plan: Pl
     """Add the LoRA term of every token with an adapter to `y` in place."""
     columns = [site.out_features for site in group.sites]
     n0, n1, n2 = columns + [0] * (MOST_SITES - len(columns))
-    expand_kernel[(tiles.tiles, sum(triton.cdiv(n, plan.block_n) for n in columns))](
+    expand_kernel[(tiles.adapter_tiles, sum(triton.cdiv(n, plan.block_n) for n in columns))](
         *(y, y.stride(0), planes),
         *tensors_read(group, tiles),
         planes.shape[1],

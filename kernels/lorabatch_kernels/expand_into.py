@@ -2,15 +2,16 @@
 
     expand_gate     silu(y[:, :width] + terms) * (y[:, width:] + terms), of gate and up
     expand_rotary   y + terms, and the heads of q and k turned, in place, of q, k and v
+    expand_sum      total += y + terms, of one site
 
 Shapes and dtypes: y and planes as expand.py, the results as rows.py; cos, sin [tokens, head width].
-Every token must be in a tile, base tokens in tiles of slot -1. Roundings are those of expand and
-then rows.py, so that the results are equal.
+Every token must be in a tile, base tokens in tiles of slot -1. Terms are added to y and rounded
+before anything else is done, as expand does: a residual stream is too coarse for them.
 
 Raises nothing of its own: lora.py has checked the shapes.
-Does not cover: the sum with the residual, which the base product makes (`Dense.add_to`).
+Does not cover: fp32 on a GPU, for which bench/tune.py makes no plan.
 
-Source: ours. Taken where a plan says so (`Plan.fused`), of which there are none for fp32.
+Source: ours. Taken where a plan says so (`Plan.fused`).
 """
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
@@ -161,6 +162,57 @@ def expand_rotary_kernel(
     tl.store(at + HALF, second.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def expand_sum_kernel(
+    total,
+    total_stride,
+    y,
+    y_stride,
+    planes,
+    b,
+    b_stride,
+    order,
+    tile_slot,
+    tile_start,
+    tile_len,
+    row0,
+    rank,
+    scale,
+    slots,
+    tokens,
+    N: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Grid (tiles, column blocks)."""
+    tile = tl.program_id(0)
+    length = tl.load(tile_len + tile)
+    if length == 0:
+        return
+    slot = tl.load(tile_slot + tile)
+    m = tl.arange(0, BLOCK_M)
+    in_tile = m < length
+    start = tl.load(tile_start + tile)
+    token = tl.load(order + start + m, mask=in_tile, other=0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = n < N
+    inside = in_tile[:, None] & in_columns[None, :]
+    term = site_term(
+        planes, b, b_stride, row0, rank, scale, slots, tokens,
+        0, slot, token, in_tile, n, in_columns,
+        1, MAX_RANK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    y_at = y + token[:, None] * y_stride + n[None, :]
+    made = tl.load(y_at, mask=inside, other=0.0).to(tl.float32) + term
+    made = made.to(y.dtype.element_ty).to(tl.float32)
+    total_at = total + token[:, None] * total_stride + n[None, :]
+    made += tl.load(total_at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(total_at, made.to(total.dtype.element_ty), mask=inside)
+
+
 def expand_gate(y: Tensor, planes: Tensor, group: SiteGroup, tiles: TileMap, plan: Plan) -> Tensor:
     """[tokens, width] of y [tokens, 2 * width]."""
     tokens, width = y.shape[0], y.shape[1] // 2
@@ -174,6 +226,21 @@ def expand_gate(y: Tensor, planes: Tensor, group: SiteGroup, tiles: TileMap, pla
         **constants(group, plan),
     )
     return out
+
+
+def expand_sum(
+    total: Tensor, y: Tensor, planes: Tensor, group: SiteGroup, tiles: TileMap, plan: Plan
+) -> None:
+    """total [tokens, N] += y [tokens, N] + terms, in place."""
+    tokens, columns = y.shape
+    expand_sum_kernel[(tiles.tiles, triton.cdiv(columns, plan.block_n))](
+        *(total, total.stride(0), y, y.stride(0), planes),
+        *tensors_read(group, tiles),
+        tokens,
+        N=columns,
+        BLOCK_N=plan.block_n,
+        **constants(group, plan),
+    )
 
 
 def expand_rotary(

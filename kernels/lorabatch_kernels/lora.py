@@ -55,6 +55,15 @@ class LoraTerms:
         else:
             add_lora_cpu(y, self._x, self._group, self._step_map.tiles)
 
+    def sum(self, total: Tensor, y: Tensor) -> None:
+        """total [tokens, out_features] += y of one site and the terms. Do not read y again."""
+        if self._shrinking is not None:
+            self._check_y(y)
+            self._shrinking.sum(total, y)
+            return
+        self.add_to(y)
+        total.add_(y)
+
     def gate(self, y: Tensor) -> Tensor:
         """`silu_gate` of gate and up: y [tokens, 2 * width] -> [tokens, width]. Do not read y
         again."""

@@ -1,7 +1,7 @@
 """LoRA on a GPU: shrink, then expand. Two launches a group, both safe to capture in a CUDA graph.
 
     shrinking = Shrinking(x, group, tiles)    before the base product y = x W^T, or after it
-    shrinking.add_to(y)                       after it; or gate, or rotate, which read y next
+    shrinking.add_to(y)                       after it; or gate, rotate or sum, which read y next
 
 Where the plan says so, shrink runs on a stream of its own beside the product, and expand inside of
 what reads y next (expand_into.py). Shapes and dtypes: as shrink.py and expand.py. Grids follow from
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorabatch_kernels.expand import expand
-from lorabatch_kernels.expand_into import expand_gate, expand_rotary
+from lorabatch_kernels.expand_into import expand_gate, expand_rotary, expand_sum
 from lorabatch_kernels.plan import Plan, plan_for
 from lorabatch_kernels.rows import rotary_, silu_gate
 from lorabatch_kernels.shrink import new_planes, shrink
@@ -43,7 +43,7 @@ class Shrinking:
         self, x: Tensor, group: SiteGroup, tiles: TileMap, plan: Plan | None = None
     ) -> None:
         """`plan`: None for the one of these sizes."""
-        sizes = group.in_features, group.max_rank, tiles.tile, group.dtype
+        sizes = group.in_features, group.out_features, group.max_rank, tiles.tile, group.dtype
         self.group, self.tiles = group, tiles
         self.plan = plan or plan_for(*sizes, generation(x.device))
         self.planes = new_planes(x, group, self.plan)
@@ -64,6 +64,15 @@ class Shrinking:
         """y [tokens, columns of all sites] += the terms."""
         self._wait()
         expand(y, self.planes, self.group, self.tiles, self.plan)
+
+    def sum(self, total: Tensor, y: Tensor) -> None:
+        """total [tokens, columns] += y of one site with the terms, which may be left out of y."""
+        if self.plan.fused:
+            self._wait()
+            expand_sum(total, y, self.planes, self.group, self.tiles, self.plan)
+            return
+        self.add_to(y)
+        total.add_(y)
 
     def gate(self, y: Tensor) -> Tensor:
         """`silu_gate` of y [tokens, 2 * width] with the terms, which may be left out of y."""

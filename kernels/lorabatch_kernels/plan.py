@@ -62,11 +62,16 @@ def _rank_block(max_rank: int, tile: int, dtype: torch.dtype) -> int:
 
 @lru_cache(maxsize=1024)
 def plan_for(
-    in_features: int, max_rank: int, tile: int, dtype: torch.dtype, on: str | None = None
+    in_features: int,
+    out_features: int,
+    max_rank: int,
+    tile: int,
+    dtype: torch.dtype,
+    on: str | None = None,
 ) -> Plan:
-    """The plan for sites of `in_features` and `max_rank` under tiles of `tile` tokens, on devices
-    of the generation `on`."""
-    tuned = tuned_plan("lora", Plan, on, in_features, max_rank, tile, dtype)
+    """The plan for a group of sites with together `out_features` under tiles of `tile` tokens, on
+    devices of the generation `on`."""
+    tuned = tuned_plan("lora", Plan, on, in_features, out_features, max_rank, tile, dtype)
     if tuned is not None:
         return tuned
     full = dtype == torch.float32

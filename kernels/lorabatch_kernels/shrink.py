@@ -99,7 +99,7 @@ def shrink(planes: Tensor, x: Tensor, group: SiteGroup, tiles: TileMap, plan: Pl
     """Write the planes of `x`."""
     pool, sites = group.pool, len(group.sites)
     assert pool is not None
-    grid = (tiles.tiles, sites * triton.cdiv(group.max_rank, plan.block_r), plan.split_k)
+    grid = (tiles.adapter_tiles, sites * triton.cdiv(group.max_rank, plan.block_r), plan.split_k)
     shrink_kernel[grid](
         x,
         x.stride(0),

@@ -52,11 +52,12 @@ class HostStepMap:
     active: tuple[int, ...]
     tile: int
     tiles: int
+    adapter_tiles: int
     ints: list[int]
 
     def on(self, buffer: Tensor) -> StepMap:
         """The map whose `ints` are, or will be, in this tensor."""
-        tiles = TileMap(self.tile, self.tokens, self.tiles, buffer)
+        tiles = TileMap(self.tile, self.tokens, self.tiles, self.adapter_tiles, buffer)
         return StepMap(self.tokens, buffer.device, self.active, tiles)
 
 
@@ -86,8 +87,8 @@ def lay_out_step_map(
     groups, base = group_tokens(slots)
     on_cpu = torch.device(device).type == "cpu"
     tile = CPU_TILE if on_cpu else tile
-    ints, tiles = lay_out_tiles(groups, base, tile, max_tiles, base_tiles=not on_cpu)
-    return HostStepMap(len(slots), tuple(groups), tile, tiles, ints)
+    ints, tiles, adapter_tiles = lay_out_tiles(groups, base, tile, max_tiles, not on_cpu)
+    return HostStepMap(len(slots), tuple(groups), tile, tiles, adapter_tiles, ints)
 
 
 def build_step_map(

@@ -3,9 +3,10 @@
 Shapes and dtypes: all int32. `order` [tokens] lists token indices, tokens of one slot next to each
 other in batch order, base tokens last; `tile_slot`, `tile_start`, `tile_len` [tiles] say that tile
 i is order[start : start + len] and belongs to adapter slot `tile_slot[i]`. On a GPU base tokens are
-in tiles of slot -1, which are for kernels that do more than LoRA; on a CPU in none. A tile of
-length 0 is padding. The four are views of one `buffer`, so that a GPU needs one copy a step; each
-begins at a multiple of 16 bytes, so that Triton never compiles a second variant for an odd address.
+in tiles of slot -1 behind the first `adapter_tiles`, for kernels that do more than LoRA; on a CPU
+in none. A tile of length 0 is padding. The four are views of one `buffer`, so that a GPU needs one
+copy a step; each begins at a multiple of 16 bytes, so that Triton never compiles a second variant
+for an odd address.
 
 Raises ValueError for too few tiles or a buffer that does not fit.
 Does not cover: grouping tokens by slot (see step_map.py).
@@ -51,6 +52,7 @@ class TileMap:
     tile: int
     tokens: int
     tiles: int
+    adapter_tiles: int
     buffer: Tensor
 
     def _view(self, table: int) -> Tensor:
@@ -100,9 +102,11 @@ def lay_out_tiles(
     tile: int,
     max_tiles: int | None = None,
     base_tiles: bool = True,
-) -> tuple[list[int], int]:
+) -> tuple[list[int], int, int]:
     """Cut `groups` (slot -> its token indices) into tiles, and with `base_tiles` the `base` tokens:
-    what a map's buffer is to hold, and its number of tiles."""
+    what a map's buffer is to hold, its number of tiles, and behind how many there are none of an
+    adapter (with `max_tiles`, whatever the batch: all)."""
+    adapter_tiles = sum(-(-len(tokens) // tile) for tokens in groups.values())
     if base and base_tiles:
         groups, base = {**groups, BASE_SLOT: base}, []
     order, tables = _cut(groups, tile)
@@ -117,7 +121,7 @@ def lay_out_tiles(
     ints = order + [0] * (round_up(len(order), ALIGN_INTS) - len(order))
     for table in tables:
         ints += table + [0] * (round_up(tiles, ALIGN_INTS) - needed)
-    return ints, tiles
+    return ints, tiles, adapter_tiles if max_tiles is None else tiles
 
 
 def to_device(ints: list[int], device: torch.device, buffer: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """Plans that bench/tune.py measured, a table for each generation of devices: tuned/sm_90.json.
 
-    {"measured": {...}, "lora": {"4096,64,16,bfloat16": {a Plan's fields}}, "attention": {...}}
+    {"measured": {...}, "lora": {"4096,6144,64,16,bfloat16": {a Plan's fields}}, "attention": {...}}
 
 The keys are the arguments of `plan_for` and `attention_plan`. A size that is not in the table, and
 a generation without one, keeps the plans of plan.py.

@@ -15,7 +15,11 @@ import torch
 from ahead_of_time import NAMES, check, compile_for, on_tensor_cores, spilled_bytes
 
 from lorabatch_kernels.expand import expand_kernel
-from lorabatch_kernels.expand_into import expand_gate_kernel, expand_rotary_kernel
+from lorabatch_kernels.expand_into import (
+    expand_gate_kernel,
+    expand_rotary_kernel,
+    expand_sum_kernel,
+)
 from lorabatch_kernels.plan import Plan, plan_for
 from lorabatch_kernels.shrink import shrink_kernel
 
@@ -25,6 +29,7 @@ KERNELS = {
     "expand": expand_kernel,
     "expand, gate": expand_gate_kernel,
     "expand, rotary": expand_rotary_kernel,
+    "expand, sum": expand_sum_kernel,
 }
 
 
@@ -66,6 +71,7 @@ def constants(kernel: str, layer: Layer, plan: Plan) -> dict[str, int]:
         "expand": {**n, "SITES": layer.sites, "BLOCK_N": plan.block_n},
         "expand, gate": {"WIDTH": layer.features, "BLOCK_N": plan.block_n},
         "expand, rotary": heads,
+        "expand, sum": {"N": layer.features, "BLOCK_N": plan.block_n},
     }
     return {**own[kernel], **shared}
 
@@ -74,12 +80,12 @@ def compile_kernel(
     kernel: str, layer: Layer, dtype: torch.dtype, arch: int | str, **options: int
 ) -> Any:
     """`arch` 90: sm_90; "gfx942": AMD's."""
-    plan = plan_for(layer.features, layer.max_rank, layer.tile, dtype)
+    plan = plan_for(layer.features, layer.features, layer.max_rank, layer.tile, dtype)
     element = f"*{NAMES[dtype]}"
-    tensors = ("x", "a", "b", "y", "out", "cos", "sin")
+    tensors = ("x", "a", "b", "y", "out", "cos", "sin", "total")
     types = {**dict.fromkeys(tensors, element), **dict.fromkeys(INTS, "*i32")}
     types |= {"planes": "*fp32", "scale": "*fp32", "tokens": "i32", "slots": "i32"}
-    types |= dict.fromkeys(("x_stride", "y_stride", "a_stride", "b_stride"), "i32")
+    types |= dict.fromkeys(("x_stride", "y_stride", "a_stride", "b_stride", "total_stride"), "i32")
     stages = plan.shrink_stages if kernel == "shrink" else plan.expand_stages
     options = {"num_warps": plan.num_warps, "num_stages": stages, **options}
     consts = constants(kernel, layer, plan)

@@ -25,7 +25,7 @@ from lora_cases import (
 
 from lorabatch_kernels import lora_triton
 from lorabatch_kernels.expand import expand
-from lorabatch_kernels.expand_into import expand_gate, expand_rotary
+from lorabatch_kernels.expand_into import expand_gate, expand_rotary, expand_sum
 from lorabatch_kernels.lora_triton import Shrinking
 from lorabatch_kernels.plan import plan_for
 from lorabatch_kernels.rows_triton import rotary_, silu_gate
@@ -50,7 +50,12 @@ def drawn(*shape, dtype, seed=3):
 def shrunk(slots, group, split_k):
     """x, its tiles, a plan, and planes of which nothing else may be read."""
     x, tiles = drawn(len(slots), IN, dtype=group.dtype), tiles_of(slots)
-    plan = replace(plan_for(IN, 40, 16, group.dtype), block_k=16, block_n=32, split_k=split_k)
+    plan = replace(
+        plan_for(IN, group.out_features, 40, 16, group.dtype),
+        block_k=16,
+        block_n=32,
+        split_k=split_k,
+    )
     planes = new_planes(x, group, plan).fill_(NAN)
     shrink(planes, x, group, tiles, plan)
     return x, planes, tiles, plan
@@ -115,6 +120,21 @@ def test_rotary(heads, slots, dtype):
     assert sevens_left(wide)
 
 
+@DTYPES
+@CASES
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_sum(split_k, slots, dtype):
+    group = group_of(RANKS[:1], IN, [50], dtype)
+    _, planes, tiles, plan = shrunk(slots, group, split_k)
+    y, total = (drawn(len(slots), 50, dtype=dtype, seed=seed) for seed in (4, 5))
+    total *= 300  # beside which a term alone would be lost
+    got, wide = inside(total)
+    expand_sum(got, y, planes, group, tiles, plan)
+    expand(y, planes, group, tiles, plan)
+    assert torch.equal(got, total + y)
+    assert sevens_left(wide)
+
+
 @pytest.fixture(params=[(False, False), (False, True), (True, True)], ids=str)
 def form(request, monkeypatch):
     """A plan that says so, and streams that only note what is asked of them."""
@@ -138,32 +158,50 @@ def form(request, monkeypatch):
     cuda = SimpleNamespace(current_stream=lambda device: main, stream=on)
     monkeypatch.setattr(lora_triton, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(lora_triton, "side_stream", lambda device: side)
-    plan = replace(plan_for(IN, 40, 16, torch.float32), beside=beside, fused=fused)
+    for name in ("shrink", "expand", "expand_gate", "expand_rotary", "expand_sum"):
+        monkeypatch.setattr(lora_triton, name, noting(noted, name))
+    plan = replace(plan_for(IN, 90, 40, 16, torch.float32), beside=beside, fused=fused)
     return plan, noted
 
 
-FORK = ["side waits for main", "on side", "back"]
-JOIN = ["main waits for side"]
+def noting(noted, name):
+    launch = getattr(lora_triton, name)
+
+    def noted_launch(*args):
+        noted.append(name)
+        return launch(*args)
+
+    return noted_launch
 
 
-@pytest.mark.parametrize("what", ["add_to", "gate", "rotate"])
+FUSED = {"add_to": "expand", "gate": "expand_gate", "rotate": "expand_rotary", "sum": "expand_sum"}
+
+
+@pytest.mark.parametrize("what", FUSED)
 def test_what_a_plan_says(form, what):
     plan, noted = form
     slots, width = SLOTS["mixed"], 30
-    ranks, widths = (RANKS[:2], [width] * 2) if what == "gate" else (RANKS, [width] * 3)
-    group = group_of(ranks, IN, widths, torch.float32)
+    sites = {"gate": 2, "sum": 1}.get(what, 3)
+    widths = [width] * sites
+    group = group_of(RANKS[:sites], IN, widths, torch.float32)
     x = drawn(len(slots), IN, dtype=torch.float32)
     y = drawn(len(slots), sum(widths), dtype=torch.float32, seed=4)
     wanted = group_reference(y, x, group, slots)
     shrinking = Shrinking(x, group, tiles_of(slots), plan)
-    assert noted == (FORK if plan.beside else [])
+    begun = ["side waits for main", "on side", "shrink", "back"] if plan.beside else ["shrink"]
+    assert noted == begun
     if what == "add_to":
         shrinking.add_to(y)
     elif what == "gate":
         y, wanted = shrinking.gate(y), row_cases.gated(wanted)
+    elif what == "sum":
+        total = drawn(len(slots), width, dtype=torch.float32, seed=5)
+        y, wanted = total.clone(), total + wanted
+        shrinking.sum(y, drawn(len(slots), width, dtype=torch.float32, seed=4))
     else:
         cos, sin = (drawn(len(slots), WIDTH, dtype=torch.float32, seed=s) for s in (5, 6))
         shrinking.rotate(y, cos, sin)
         rotary_(wanted[:, : 2 * width], cos, sin)
-    assert noted == (FORK + JOIN if plan.beside else [])
+    joined = ["main waits for side"] if plan.beside else []
+    assert noted == [*begun, *joined, FUSED[what] if plan.fused else "expand"]
     assert_close(what, wanted, y, 4 * TOLERANCE[torch.float32])

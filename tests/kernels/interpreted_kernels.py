@@ -105,7 +105,7 @@ def test_expand(name, split_k, dtype):
 @pytest.mark.parametrize("tile", [16, 32])
 def test_the_whole_with_its_own_plan(dtype, tile):
     shape = replace(MIXED, in_features=2100, slots=[*MIXED.slots, *[1] * 20])
-    assert plan_for(shape.in_features, shape.max_rank, 16, dtype).split_k > 1
+    assert plan_for(shape.in_features, shape.out_features, shape.max_rank, 16, dtype).split_k > 1
     site = poison_the_rest(shape.site(dtype, paneled=False))
     x, y = shape.x_y(dtype)
     ref = add_lora_reference(y, x, site, shape.slots)
@@ -138,15 +138,12 @@ def small_tuning(monkeypatch):
 @pytest.mark.usefixtures("small_tuning")
 @pytest.mark.parametrize("rows", [16, 64])
 def test_what_tuning_measures(rows):
-    lora = (70, 8, 16, torch.float32)
-    made = tune.lora_run(70, [50], *lora[1:])(plan_for(*lora))
-    assert made.shape == (4, 50)
-    assert made.isfinite().all()
-    assert made.any()
-    run = tune.lora_run(70, [20, 20], *lora[1:])
-    apart, fused = (run(replace(plan_for(*lora), fused=fused)) for fused in (False, True))
-    assert apart.shape == (4, 20)
-    assert_close("fused", apart, fused, 1e-6)
+    for what, outs in {"sum": [20], "gate": [20, 20], "rotate": [20, 10, 10]}.items():
+        run = tune.lora_run(70, outs, 8, 16, torch.float32, what, 10)
+        plan = plan_for(70, sum(outs), 8, 16, torch.float32)
+        apart, fused = (run(replace(plan, fused=fused)) for fused in (False, True))
+        assert apart.shape == (4, 20 if what == "gate" else sum(outs))
+        assert_close(what, apart, fused, 1e-6)
     sizes = {"heads": 2, "kv_heads": 1, "width": 16}
     plan = attention_plan(16, 16, rows, torch.float16)
     made = tune.attention_run(sizes, rows, torch.float16)(plan)

@@ -107,8 +107,8 @@ def tiles_of(
     base_tiles: bool = True,
 ) -> TileMap:
     """These tokens' tiles on a CPU, of any size that a kernel takes."""
-    ints, tiles = lay_out_tiles(*group_tokens(slots), tile, max_tiles, base_tiles)
-    return TileMap(tile, len(slots), tiles, to_device(ints, torch.device("cpu"), buffer))
+    ints, *tiles = lay_out_tiles(*group_tokens(slots), tile, max_tiles, base_tiles)
+    return TileMap(tile, len(slots), *tiles, to_device(ints, torch.device("cpu"), buffer))
 
 
 def rows_of_base(slots: Sequence[int]) -> Tensor:

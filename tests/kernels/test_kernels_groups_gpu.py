@@ -41,10 +41,11 @@ class Layer:
         self.x = drawn(len(SLOTS), IN, dtype=dtype, seed=2)
         angle = drawn(len(SLOTS), WIDTH, dtype=torch.float32, seed=3)
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        self.residual = drawn(len(SLOTS), widths[0], dtype=dtype, seed=4)
         self.map = build_step_map(SLOTS, "cuda")
         from lorabatch_kernels import lora_triton
 
-        made = replace(plan_for(IN, 40, 16, dtype), **form)
+        made = replace(plan_for(IN, sum(widths), 40, 16, dtype), **form)
         monkeypatch.setattr(lora_triton, "plan_for", lambda *sizes: made)
 
     def run(self, what):
@@ -54,6 +55,10 @@ class Layer:
             return terms.gate(y)
         if what == "rotate":
             terms.rotate(y, self.cos, self.sin)
+        elif what == "sum":
+            total = self.residual.clone()
+            terms.sum(total, y)
+            return total
         else:
             terms.add_to(y)
         return y
@@ -66,10 +71,15 @@ class Layer:
         if what == "rotate":
             turned = sum(site.out_features for site in self.group.sites[:2])
             rotary_(total[:, :turned], self.cos.float(), self.sin.float())
-        return total
+        return self.residual.float() + total if what == "sum" else total
 
 
-LAYERS = {"add_to": [50, 9, 33], "gate": [1536, 1536], "rotate": [9 * WIDTH, 3 * WIDTH, 3 * WIDTH]}
+LAYERS = {
+    "add_to": [50, 9, 33],
+    "gate": [1536, 1536],
+    "rotate": [9 * WIDTH, 3 * WIDTH, 3 * WIDTH],
+    "sum": [576],
+}
 
 
 @FORMS

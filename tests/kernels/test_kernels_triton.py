@@ -35,11 +35,11 @@ def test_kernels_agree_with_their_references_in_the_interpreter():
 
 
 def test_groups_agree_with_their_references_in_the_interpreter():
-    run_tests("interpreted_groups.py", at_least=45, TRITON_INTERPRET="1")
+    run_tests("interpreted_groups.py", at_least=60, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_ahead_of_time(tmp_path):
-    run_tests("compiled_kernels.py", at_least=237, TRITON_CACHE_DIR=str(tmp_path))
+    run_tests("compiled_kernels.py", at_least=285, TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_attention_agrees_with_its_reference_in_the_interpreter():

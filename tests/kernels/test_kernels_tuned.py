@@ -12,12 +12,12 @@ from bench import tune
 from lorabatch_kernels import tuned
 from lorabatch_kernels.plan import AttentionPlan, attention_plan, plan_for, splits_for
 
-LORA = (4096, 64, 16, torch.bfloat16)
+LORA = (4096, 6144, 64, 16, torch.bfloat16)
 HEADS = (128, 128, 16, torch.bfloat16)
 FASTER = replace(plan_for(*LORA), block_k=256, num_warps=2)
 BETTER = AttentionPlan(16, 128, num_warps=2, num_stages=4, programs=4)
 TABLE = {
-    "lora": {"4096,64,16,bfloat16": asdict(FASTER)},
+    "lora": {"4096,6144,64,16,bfloat16": asdict(FASTER)},
     "attention": {"128,128,16,bfloat16": asdict(BETTER)},
 }
 
@@ -44,7 +44,7 @@ def test_a_table_is_for_its_sizes_and_its_generation(folder):
     (folder / "sm_90.json").write_text(json.dumps(TABLE))
     assert plan_for(*LORA, "sm_90") == FASTER
     assert plan_for(*LORA, "sm_80") == plan_for(*LORA) != FASTER
-    assert plan_for(4096, 32, *LORA[2:], "sm_90") == plan_for(4096, 32, *LORA[2:])
+    assert plan_for(4096, 4096, *LORA[2:], "sm_90") == plan_for(4096, 4096, *LORA[2:])
     assert attention_plan(*HEADS, "sm_90") == BETTER
     assert attention_plan(128, 128, 5, torch.bfloat16, "sm_90") == BETTER
     assert attention_plan(128, 128, 17, torch.bfloat16, "sm_90").block_m == 32
@@ -55,7 +55,10 @@ def test_a_table_is_for_its_sizes_and_its_generation(folder):
     [
         ("{", "sm_90.json is no table of plans"),
         ('{"lora": {}}', "sm_90.json is no table of plans"),
-        ('{"lora": {"4096,64,16,bfloat16": {"block": 3}}, "attention": {}}', "4096,64,16,bfloat16"),
+        (
+            '{"lora": {"4096,6144,64,16,bfloat16": {"block": 3}}, "attention": {}}',
+            "4096,6144,64,16,bfloat16",
+        ),
     ],
 )
 def test_what_is_no_table_is_named(folder, text, message):

@@ -22,10 +22,13 @@ from lorabatch import Job
 from lorabatch_worker import attention
 from lorabatch_worker import engine as engine_module
 from lorabatch_worker import graphs as graphs_module
-from lorabatch_worker.graphs import CudaCapture, bucket_sizes
+from lorabatch_worker.graphs import CudaCapture, DecodeGraphs, GraphSizes, bucket_sizes
 from lorabatch_worker.model_runner import ModelRunner
+from lorabatch_worker.scheduler import Chunk
+from lorabatch_worker.sequence import Sequence as Running
+from lorabatch_worker.step import lay_out_step
 from tests.desk import Desk, engine_for
-from tests.models import as_base, generate, tiny_config, tiny_model
+from tests.models import as_base, claim, generate, tiny_config, tiny_model
 
 DEVICES = [
     "cpu",
@@ -86,6 +89,24 @@ def test_sizes_of_batches() -> None:
     assert bucket_sizes(8) == [1, 2, 4, 8]
     assert bucket_sizes(30) == [1, 2, 4, 8, 16, 24, 32]
     assert max(bucket_sizes(5000)) == 512
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")], ids=str)
+@pytest.mark.parametrize("adapters", [True, False])
+def test_any_batch_of_a_size_fits_its_tables(adapters: bool, device: torch.device) -> None:
+    sizes = GraphSizes(max_seqs=40, adapter_slots=SLOTS, block_size=8, max_context_tokens=64)
+    graphs = DecodeGraphs(lambda step: step.input_ids, sizes, device, lambda call: call)
+    for seqs in bucket_sizes(40):
+        padding = graphs._padding(seqs, adapters)
+        lengths = set()
+        for count in range(seqs + 1):
+            chunks = [Chunk(Running(claim(Job(prompt="-")), [1], None), 0, 1) for _ in range(count)]
+            for number, chunk in enumerate(chunks):
+                chunk.sequence.slot = number % (SLOTS + 1) - 1 if adapters else -1
+                chunk.sequence.blocks = [0]
+            host = lay_out_step(chunks, 8, device, padding=padding)  # not on the device yet
+            lengths.add(len(host.step_map.ints))
+        assert len(lengths) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -277,6 +277,7 @@ class Engine:
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         """Nothing in the step can be trusted: its jobs fail, the engine goes on."""
+        self.runner.settle()
         self._report_ended()
         info = explained(error, "the engine failed in a step")
         for chunk in chunks:

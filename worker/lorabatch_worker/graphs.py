@@ -133,7 +133,8 @@ class DecodeGraphs:
 
     def _padding(self, seqs: int, adapters: bool) -> Padding:
         sizes = self._sizes
-        tiles = tile_bound(seqs, sizes.adapter_slots, tile_for(self._device)) if adapters else 0
+        slots = sizes.adapter_slots if adapters else 0
+        tiles = tile_bound(seqs, slots, tile_for(self._device))
         blocks = -(-sizes.max_context_tokens // sizes.block_size)
         return Padding(seqs, blocks, tiles)
 

@@ -43,13 +43,6 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
-    def add_to(self, total: Tensor, x: Tensor) -> None:
-        """total [rows, out] += the product of x [rows, in]: within it, where that can be."""
-        if isinstance(self.product, Plain) and self.product.bias is None:
-            total.addmm_(x, self.weight.t())
-        else:
-            total.add_(self.product(x))
-
 
 class Plain:
     """The weight as it is."""
@@ -90,9 +83,11 @@ class SharedInput:
         self._left = 0
         self._parts: Sequence[Tensor] = ()
 
-    def part(self, x: Tensor, number: int, then: Callable[[Tensor], None]) -> Tensor:
-        """Columns of layer `number`. `then` is called with the whole product when it is made."""
+    def part(self, x: Tensor, number: int, begin: Callable[[], Callable[[Tensor], None]]) -> Tensor:
+        """Columns of layer `number`. `begin` is called before the product is made, and what it
+        gives with the whole product."""
         if self._x is not x:
+            then = begin()
             whole = self.dense(x)
             then(whole)
             self._parts = torch.split(whole, self.widths, dim=-1)

@@ -8,7 +8,7 @@ PEFT's, so that adapter files address the layers by the names they were trained 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class LoraGroup:
 
     def part(self, x: Tensor, number: int) -> Tensor:
         """x [..., in] -> [..., out of layer `number`]."""
-        return self.product.part(x, number, lambda y: self._terms(x).add_to(_rows(y)))
+        return self.product.part(x, number, lambda: self._adding(x))
 
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Of q, k and v: x [1, T, in] -> [1, T, out of all of them], q and k turned by cos and sin
@@ -51,15 +51,14 @@ class LoraGroup:
     def add_to(self, total: Tensor, x: Tensor) -> None:
         """Of one layer: total [1, T, out] += its output of x [1, T, in]."""
         terms = self._terms(x)
-        self.product.dense.add_to(total[0], x[0])
-        terms.add_to(total[0])
+        terms.sum(total[0], self.product.dense(x)[0])
+
+    def _adding(self, x: Tensor) -> Callable[[Tensor], None]:
+        terms = self._terms(x)
+        return lambda y: terms.add_to(y.view(-1, y.shape[-1]))
 
     def _terms(self, x: Tensor) -> LoraTerms:
-        return LoraTerms(_rows(x), self.sites, self.context.step.step_map)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+        return LoraTerms(x.reshape(-1, x.shape[-1]), self.sites, self.context.step.step_map)
 
 
 class LoraLinear(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -110,6 +111,13 @@ class ModelRunner:
                 return logits
         rows = self.cache.row_blocks > 0
         return self._compute(build_step(chunks, self.blocks.block_size, self.device, rows))
+
+    def settle(self) -> None:
+        """After a step that failed: wait until what it launched is over, so that its memory can be
+        used again."""
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # an error of the device itself shows in the next step
+                torch.cuda.synchronize(self.device)
 
     def _compute(self, step: Step) -> Tensor:
         self.context.enter(step)

@@ -25,7 +25,7 @@ __all__ = ["HostStep", "Padding", "Span", "Step", "StepContext", "build_step", "
 @dataclass(frozen=True)
 class Padding:
     """Sizes of a step of one token a sequence whose shapes must not depend on the batch: tokens,
-    columns of the block table, LoRA tiles (0: no token has an adapter)."""
+    columns of the block table, tiles of the step map."""
 
     seqs: int
     table_blocks: int
