@@ -104,11 +104,12 @@ def products(ours: OurEngine, sizes: Sizes) -> float:
     """Seconds of all products of one step of these sizes, best of three."""
     runner: Any = ours.engine.runner
     model = runner.model
-    head = model.get_output_embeddings()
+    output = model.get_output_embeddings()
+    head: Dense = output.group.product.dense
     seen: dict[int, Dense] = {}
     for module in model.modules():
         group = getattr(module, "group", None)
-        if group is not None:
+        if group is not None and module is not output:
             seen[id(group)] = group.product.dense
     inputs: dict[int, torch.Tensor] = {}
     for dense in seen.values():

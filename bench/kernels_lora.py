@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import LoraSite, StepMap, add_lora, build_step_map
+from lorabatch_kernels import SiteGroup, StepMap, add_lora, build_step_map
 
 LAYERS = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
 MEAN_WIDTHS = sum(inp + out for inp, out in LAYERS) / len(LAYERS)
@@ -59,39 +59,44 @@ class Case:
         return len(set(self.slots())) * self.rank * MEAN_WIDTHS * self.dtype.itemsize
 
 
-# The rivals' copies of `a`, in rank rows [slots, MAX_RANK, in], by site.
-ROWS: dict[int, Tensor] = {}
+# The rivals' copies of `a` and `b`, in rank rows [slots, MAX_RANK, ...], by site.
+ROWS: dict[int, tuple[Tensor, Tensor]] = {}
 
 
-def make_sites(case: Case) -> list[LoraSite]:
-    sites = []
+def make_groups(case: Case) -> list[SiteGroup]:
+    """Each of one site."""
+    groups = []
     ROWS.clear()
     used = sorted(set(case.slots()))
     for inp, out in LAYERS * BLOCKS:
-        site = LoraSite.allocate(SLOTS, MAX_RANK, inp, out, case.dtype, "cpu")
-        rows = ROWS[id(site)] = torch.zeros(SLOTS, MAX_RANK, inp, dtype=case.dtype)
+        group = SiteGroup.allocate(SLOTS, MAX_RANK, inp, [out], case.dtype, "cpu")
+        (site,) = group.sites
+        all_a = torch.zeros(SLOTS, MAX_RANK, inp, dtype=case.dtype)
+        all_b = torch.zeros(SLOTS, MAX_RANK, out, dtype=case.dtype)
+        ROWS[id(site)] = all_a, all_b
         for slot in used:
-            a = torch.randn(case.rank, inp)
-            site.load(slot, a, torch.randn(out, case.rank), 0.01)
-            rows[slot, : case.rank].copy_(a)
-        sites.append(site)
-    return sites
+            a, b = torch.randn(case.rank, inp), torch.randn(out, case.rank)
+            site.load(slot, a, b, 0.01)
+            all_a[slot, : case.rank].copy_(a)
+            all_b[slot, : case.rank].copy_(b.t())
+        groups.append(group)
+    return groups
 
 
-def addmm_loop(y: Tensor, x: Tensor, site: LoraSite, indices: dict[int, Tensor]) -> None:
+def addmm_loop(y: Tensor, x: Tensor, group: SiteGroup, indices: dict[int, Tensor]) -> None:
+    (site,) = group.sites
     for slot, tokens in indices.items():
         rank = site.ranks[slot]
-        v = torch.mm(x.index_select(0, tokens), ROWS[id(site)][slot, :rank].t())
+        v = torch.mm(x.index_select(0, tokens), ROWS[id(site)][0][slot, :rank].t())
         y.index_add_(0, tokens, torch.mm(v.mul_(site.scales[slot]), site.b[slot, :rank]))
 
 
-def masked_gemm(y: Tensor, x: Tensor, site: LoraSite, rows: Tensor, mask: Tensor) -> None:
-    a = ROWS[id(site)].view(-1, site.in_features).index_select(0, rows)
-    b = site.b.view(-1, site.out_features).index_select(0, rows)
+def masked_gemm(y: Tensor, x: Tensor, group: SiteGroup, rows: Tensor, mask: Tensor) -> None:
+    a, b = (part.flatten(0, 1).index_select(0, rows) for part in ROWS[id(group.sites[0])])
     y.addmm_(torch.mm(x, a.t()).mul_(mask), b)
 
 
-def forms(case: Case) -> dict[str, Callable[[Tensor, Tensor, LoraSite], None]]:
+def forms(case: Case) -> dict[str, Callable[[Tensor, Tensor, SiteGroup], None]]:
     slots = case.slots()
     used = sorted(set(slots))
     step_map: StepMap = build_step_map(slots, "cpu")
@@ -101,15 +106,15 @@ def forms(case: Case) -> dict[str, Callable[[Tensor, Tensor, LoraSite], None]]:
     owner = torch.tensor(used).repeat_interleave(case.rank)
     mask = torch.where(of_token[:, None] == owner, 0.01, 0.0).to(case.dtype)
     return {
-        "add_lora": lambda y, x, site: add_lora(y, x, site.alone, step_map),
-        "loop": lambda y, x, site: addmm_loop(y, x, site, indices),
-        "cat": lambda y, x, site: masked_gemm(y, x, site, rows, mask),
+        "add_lora": lambda y, x, group: add_lora(y, x, group, step_map),
+        "loop": lambda y, x, group: addmm_loop(y, x, group, indices),
+        "cat": lambda y, x, group: masked_gemm(y, x, group, rows, mask),
     }
 
 
 def best_us(case: Case, rounds: int) -> dict[str, float]:
     """CPU microseconds a site of each form, the best of `rounds`."""
-    sites = make_sites(case)
+    groups = make_groups(case)
     tokens = len(case.slots())
     x = {inp: torch.randn(tokens, inp).to(case.dtype) for inp in (576, 1536)}
     y = {out: torch.randn(tokens, out).to(case.dtype) for out in (192, 576, 1536)}
@@ -118,10 +123,10 @@ def best_us(case: Case, rounds: int) -> dict[str, float]:
     for _ in range(rounds + 1):  # the first warms up
         for name, form in run.items():
             start = time.thread_time()
-            for site in sites:
-                form(y[site.out_features], x[site.in_features], site)
+            for group in groups:
+                form(y[group.out_features], x[group.in_features], group)
             best[name] = min(best[name], time.thread_time() - start)
-    return {name: seconds * 1e6 / len(sites) for name, seconds in best.items()}
+    return {name: seconds * 1e6 / len(groups) for name, seconds in best.items()}
 
 
 def map_us(slots: Sequence[int]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from lorabatch import Job, Result, Settings
 from lorabatch.ledger import Outcome
 from lorabatch_worker.engine import Engine, build_engine
-from tests.models import ROOT, bundled_folder, claim, old_names
+from tests.models import ROOT, bundled_folder, claim, quiet_peft
 
 WAIT_S = 120.0
 PROMPTS = (
@@ -125,7 +125,7 @@ def real_desk() -> Desk:
 
     home = ROOT / ".lorabatch"
     adapters = {p.parent.name: p.parent for p in sorted(SHIPPED.glob("*/adapter_config.json"))}
-    with old_names():
+    with quiet_peft():
         random = write_random_adapters(load_reference(bundled_folder()), home / "parity-adapters")
     settings = Settings.load(
         home=home,

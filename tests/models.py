@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from lorabatch import Job
 from lorabatch.ledger import Claim
+from lorabatch_worker.adapters.weights import AdapterTarget, read_adapter
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.bundled import bundled_checkpoint
 from lorabatch_worker.model_runner import ModelRunner
@@ -138,18 +139,28 @@ def checkpoint(folder: Path, kind: str = "llama", **fields: Any) -> Path:
     return folder
 
 
+# What PEFT warns of when it makes or loads adapters such as the tests want.
+PEFTS_WARNINGS = (
+    "`is_gradient_checkpointing` is deprecated",
+    "`lora_bias=True` was passed but the targeted layer",
+    ".*LoRA tensor.* have invalid shape",  # lora_B's biases
+    "Model has `tie_word_embeddings=True`",
+    "fan_in_fan_out is set to .* but the target module is",
+)
+
+
 @contextmanager
-def old_names() -> Iterator[None]:
-    """PEFT asks transformers for a property under its old name."""
+def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        for message in PEFTS_WARNINGS:
+            warnings.filterwarnings("ignore", message)
         yield
 
 
 def load_with_peft(model: nn.Module, folder: Path) -> Any:
     from peft import PeftModel
 
-    with old_names():
+    with quiet_peft():
         return PeftModel.from_pretrained(model, folder).eval()
 
 
@@ -159,22 +170,55 @@ def with_lora(model: nn.Module, **fields: Any) -> Any:
 
     conv = any(isinstance(m, Conv1D) for m in model.modules())
     config = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=conv, **fields)
-    with old_names():
+    with quiet_peft():
         tuned: Any = get_peft_model(model, config)  # type: ignore[arg-type]
     tuned.peft_config["default"].base_model_name_or_path = "acme/tiny"
     return tuned.eval()
 
 
-def random_adapter(model: nn.Module, folder: Path, seed: int = 0, **fields: Any) -> Path:
-    """An adapter with random A and B, written by PEFT; all linear layers unless said otherwise."""
+def random_adapter(
+    model: nn.Module, folder: Path, seed: int = 0, save_embedding: bool = False, **fields: Any
+) -> Path:
+    """An adapter with random weights, written by PEFT; all linear layers unless said otherwise."""
     torch.manual_seed(seed)
     defaults = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
     tuned = with_lora(copy.deepcopy(model), **defaults | fields)
     for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
+        own_bias = parameter.requires_grad and name.endswith("bias")
+        if own_bias or "lora_B" in name or "lora_embedding_B" in name:
             nn.init.normal_(parameter, std=0.2)
-    tuned.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the Hub
+        elif "lora_embedding_A" in name:
+            nn.init.normal_(parameter, std=1.0)
+        elif "trainable_tokens_delta" in name or "modules_to_save" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        elif "lora_magnitude_vector" in name:
+            parameter.data *= torch.empty_like(parameter).uniform_(0.5, 1.5)
+    with quiet_peft():
+        tuned.save_pretrained(folder, save_embedding_layers=save_embedding)  # "auto" asks the Hub
     return folder
+
+
+def load_adapter(runner: ModelRunner, folder: Path, slot: int) -> set[str]:
+    """Put an adapter's files into a slot: the layers that it changes."""
+    target = AdapterTarget(
+        base_names=frozenset({"acme/tiny"}),
+        shapes={n: (s.in_features, s.out_features) for n, s in runner.sites.items()},
+        modules=frozenset(),
+        max_rank=8,
+        dtype=torch.float32,
+        layer=runner.layers.__getitem__,
+        ends=runner.ends,
+    )
+    adapter = read_adapter("x", folder, target)
+    runner.changed_ends.load(slot, adapter.vocabulary)
+    for name, weights in adapter.sites.items():
+        site = runner.sites[name]
+        site.load(slot, weights.a, weights.b, weights.scale, affine=weights.affine)
+    return set(adapter.sites)
+
+
+def assert_same_logits(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4 * max(1.0, wanted.std().item()))
 
 
 def claim(job: Job, attempt: int = 1) -> Claim:

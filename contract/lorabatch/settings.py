@@ -254,10 +254,10 @@ class Settings(BaseSettings):
                 f"max_step_tokens {self.max_step_tokens} is below max_seqs {self.max_seqs}: "
                 "a step must hold one token of every sequence; raise the first"
             )
-        if 0 < self.adapter_rank_rows < self.max_adapter_rank:
+        if 0 < self.adapter_rank_rows < self.max_adapter_rank + 2:  # gain and shift beside
             raise ValueError(
                 f"adapter_rank_rows {self.adapter_rank_rows} is below max_adapter_rank "
-                f"{self.max_adapter_rank}: the largest would never fit; raise the first"
+                f"{self.max_adapter_rank} + 2: the largest would never fit; raise the first"
             )
         return self
 

@@ -12,13 +12,14 @@ from lorabatch_kernels.attention_cpu import (
     attend_rows,
     can_attend,
 )
+from lorabatch_kernels.group import SiteGroup
 from lorabatch_kernels.layer_cpu import DecoderLayer, DecoderLayers, LayerStep
 from lorabatch_kernels.lora import LoraTerms, add_lora, add_lora_reference
 from lorabatch_kernels.lora_cpu import can_add_lora
 from lorabatch_kernels.matmul_cpu import PackedWeight
 from lorabatch_kernels.paged import PagedSpans, attend_paged, store_paged
 from lorabatch_kernels.rows import can_do_rows, rms_norm, rotary_, silu_gate
-from lorabatch_kernels.site import LoraSite, SiteGroup
+from lorabatch_kernels.site import LoraSite
 from lorabatch_kernels.step_map import StepMap, build_step_map
 from lorabatch_kernels.tiles import BASE_SLOT, buffer_ints, tile_bound
 

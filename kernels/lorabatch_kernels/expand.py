@@ -1,9 +1,9 @@
-"""Expand: y += scale * v B for every token with an adapter, in place.
+"""Expand: y += gain * y + shift + scale * v B for every token with an adapter, in place.
 
 Shapes and dtypes: y [tokens, columns of all sites] (bf16, fp16 or fp32, unit column stride, any row
 stride); the pool's `b` in the same dtype; planes fp32 [split_k, tokens, sites * max_rank] from
-shrink, summed here. v is rounded to the dtype of `b` for the tensor cores; sums and scale are fp32,
-and y is rounded once. Rows of base tokens are not touched.
+shrink, summed here. Gain and shift are those of site.py. v is rounded to the dtype of `b` for the
+tensor cores; sums and scale are fp32, and y is rounded once. Rows of base tokens are not touched.
 
 Raises nothing of its own: lora.py has checked the shapes.
 Does not cover: bf16 under TRITON_INTERPRET=1 (see shrink.py). What reads y next can add the terms
@@ -22,18 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorabatch_kernels.group import MOST_SITES, SiteGroup
 from lorabatch_kernels.plan import COMPILE_OPTIONS, Plan
-from lorabatch_kernels.site import MOST_SITES, LoraSite, SiteGroup
+from lorabatch_kernels.site import LoraSite
 from lorabatch_kernels.tiles import TileMap
 
 
 @triton.jit
-def site_term(
+def adapted(
+    y,
     planes,
     b,
     b_stride,
     row0,
     rank,
+    affine,
     scale,
     slots,
     tokens,
@@ -50,8 +53,8 @@ def site_term(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """scale * v B of these columns, which are the site's, fp32 [BLOCK_M, BLOCK_N]; zeros for slot
-    -1."""
+    """y + gain * y + shift + scale * v B of these columns, which are the site's; y and the result
+    fp32 [BLOCK_M, BLOCK_N]. Slot -1: y."""
     at = site * slots + slot
     slot_rank = tl.load(rank + at, mask=slot >= 0, other=0)
     first_row = tl.load(row0 + at, mask=slot >= 0, other=0).to(tl.int64)
@@ -71,7 +74,12 @@ def site_term(
             v += tl.load(cell + part * plane, mask=written, other=0.0)
         term = tl.dot(v.to(b_block.dtype), b_block, term, input_precision="ieee")
         first_r += BLOCK_R
-    return term * tl.load(scale + at, mask=slot >= 0, other=0.0)
+    if tl.load(affine + at, mask=slot >= 0, other=0) != 0:
+        gain_at = b + (first_row + slot_rank) * b_stride + column
+        gain = tl.load(gain_at, mask=in_columns, other=0.0).to(tl.float32)
+        shift = tl.load(gain_at + b_stride, mask=in_columns, other=0.0).to(tl.float32)
+        y += y * gain[None, :] + shift[None, :]
+    return y + term * tl.load(scale + at, mask=slot >= 0, other=0.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -87,6 +95,7 @@ def expand_kernel(
     tile_len,
     row0,
     rank,
+    affine,
     scale,
     slots,
     tokens,
@@ -111,7 +120,8 @@ def expand_kernel(
     BLOCKS1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
     block = tl.program_id(1)
     site = (block >= BLOCKS0).to(tl.int32) + (block >= BLOCKS0 + BLOCKS1).to(tl.int32)
-    if tl.load(rank + site * slots + slot) == 0:
+    at = site * slots + slot
+    if tl.load(rank + at) == 0 and tl.load(affine + at) == 0:
         return
     first_block = tl.where(site == 0, 0, tl.where(site == 1, BLOCKS0, BLOCKS0 + BLOCKS1))
     first_column = tl.where(site == 0, 0, tl.where(site == 1, N0, N0 + N1))
@@ -124,14 +134,14 @@ def expand_kernel(
     in_tile = m < length
     start = tl.load(tile_start + tile)
     token = tl.load(order + start + m, mask=in_tile, other=0).to(tl.int64)
-    term = site_term(
-        planes, b, b_stride, row0, rank, scale, slots, tokens,
+    y_at = y + token[:, None] * y_stride + column[None, :]
+    in_y = in_tile[:, None] & in_columns[None, :]
+    total = adapted(
+        tl.load(y_at, mask=in_y, other=0.0).to(tl.float32),
+        planes, b, b_stride, row0, rank, affine, scale, slots, tokens,
         site, slot, token, in_tile, column, in_columns,
         SITES, MAX_RANK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    y_at = y + token[:, None] * y_stride + column[None, :]
-    in_y = in_tile[:, None] & in_columns[None, :]
-    total = tl.load(y_at, mask=in_y, other=0.0).to(tl.float32) + term
     tl.store(y_at, total.to(y.dtype.element_ty), mask=in_y)
 
 
@@ -140,7 +150,7 @@ def tensors_read(group: SiteGroup, tiles: TileMap) -> tuple[Tensor | int, ...]:
     pool = group.pool
     assert pool is not None
     maps = tiles.order, tiles.tile_slot, tiles.tile_start, tiles.tile_len
-    tables = pool.row0, pool.rank, pool.scale, pool.rank.stride(0)
+    tables = pool.row0, pool.rank, pool.affine, pool.scale, pool.rank.stride(0)
     return pool.b, pool.b.stride(0), *maps, *tables
 
 
@@ -181,5 +191,6 @@ def expand_reference(y: Tensor, v: Tensor, site: LoraSite, slots: Sequence[int])
         if slot >= 0:
             _, b = site.rows(slot)
             delta = v[token, : len(b)].float() @ b.float()
-            total[token] = total[token] + site.scales[slot] * delta
+            gain, shift = site.affine_rows(slot) or (0.0, 0.0)
+            total[token] += gain * total[token] + shift + site.scales[slot] * delta
     return total

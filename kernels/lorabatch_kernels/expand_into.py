@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorabatch_kernels.expand import constants, site_term, tensors_read
+from lorabatch_kernels.expand import adapted, constants, tensors_read
+from lorabatch_kernels.group import SiteGroup
 from lorabatch_kernels.plan import Plan
-from lorabatch_kernels.site import SiteGroup
 from lorabatch_kernels.tiles import TileMap
 
 
@@ -41,6 +41,7 @@ def expand_gate_kernel(
     tile_len,
     row0,
     rank,
+    affine,
     scale,
     slots,
     tokens,
@@ -66,21 +67,21 @@ def expand_gate_kernel(
     inside = in_tile[:, None] & in_columns[None, :]
     at = y + token[:, None] * y_stride + n[None, :]
 
-    term = site_term(
-        planes, b, b_stride, row0, rank, scale, slots, tokens,
+    gate = adapted(
+        tl.load(at, mask=inside, other=0.0).to(tl.float32),
+        planes, b, b_stride, row0, rank, affine, scale, slots, tokens,
         0, slot, token, in_tile, n, in_columns,
         2, MAX_RANK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32) + term
     gate = gate.to(y.dtype.element_ty).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
 
-    term = site_term(
-        planes, b, b_stride, row0, rank, scale, slots, tokens,
+    up = adapted(
+        tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32),
+        planes, b, b_stride, row0, rank, affine, scale, slots, tokens,
         1, slot, token, in_tile, WIDTH + n, in_columns,
         2, MAX_RANK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    up = tl.load(at + WIDTH, mask=inside, other=0.0).to(tl.float32) + term
     up = up.to(y.dtype.element_ty).to(tl.float32)
     out_at = out + token[:, None] * WIDTH + n[None, :]
     tl.store(out_at, (silu * up).to(out.dtype.element_ty), mask=inside)
@@ -101,6 +102,7 @@ def expand_rotary_kernel(
     tile_len,
     row0,
     rank,
+    affine,
     scale,
     slots,
     tokens,
@@ -135,19 +137,19 @@ def expand_rotary_kernel(
     column = head * (2 * HALF) + d
     at = y + token[:, None] * y_stride + column[None, :]
 
-    term = site_term(
-        planes, b, b_stride, row0, rank, scale, slots, tokens,
+    first = adapted(
+        tl.load(at, mask=inside, other=0.0).to(tl.float32),
+        planes, b, b_stride, row0, rank, affine, scale, slots, tokens,
         site, slot, token, in_tile, column, in_columns,
         3, MAX_RANK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    first = tl.load(at, mask=inside, other=0.0).to(tl.float32) + term
     first = first.to(y.dtype.element_ty).to(tl.float32)
-    term = site_term(
-        planes, b, b_stride, row0, rank, scale, slots, tokens,
+    second = adapted(
+        tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32),
+        planes, b, b_stride, row0, rank, affine, scale, slots, tokens,
         site, slot, token, in_tile, column + HALF, in_columns,
         3, MAX_RANK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    second = tl.load(at + HALF, mask=inside, other=0.0).to(tl.float32) + term
     second = second.to(y.dtype.element_ty).to(tl.float32)
     if turned:
         turn = token[:, None] * (2 * HALF) + d[None, :]
@@ -177,6 +179,7 @@ def expand_sum_kernel(
     tile_len,
     row0,
     rank,
+    affine,
     scale,
     slots,
     tokens,
@@ -200,29 +203,34 @@ def expand_sum_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_columns = n < N
     inside = in_tile[:, None] & in_columns[None, :]
-    term = site_term(
-        planes, b, b_stride, row0, rank, scale, slots, tokens,
+    y_at = y + token[:, None] * y_stride + n[None, :]
+    made = adapted(
+        tl.load(y_at, mask=inside, other=0.0).to(tl.float32),
+        planes, b, b_stride, row0, rank, affine, scale, slots, tokens,
         0, slot, token, in_tile, n, in_columns,
         1, MAX_RANK, SPLIT_K, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    y_at = y + token[:, None] * y_stride + n[None, :]
-    made = tl.load(y_at, mask=inside, other=0.0).to(tl.float32) + term
     made = made.to(y.dtype.element_ty).to(tl.float32)
     total_at = total + token[:, None] * total_stride + n[None, :]
     made += tl.load(total_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(total_at, made.to(total.dtype.element_ty), mask=inside)
 
 
+def gate_block(plan: Plan) -> int:
+    """Columns of one program, which holds as many of gate and of up."""
+    return min(64, plan.block_n)
+
+
 def expand_gate(y: Tensor, planes: Tensor, group: SiteGroup, tiles: TileMap, plan: Plan) -> Tensor:
     """[tokens, width] of y [tokens, 2 * width]."""
     tokens, width = y.shape[0], y.shape[1] // 2
-    out = y.new_empty(tokens, width)
-    expand_gate_kernel[(tiles.tiles, triton.cdiv(width, plan.block_n))](
+    out, block = y.new_empty(tokens, width), gate_block(plan)
+    expand_gate_kernel[(tiles.tiles, triton.cdiv(width, block))](
         *(out, y, y.stride(0), planes),
         *tensors_read(group, tiles),
         tokens,
         WIDTH=width,
-        BLOCK_N=plan.block_n,
+        BLOCK_N=block,
         **constants(group, plan),
     )
     return out

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lorabatch_kernels import native
 from lorabatch_kernels.attention_cpu import RowSpans
+from lorabatch_kernels.group import SiteGroup
 from lorabatch_kernels.matmul_cpu import PackedWeight
-from lorabatch_kernels.site import SiteGroup
 from lorabatch_kernels.step_map import StepMap
 
 __all__ = ["DecoderLayer", "DecoderLayers", "LayerStep"]

@@ -1,6 +1,8 @@
 """The one entry to LoRA: add every token's adapter term to a linear layer's output, in place.
 
-    y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t; nothing for slot -1
+    y[t] += gain[s] * y[t] + shift[s] + scale[s] * (x[t] @ A[s]^T) @ B[s]
+
+s is the slot of token t; nothing happens for slot -1, and most slots have no gain and shift.
 
 Shapes and dtypes: y [tokens, out_features (of all sites of a group)] and x [tokens, in_features] in
 one dtype (bf16, fp16 or fp32) that the sites have too, columns next to each other, any row stride.
@@ -11,7 +13,7 @@ next; `add_lora` for all others.
 
 Raises ValueError, naming the value seen and the value wanted, for shapes, dtypes, devices and slots
 that do not fit together.
-Does not cover: gradients, dropout, DoRA, embeddings, convolutions, 3-D expert weights.
+Does not cover: gradients, dropout, embeddings, convolutions, 3-D expert weights.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lorabatch_kernels.group import SiteGroup
 from lorabatch_kernels.lora_cpu import add_lora_cpu
 from lorabatch_kernels.rows import rotary_, silu_gate
-from lorabatch_kernels.site import LoraSite, SiteGroup
+from lorabatch_kernels.site import LoraSite
 from lorabatch_kernels.step_map import StepMap
 
 if TYPE_CHECKING:
@@ -104,12 +107,14 @@ def add_lora(y: Tensor, x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
 def add_lora_reference(y: Tensor, x: Tensor, site: LoraSite, slots: Sequence[int]) -> Tensor:
     """fp32 [tokens, out_features]: what `add_lora` should leave in `y`, token by token."""
     total = y.to(torch.float32, copy=True)
+    zero = torch.zeros(site.out_features, device=y.device)
     for token, slot in enumerate(slots):
-        if slot >= 0 and site.ranks[slot] > 0:
+        if slot >= 0 and site.changes(slot):
             a, b = site.rows(slot)
             v = a.float() @ x[token].float()
             delta = v @ b.float()
-            total[token] = total[token] + site.scales[slot] * delta
+            gain, shift = site.affine_rows(slot) or (zero, zero)
+            total[token] += gain * total[token] + shift + site.scales[slot] * delta
     return total
 
 

@@ -1,6 +1,6 @@
 """LoRA on a CPU: one call of the C kernel for all adapters of the sites that share an input.
 
-    y[t] += scale[s] * (x[t] @ A[s]^T) @ B[s]        s the slot of token t
+    y[t] += gain[s] * y[t] + shift[s] + scale[s] * (x[t] @ A[s]^T) @ B[s]     s the slot of token t
 
 The kernel (native/lora.c) takes tiles of up to 8 tokens of one slot. Of `b` exactly the rank rows
 in use are read, of `a` their panels of 16: the cost follows the sum of the tokens' ranks, whatever
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lorabatch_kernels import native
-from lorabatch_kernels.site import PANEL, SiteGroup
+from lorabatch_kernels.group import SiteGroup
+from lorabatch_kernels.site import PANEL
 from lorabatch_kernels.tiles import TileMap
 
 
@@ -68,8 +69,11 @@ def _add_plain(y: Tensor, x: Tensor, group: SiteGroup, tiles: TileMap) -> None:
         tokens = order[start : start + count]
         rows = x.index_select(0, tokens).float()
         for part, site in zip(group.split(y), group.sites, strict=True):
-            if site.ranks[slot]:
+            if site.changes(slot):
+                total = part.index_select(0, tokens).float()
+                affine = site.affine_rows(slot)
+                if affine is not None:
+                    total += total * affine[0].float() + affine[1].float()
                 a, b = site.rows(slot)
-                term = torch.mm(torch.mm(rows, a.float().t()) * site.scales[slot], b.float())
-                total = part.index_select(0, tokens).float() + term
+                total += torch.mm(torch.mm(rows, a.float().t()) * site.scales[slot], b.float())
                 part.index_copy_(0, tokens, total.to(y.dtype))

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lorabatch_kernels.expand import expand
 from lorabatch_kernels.expand_into import expand_gate, expand_rotary, expand_sum
+from lorabatch_kernels.group import SiteGroup
 from lorabatch_kernels.plan import Plan, plan_for
 from lorabatch_kernels.rows import rotary_, silu_gate
 from lorabatch_kernels.shrink import new_planes, shrink
-from lorabatch_kernels.site import SiteGroup
 from lorabatch_kernels.tiles import TileMap
 from lorabatch_kernels.tuned import generation
 

@@ -10,6 +10,7 @@ gradients; AMX units (oneDNN's products have them).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from ctypes import addressof
 
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import Tensor
 from lorabatch_kernels import native
 
 __all__ = ["PackedWeight"]
+
+BLOCK = 512
 
 
 class PackedWeight:
@@ -44,6 +47,17 @@ class PackedWeight:
             and not (native.is_half(weight.dtype) and native.has("amx_bf16"))
             and native.library() is not None
         )
+
+    def weight_blocks(self, first: int, count: int) -> Iterator[Tensor]:
+        """Rows [first, first + count) of the weight, copies of some after the other, [n, in]."""
+        together = 4 // self.panels.dtype.itemsize
+        for row in range(first, first + count, BLOCK):
+            panel, before = divmod(row, native.COLUMNS)
+            end = min(row + BLOCK, first + count)
+            panels = self.panels[panel : -(-end // native.COLUMNS)]
+            cut = panels.view(len(panels), -1, native.COLUMNS, together)
+            rows = cut.transpose(1, 2).reshape(-1, self.in_features)
+            yield rows[before : before + end - row]
 
     def __call__(self, x: Tensor) -> Tensor:
         library = native.library()

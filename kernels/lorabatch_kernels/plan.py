@@ -80,7 +80,7 @@ def plan_for(
     return Plan(
         block_m=tile,
         block_k=block_k,
-        block_n=32 if full and tile == 16 else 64 if full or tile >= 64 else 128,
+        block_n=64 if full or tile >= 64 else 128,
         block_r=_rank_block(max_rank, tile, dtype),
         split_k=max(1, min(MAX_SPLIT_K, wanted)),
         num_warps=8 if tile == 128 else 4,

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorabatch_kernels.group import SiteGroup
 from lorabatch_kernels.plan import COMPILE_OPTIONS, Plan
-from lorabatch_kernels.site import LoraSite, SiteGroup
+from lorabatch_kernels.site import LoraSite
 from lorabatch_kernels.tiles import TileMap
 
 

@@ -16,7 +16,7 @@ Does not cover: which adapter sits in which slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +36,14 @@ def tile_for(device: torch.device) -> int:
 
 @dataclass(frozen=True, eq=False)
 class StepMap:
-    """Tokens of one step by adapter slot; `active` holds the slots in use, ascending."""
+    """Tokens of one step by adapter slot; `active` holds the slots in use, ascending. `groups`:
+    their tokens, where a map is not for any batch."""
 
     tokens: int
     device: torch.device
     active: tuple[int, ...]
     tiles: TileMap
+    groups: Mapping[int, Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +56,12 @@ class HostStepMap:
     tiles: int
     adapter_tiles: int
     ints: list[int]
+    groups: Mapping[int, Sequence[int]]
 
     def on(self, buffer: Tensor) -> StepMap:
         """The map whose `ints` are, or will be, in this tensor."""
         tiles = TileMap(self.tile, self.tokens, self.tiles, self.adapter_tiles, buffer)
-        return StepMap(self.tokens, buffer.device, self.active, tiles)
+        return StepMap(self.tokens, buffer.device, self.active, tiles, self.groups)
 
 
 def group_tokens(slots: Sequence[int]) -> tuple[dict[int, list[int]], list[int]]:
@@ -88,7 +91,7 @@ def lay_out_step_map(
     on_cpu = torch.device(device).type == "cpu"
     tile = CPU_TILE if on_cpu else tile
     ints, tiles, adapter_tiles = lay_out_tiles(groups, base, tile, max_tiles, not on_cpu)
-    return HostStepMap(len(slots), tuple(groups), tile, tiles, adapter_tiles, ints)
+    return HostStepMap(len(slots), tuple(groups), tile, tiles, adapter_tiles, ints, groups)
 
 
 def build_step_map(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,37 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorabatch_worker.adapters.vocabulary import Ends
 from lorabatch_worker.adapters.weights import AdapterTarget
 
-WIDTH, NARROW, RANK = 32, 16, 4
+WIDTH, NARROW, RANK, VOCABULARY = 32, 16, 4, 9
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
+
+
+class Layer:
+    """Of the base model: a unit matrix and no bias."""
+
+    bias = None
+
+    def __init__(self, fan_in: int, fan_out: int) -> None:
+        self.out_features = fan_out
+        self._weight = torch.eye(fan_out, fan_in)
+
+    def weight_blocks(self) -> Iterator[Tensor]:
+        yield self._weight
+
+
 TARGET = AdapterTarget(
     base_names=frozenset({"acme/tiny"}),
     shapes={Q: (WIDTH, WIDTH), V: (WIDTH, NARROW)},
     modules=frozenset({Q, V, "lm_head", "model.embed_tokens", "model.norm"}),
     max_rank=8,
     dtype=torch.float32,
+    layer=lambda name: Layer(*TARGET.shapes[name]),
+    ends=Ends("model.embed_tokens", "lm_head", True, torch.ones(VOCABULARY, WIDTH)),
 )
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",

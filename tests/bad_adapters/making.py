@@ -24,9 +24,9 @@ def with_config(**fields: Any) -> Callable[[Path], None]:
 
 
 def with_tensors(
-    tensors: dict[str, Tensor], without: tuple[str, ...] = ()
+    tensors: dict[str, Tensor], without: tuple[str, ...] = (), **fields: Any
 ) -> Callable[[Path], None]:
-    return lambda folder: write(folder, None, tensors, without)
+    return lambda folder: write(folder, fields, tensors, without)
 
 
 def with_file(name: str, content: bytes | str | None) -> Callable[[Path], None]:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter
-from tests.bad_adapters.good import SETTINGS, write
+from tests.bad_adapters.good import SETTINGS, Q, write
 from tests.bad_adapters.making import Bad, with_config, with_file
 
 SLOW = {"a": "(a+)+b", "?": ".?" * 60 + "X", "|": "(.|.)" * 33 + "X", "#": "(?x:(.+)#\n+X)"}
@@ -74,20 +74,42 @@ SETTINGS_ROWS: list[Bad] = [
         UnsupportedAdapter,
         ("peft_type", "'LOHA'", "'LORA'"),
     ),
-    Bad("DoRA", with_config(use_dora=True), UnsupportedAdapter, ("use_dora", "True")),
-    Bad("bias", with_config(bias="all"), UnsupportedAdapter, ("bias", "'all'")),
-    Bad("lora_bias", with_config(lora_bias=True), UnsupportedAdapter, ("lora_bias",)),
+    Bad(
+        "DoRA without magnitudes",
+        with_config(use_dora=True),
+        InvalidAdapter,
+        (Q, "lora_A and lora_B without lora_magnitude_vector", "use_dora True"),
+    ),
+    Bad("bias", with_config(bias="some"), InvalidAdapter, ("bias", "'some'", "lora_only")),
+    Bad(
+        "lora_bias without biases",
+        with_config(lora_bias=True),
+        InvalidAdapter,
+        (Q, "without lora_B_bias", "lora_bias True"),
+    ),
+    Bad(
+        "lora_bias and DoRA",
+        with_config(lora_bias=True, use_dora=True),
+        UnsupportedAdapter,
+        ("lora_bias with use_dora",),
+    ),
     Bad(
         "modules_to_save",
         with_config(modules_to_save=["lm_head"]),
-        UnsupportedAdapter,
-        ("modules_to_save", "wanted it off"),
+        InvalidAdapter,
+        ("modules_to_save", "'lm_head'", "no weight"),
+    ),
+    Bad(
+        "modules_to_save that are no names",
+        with_config(modules_to_save="lm_head"),
+        InvalidAdapter,
+        ("modules_to_save", "wanted a list"),
     ),
     Bad(
         "token rows",
         with_config(trainable_token_indices=[5]),
-        UnsupportedAdapter,
-        ("trainable_token_indices", "off"),
+        InvalidAdapter,
+        ("trainable_token_indices", "no trainable_tokens_delta"),
     ),
     Bad(
         "3-D parameters",

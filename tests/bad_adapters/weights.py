@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter
-from tests.bad_adapters.good import PREFIX, RANK, WEIGHTS, WIDTH, Q, V, good_tensors, key, write
+from tests.bad_adapters.good import (
+    NARROW,
+    PREFIX,
+    RANK,
+    WEIGHTS,
+    WIDTH,
+    Q,
+    V,
+    good_tensors,
+    key,
+    write,
+)
 from tests.bad_adapters.making import Bad, with_config, with_file, with_tensors
 
 
@@ -175,36 +186,47 @@ WEIGHTS_ROWS: list[Bad] = [
     Bad(
         "DoRA's magnitudes",
         with_tensors({f"{PREFIX}{Q}.lora_magnitude_vector": torch.ones(WIDTH)}),
-        UnsupportedAdapter,
-        ("lora_magnitude_vector",),
+        InvalidAdapter,
+        (Q, "lora_magnitude_vector beside lora_A and lora_B", "use_dora False"),
+    ),
+    Bad(
+        "magnitudes of another layer",
+        with_tensors(
+            {f"{PREFIX}{m}.lora_magnitude_vector": torch.ones(WIDTH) for m in (Q, V)},
+            use_dora=True,
+        ),
+        InvalidAdapter,
+        (V, "lora_magnitude_vector is [32], wanted [16]"),
+    ),
+    Bad(
+        "magnitudes that are not finite",
+        with_tensors(
+            {
+                f"{PREFIX}{Q}.lora_magnitude_vector": torch.full((WIDTH,), math.inf),
+                f"{PREFIX}{V}.lora_magnitude_vector": torch.ones(NARROW),
+            },
+            use_dora=True,
+        ),
+        InvalidAdapter,
+        (Q, "NaN or infinite"),
+    ),
+    Bad(
+        "a bias that no setting speaks of",
+        with_tensors({f"{PREFIX}{Q}.base_layer.bias": torch.ones(WIDTH)}),
+        InvalidAdapter,
+        (Q, "bias beside lora_A and lora_B", "bias 'none'"),
+    ),
+    Bad(
+        "a bias where the base has none",
+        with_tensors({f"{PREFIX}{Q}.base_layer.bias": torch.ones(WIDTH)}, bias="all"),
+        InvalidAdapter,
+        (f"{Q}.base_layer.bias", "has no bias"),
     ),
     Bad(
         "a saved module",
         with_tensors({f"{PREFIX}model.norm.weight": torch.ones(WIDTH)}),
         UnsupportedAdapter,
         ("model.norm.weight",),
-    ),
-    Bad(
-        "trained token rows",
-        with_tensors(
-            {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2)}
-        ),
-        UnsupportedAdapter,
-        ("trainable_tokens_delta",),
-    ),
-    Bad(
-        "LoRA on the embeddings",
-        with_tensors({f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.ones(4, 9)}),
-        UnsupportedAdapter,
-        ("lora_embedding_A",),
-    ),
-    Bad(
-        "LoRA on the output head",
-        with_tensors(
-            {key("lm_head", "A"): torch.ones(4, 32), key("lm_head", "B"): torch.ones(9, 4)}
-        ),
-        UnsupportedAdapter,
-        ("lm_head", "output head"),
     ),
     Bad(
         "another model's layers",

@@ -19,11 +19,12 @@ from lorabatch_kernels.expand_into import (
     expand_gate_kernel,
     expand_rotary_kernel,
     expand_sum_kernel,
+    gate_block,
 )
 from lorabatch_kernels.plan import Plan, plan_for
 from lorabatch_kernels.shrink import shrink_kernel
 
-INTS = ("order", "tile_slot", "tile_start", "tile_len", "row0", "rank")
+INTS = ("order", "tile_slot", "tile_start", "tile_len", "row0", "rank", "affine")
 KERNELS = {
     "shrink": shrink_kernel,
     "expand": expand_kernel,
@@ -69,7 +70,7 @@ def constants(kernel: str, layer: Layer, plan: Plan) -> dict[str, int]:
     own = {
         "shrink": {"K": layer.features, "SITES": layer.sites, "BLOCK_K": plan.block_k},
         "expand": {**n, "SITES": layer.sites, "BLOCK_N": plan.block_n},
-        "expand, gate": {"WIDTH": layer.features, "BLOCK_N": plan.block_n},
+        "expand, gate": {"WIDTH": layer.features, "BLOCK_N": gate_block(plan)},
         "expand, rotary": heads,
         "expand, sum": {"N": layer.features, "BLOCK_N": plan.block_n},
     }

@@ -15,6 +15,7 @@ import torch
 from lora_cases import (
     TOLERANCE,
     Shape,
+    alone,
     assert_close,
     poison_the_rest,
     rows_of_base,
@@ -35,6 +36,9 @@ MIXED = Shape([0, 1, -1, 2, 0, 0, 1, -1, 3, 2], {0: 1, 1: 3, 2: 40, 3: 16}, max_
 CASES = {
     "mixed ranks, odd sizes": MIXED,
     "more tokens than a tile": replace(MIXED, slots=[1] * 19 + [-1, 0] * 2),
+    "gains and shifts": replace(
+        MIXED, slots=[*MIXED.slots, 5], ranks={**MIXED.ranks, 5: 0}, affine=(1, 2, 5)
+    ),
     "an empty slot": replace(MIXED, slots=[4, 2, 4, -1]),
     "one token": replace(MIXED, slots=[2]),
     "even sizes": Shape([0, 1] * 3, {0: 8, 1: 16}, in_features=128, out_features=128, max_rank=16),
@@ -69,9 +73,9 @@ def test_shrink(name, split_k, dtype):
     site = poison_the_rest(shape.site(dtype, paneled=False))
     x, _ = shape.x_y(dtype)
     plan = replace(SMALL, split_k=split_k)
-    planes = new_planes(x, site.alone, plan).fill_(NAN)
+    planes = new_planes(x, alone(site), plan).fill_(NAN)
     tiles = tiles_of(shape.slots, max_tiles=len(shape.slots) + 2)
-    shrink(planes, x, site.alone, tiles, plan)
+    shrink(planes, x, alone(site), tiles, plan)
     cells = written(shape)
     assert planes[:, ~cells].isnan().all(), "a cell without an adapter was written"
     ref = shrink_reference(x, site, shape.slots)
@@ -93,7 +97,7 @@ def test_expand(name, split_k, dtype):
     wide = torch.full((len(shape.slots), y.shape[1] + 9), 7.0, dtype=dtype)
     out = wide[:, 4:-5]
     out.copy_(y)
-    expand(out, planes, site.alone, tiles_of(shape.slots), replace(SMALL, split_k=split_k))
+    expand(out, planes, alone(site), tiles_of(shape.slots), replace(SMALL, split_k=split_k))
     assert_close("y", ref, out, TOLERANCE[dtype])
     base = rows_of_base(shape.slots)
     assert same_bits(out[base], y[base])
@@ -110,7 +114,7 @@ def test_the_whole_with_its_own_plan(dtype, tile):
     x, y = shape.x_y(dtype)
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()
-    Shrinking(x, site.alone, tiles_of(shape.slots, tile)).add_to(out)
+    Shrinking(x, alone(site), tiles_of(shape.slots, tile)).add_to(out)
     assert_close("y", ref, out, TOLERANCE[dtype])
     base = rows_of_base(shape.slots)
     assert same_bits(out[base], y[base])
@@ -124,7 +128,7 @@ def test_one_buffer_serves_step_after_step():
         x, y = replace(MIXED, slots=slots).x_y(torch.float32)
         ref = add_lora_reference(y, x, site, slots)
         tiles = tiles_of(slots, max_tiles=max_tiles, buffer=buffer)
-        Shrinking(x, site.alone, tiles).add_to(y)
+        Shrinking(x, alone(site), tiles).add_to(y)
         assert_close(f"y of {slots}", ref, y, TOLERANCE[torch.float32])
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorabatch_kernels import LoraSite, SiteGroup, add_lora_reference
+from lorabatch_kernels.group import GroupPool
+from lorabatch_kernels.site import BESIDE
 from lorabatch_kernels.step_map import group_tokens
 from lorabatch_kernels.tiles import TileMap, lay_out_tiles, to_device
 
@@ -29,28 +31,42 @@ def assert_close(name: str, ref: Tensor, out: Tensor, ratio: float) -> None:
     assert error <= ratio * size, f"{name}: error {error / size:.2e}, wanted {ratio:.0e} or less"
 
 
-def fill(site: LoraSite, ranks: Mapping[int, int], seed: int = 0) -> LoraSite:
-    """Load an adapter of the given rank into each slot; slots left out stay empty. In a pool they
-    lie close together, the last one first."""
+def fill(
+    site: LoraSite, ranks: Mapping[int, int], seed: int = 0, affine: Collection[int] = ()
+) -> LoraSite:
+    """Load an adapter of the given rank into each slot, with gain and shift into those of `affine`;
+    slots left out stay empty. In a pool they lie close together, the last one first."""
     draw = torch.Generator().manual_seed(seed)
-    end = 1 + sum(ranks.values())
+    end = 1 + sum(ranks.values()) + BESIDE * len(affine)
     for slot, rank in ranks.items():
-        end -= rank
+        end -= rank + BESIDE * (slot in affine)
         a = torch.randn(rank, site.in_features, generator=draw) / math.sqrt(site.in_features)
         b = torch.randn(site.out_features, rank, generator=draw)
-        site.load(slot, a, b, 0.5 + 0.25 * slot, None if site.paneled else end)
+        both = torch.randn(2, site.out_features, generator=draw)
+        rows = (both[0], both[1]) if slot in affine else None
+        site.load(slot, a, b, 0.5 + 0.25 * slot, None if site.paneled else end, rows)
     return site
 
 
 def poison_the_rest(site: LoraSite) -> LoraSite:
     """Rows of the pool that no slot has, which no kernel may read."""
     free = torch.ones(len(site.a), dtype=torch.bool)
-    for start, rank in zip(site.starts, site.ranks, strict=True):
-        free[start : start + rank] = False
+    unread = free.clone()
+    for start, rank, affine in zip(site.starts, site.ranks, site.affines, strict=True):
+        free[start : start + rank + BESIDE * affine] = False
+        unread[start : start + rank] = False
     assert free.any()
-    site.a[free] = float("nan")
+    site.a[unread] = float("nan")
     site.b[free] = float("nan")
     return site
+
+
+def alone(site: LoraSite) -> SiteGroup:
+    """The group of a site by itself."""
+    if site.paneled:
+        return SiteGroup((site,))
+    tables = (table[None] for table in (site.row0, site.rank, site.affine, site.scale))
+    return SiteGroup((site,), GroupPool(site.a[None], site.b, *tables))
 
 
 @dataclass(frozen=True)
@@ -62,12 +78,14 @@ class Shape:
     in_features: int = 70
     out_features: int = 50
     max_rank: int = 64
+    affine: Collection[int] = ()
 
     def site(
         self, dtype: torch.dtype, device: str = "cpu", paneled: bool | None = None
     ) -> LoraSite:
-        sizes = (max(self.ranks) + 2, self.max_rank, self.in_features, self.out_features)
-        return fill(LoraSite.allocate(*sizes, dtype, device, paneled), self.ranks)
+        sizes = (max(self.ranks) + 2, self.max_rank, self.in_features, [self.out_features])
+        group = SiteGroup.allocate(*sizes, dtype, device, paneled=paneled)
+        return fill(group.sites[0], self.ranks, affine=self.affine)
 
     def x_y(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(1)
@@ -89,7 +107,7 @@ def group_of(
     sizes = (5, max_rank, in_features, out_features)
     group = SiteGroup.allocate(*sizes, dtype, device, paneled=False)
     for number, (site, loaded) in enumerate(zip(group.sites, ranks, strict=True)):
-        poison_the_rest(fill(site, loaded, seed=number))
+        poison_the_rest(fill(site, loaded, number, affine=list(loaded)[number % 2 :]))
     return group
 
 

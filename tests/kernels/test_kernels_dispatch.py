@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from lora_cases import Shape
+from lora_cases import Shape, alone
 
 import lorabatch_kernels
 from lorabatch_kernels import SiteGroup, add_lora, build_step_map
@@ -60,7 +60,7 @@ def test_the_layout_of_the_sites_decides(monkeypatch):
     x, y = shape.x_y(torch.float32)
     step_map = build_step_map(shape.slots, "cpu")
     for paneled in (True, False):
-        group = shape.site(torch.float32, paneled=paneled).alone
+        group = alone(shape.site(torch.float32, paneled=paneled))
         add_lora(y, x, group, step_map)
         add_lora(y, x, group, build_step_map([-1, -1], "cpu"))
     assert calls == ["cpu", "triton"]
@@ -76,21 +76,21 @@ def test_the_layout_of_the_sites_decides(monkeypatch):
     ],
 )
 def test_shapes_that_do_not_fit_are_named(x, y, slots, message):
-    group = Shape([], {0: 4, 1: 4}).site(torch.float32).alone
+    group = alone(Shape([], {0: 4, 1: 4}).site(torch.float32))
     with pytest.raises(ValueError, match=message):
         add_lora(torch.zeros(y), torch.zeros(x), group, build_step_map(slots, "cpu"))
 
 
 def test_dtypes_strides_and_devices_that_do_not_fit_are_named():
     shape = Shape([0, 1], {0: 4, 1: 4})
-    group, step_map = shape.site(torch.float32).alone, build_step_map([0, 1], "cpu")
+    group, step_map = alone(shape.site(torch.float32)), build_step_map([0, 1], "cpu")
     x, y = shape.x_y(torch.float32)
     with pytest.raises(ValueError, match=r"y is torch.bfloat16 on cpu, wanted that of x"):
         add_lora(y.bfloat16(), x, group, step_map)
     with pytest.raises(ValueError, match=r"y is torch.float32 on meta, wanted that of x"):
         add_lora(y.to("meta"), x, group, step_map)
     with pytest.raises(ValueError, match=r"the sites are torch.bfloat16"):
-        add_lora(y, x, shape.site(torch.bfloat16).alone, step_map)
+        add_lora(y, x, alone(shape.site(torch.bfloat16)), step_map)
     with pytest.raises(ValueError, match=r"the column stride of x is 2, wanted 1"):
         add_lora(y, x.t().contiguous().t(), group, step_map)
     with pytest.raises(ValueError, match=r"the column stride of y is 2, wanted 1"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_cases import Shape, assert_close, poison_the_rest, rows_of_base, same_bits
+from lora_cases import Shape, alone, assert_close, poison_the_rest, rows_of_base, same_bits
 
 from lorabatch_kernels import (
     add_lora,
@@ -43,7 +43,7 @@ def test_against_reference(name, tile, dtype):
     x, y = shape.x_y(dtype, "cuda")
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()
-    add_lora(out, x, site.alone, build_step_map(shape.slots, "cuda", tile=tile))
+    add_lora(out, x, alone(site), build_step_map(shape.slots, "cuda", tile=tile))
     assert_close("y", ref, out, GPU_TOLERANCE[dtype])
     base = rows_of_base(shape.slots).to("cuda")
     assert same_bits(out[base], y[base])
@@ -61,11 +61,11 @@ def test_a_captured_graph_serves_other_adapters_and_other_batches():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        add_lora(out, x, site.alone, step_map)
+        add_lora(out, x, alone(site), step_map)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        add_lora(out, x, site.alone, step_map)
+        add_lora(out, x, alone(site), step_map)
     site.load(0, torch.randn(33, 70) / 8, torch.randn(50, 33), 0.7, start=100)
     site.clear(2)
     for slots in ([0, 1, 2, 3, 5, -1, -1, -1], [0] * 8, [-1, 5] * 4):
@@ -80,4 +80,4 @@ def test_dtypes_must_agree():
     site = MIXED.site(torch.float32, "cuda")
     x, y = MIXED.x_y(torch.bfloat16, "cuda")
     with pytest.raises(ValueError, match=r"the sites are torch.float32"):
-        add_lora(y, x, site.alone, build_step_map(MIXED.slots, "cuda"))
+        add_lora(y, x, alone(site), build_step_map(MIXED.slots, "cuda"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from lora_cases import TOLERANCE, Shape, assert_close, fill, rows_of_base, same_bits
+from lora_cases import TOLERANCE, Shape, alone, assert_close, fill, rows_of_base, same_bits
 from torch import nn
 
 from lorabatch_kernels import (
@@ -47,7 +49,7 @@ def run(shape: Shape, dtype: torch.dtype):
     x, y = shape.x_y(dtype)
     ref = add_lora_reference(y, x, site, shape.slots)
     out = y.clone()
-    add_lora(out, x, site.alone, build_step_map(shape.slots, "cpu"))
+    add_lora(out, x, alone(site), build_step_map(shape.slots, "cpu"))
     return y, ref, out
 
 
@@ -60,6 +62,19 @@ def test_against_reference(name, dtype):
     assert_close("delta", ref - y.float(), out.float() - y.float(), 3 * TOLERANCE[dtype])
     base = rows_of_base(shape.slots)
     assert same_bits(out[base], y[base])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gain_and_shift(name, dtype):
+    shape = Shape(CASES[name], {**RANKS, 4: 0}, affine=(1, 2, 4))
+    y, ref, out = run(shape, dtype)
+    assert_close("y", ref, out, TOLERANCE[dtype])
+    base = rows_of_base(shape.slots)
+    assert same_bits(out[base], y[base])
+    others = torch.tensor([slot in (0, 3, 5) for slot in shape.slots])
+    _, _, without = run(replace(shape, affine=(4,)), dtype)
+    assert same_bits(out[others], without[others])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,12 +94,12 @@ def test_a_token_gets_the_same_bits_in_any_company(dtype, which):
     site = shape.site(dtype)
     x, y = shape.x_y(dtype)
     together = y.clone()
-    add_lora(together, x, site.alone, build_step_map(slots, "cpu"))
+    add_lora(together, x, alone(site), build_step_map(slots, "cpu"))
     for count in (1, 3, 8):
         for first in range(0, len(slots) - count, 7):
             own = slice(first, first + count)
             few = y[own].clone()
-            add_lora(few, x[own], site.alone, build_step_map(slots[own], "cpu"))
+            add_lora(few, x[own], alone(site), build_step_map(slots[own], "cpu"))
             assert same_bits(few, together[own])
 
 
@@ -111,7 +126,7 @@ def test_stale_rows_of_a_bigger_adapter_do_not_leak(slots):
         site.load(slot, a, b.t(), 0.7)
     x, y = shape.x_y(torch.float32)
     ref = add_lora_reference(y, x, site, slots)
-    add_lora(y, x, site.alone, build_step_map(slots, "cpu"))
+    add_lora(y, x, alone(site), build_step_map(slots, "cpu"))
     assert_close("y", ref, y, TOLERANCE[torch.float32])
 
 
@@ -125,7 +140,7 @@ def test_an_adapter_full_of_nan_spoils_only_its_own_tokens(broken):
     rank = shape.ranks[broken]
     nan = float("nan")
     site.load(broken, torch.full((rank, 70), nan), torch.full((50, rank), nan), 1.0)
-    add_lora(y, x, site.alone, build_step_map(slots, "cpu"))
+    add_lora(y, x, alone(site), build_step_map(slots, "cpu"))
     own = torch.tensor([slot == broken for slot in slots])
     assert y[own].isnan().all()
     assert_close("y of the others", ref[~own], y[~own], TOLERANCE[torch.float32])
@@ -140,7 +155,7 @@ def test_a_slice_of_a_fused_projection(slots, dtype):
     wide_x, wide_y = torch.zeros(len(slots), 200, dtype=dtype), torch.full((len(slots), 99), 7.0)
     wide_y = wide_y.to(dtype)
     wide_x[:, 3:73], wide_y[:, 20:70] = x, y
-    add_lora(wide_y[:, 20:70], wide_x[:, 3:73], site.alone, build_step_map(slots, "cpu"))
+    add_lora(wide_y[:, 20:70], wide_x[:, 3:73], alone(site), build_step_map(slots, "cpu"))
     ref = add_lora_reference(y, x, site, slots)
     assert_close("y", ref, wide_y[:, 20:70], TOLERANCE[dtype])
     assert wide_y[:, :20].eq(7).all()
@@ -156,7 +171,7 @@ def test_one_map_serves_sites_of_different_shapes_and_ranks():
         site = shape.site(torch.float32)
         x, y = shape.x_y(torch.float32)
         ref = add_lora_reference(y, x, site, slots)
-        add_lora(y, x, site.alone, step_map)
+        add_lora(y, x, alone(site), step_map)
         assert_close(f"y of {in_features}", ref, y, TOLERANCE[torch.float32])
 
 
@@ -166,7 +181,7 @@ def test_a_group_of_sites_that_share_their_input(slots, dtype):
     ranks = [{0: 3, 1: 17, 2: 40}, {3: 16}, {0: 8, 3: 1}]
     group = SiteGroup.allocate(5, 40, 70, [50, 9, 33], dtype, "cpu")
     for site, loaded in zip(group.sites, ranks, strict=True):
-        fill(site, loaded)
+        fill(site, loaded, affine=[3] if 3 in loaded else ())
     x = torch.randn(len(slots), 70).to(dtype)
     y = torch.randn(len(slots), 92).to(dtype)
     parts = y.split([50, 9, 33], dim=1)
@@ -185,7 +200,7 @@ def test_agrees_with_peft_to_fp32_rounding():
     base = nn.Linear(576, 192, bias=False)
     x, _ = shape.x_y(torch.float32)
     y = base(x).detach()
-    add_lora(y, x, site.alone, build_step_map(shape.slots, "cpu"))
+    add_lora(y, x, alone(site), build_step_map(shape.slots, "cpu"))
     for slot, rank in shape.ranks.items():
         config = LoraConfig(r=rank, lora_alpha=rank)
         layer = Linear(base, adapter_name="it", config=config, r=rank, lora_alpha=rank)

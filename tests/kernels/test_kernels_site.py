@@ -8,13 +8,19 @@ import pytest
 import torch
 from lora_cases import fill
 
-from lorabatch_kernels import LoraSite
+from lorabatch_kernels import LoraSite, SiteGroup
 
 LAYOUTS = pytest.mark.parametrize("paneled", [True, False], ids=["panels", "rows"])
 
 
+def made(*sizes, dtype=torch.float32, **options) -> LoraSite:
+    """A site by itself of (slots, max_rank, in, out)."""
+    *others, out = sizes
+    return SiteGroup.allocate(*others, [out], dtype, "cpu", **options).sites[0]
+
+
 def small(paneled: bool = True) -> LoraSite:
-    return LoraSite.allocate(3, 8, 5, 7, torch.float32, "cpu", paneled)
+    return made(3, 8, 5, 7, paneled=paneled)
 
 
 @LAYOUTS
@@ -26,7 +32,7 @@ def test_load_puts_rank_rows_and_tables(paneled):
     assert torch.equal(rows[0], a)
     assert torch.equal(rows[1], b.t())
     assert site.rank.tolist() == site.ranks == [0, 3, 0]
-    assert site.row0.tolist() == [0, 8, 16]
+    assert site.row0.tolist() == [0, 10, 20]
     assert site.scale.tolist() == pytest.approx([0.0, 0.3, 0.0])
     assert (site.rank.dtype, site.row0.dtype) == (torch.int32, torch.int32)
     assert site.scale.dtype == torch.float32
@@ -42,7 +48,7 @@ def test_a_smaller_adapter_wipes_what_a_bigger_one_left():
 
 @pytest.mark.parametrize(("bigger", "smaller"), [(39, 17), (40, 16), (33, 1), (16, 15), (17, 33)])
 def test_panels_hold_rank_rows_by_column_and_nothing_stale(bigger, smaller):
-    site = LoraSite.allocate(2, 40, 5, 7, torch.float32, "cpu")
+    site = made(2, 40, 5, 7)
     fill(site, {0: bigger, 1: 3})
     a = torch.randn(smaller, 5)
     site.load(0, a, torch.randn(7, smaller), 1.0)
@@ -56,7 +62,7 @@ def test_panels_hold_rank_rows_by_column_and_nothing_stale(bigger, smaller):
 
 
 def test_adapters_lie_anywhere_in_a_pool_and_take_their_rank_alone():
-    site = LoraSite.allocate(3, 8, 5, 7, torch.float32, "cpu", paneled=False, pool_rows=11)
+    site = made(3, 8, 5, 7, paneled=False, pool_rows=11)
     assert (site.a.shape, site.b.shape) == ((11, 5), (11, 7))
     adapters = {}
     for slot, (start, rank) in {2: (0, 3), 0: (10, 1), 1: (3, 7)}.items():
@@ -71,17 +77,43 @@ def test_adapters_lie_anywhere_in_a_pool_and_take_their_rank_alone():
         assert torch.equal(b, adapters[slot][1].t())
 
 
-@pytest.mark.parametrize(("paneled", "start"), [(False, -1), (False, 23), (True, 0), (True, 9)])
+@pytest.mark.parametrize(("paneled", "start"), [(False, -1), (False, 29), (True, 0), (True, 9)])
 def test_a_start_that_does_not_fit_is_named(paneled, start):
     site = small(paneled)
     with pytest.raises(ValueError, match=rf"start is {start}, wanted"):
         site.load(1, torch.ones(2, 5), torch.ones(7, 2), 1.0, start)
-    assert (site.ranks, site.starts) == ([0, 0, 0], [0, 8, 16])
+    assert (site.ranks, site.starts) == ([0, 0, 0], [0, 10, 20])
 
 
 def test_a_pool_holds_the_largest_adapter():
-    with pytest.raises(ValueError, match=r"pool_rows is 7, wanted max_rank, which is 8, or more"):
-        LoraSite.allocate(3, 8, 5, 7, torch.float32, "cpu", paneled=False, pool_rows=7)
+    with pytest.raises(ValueError, match=r"pool_rows is 9, wanted max_rank \+ 2, 10, or more"):
+        made(3, 8, 5, 7, paneled=False, pool_rows=9)
+
+
+@LAYOUTS
+def test_gain_and_shift_come_and_go(paneled):
+    site = small(paneled)
+    gain, shift = torch.randn(7), torch.randn(7)
+    site.load(1, torch.randn(8, 5), torch.randn(7, 8), 1.0, affine=(gain, shift))
+    assert (site.affine.tolist(), site.affines) == ([0, 1, 0], [False, True, False])
+    assert site.affine.dtype == torch.int32
+    for row, wanted in zip(site.affine_rows(1), (gain, shift), strict=True):
+        assert torch.equal(row, wanted)
+    site.load(1, torch.randn(0, 5), torch.randn(7, 0), 1.0, affine=(shift, gain))
+    assert site.changes(1)
+    assert torch.equal(site.affine_rows(1)[0], shift)
+    site.load(1, torch.randn(2, 5), torch.randn(7, 2), 1.0)
+    assert site.affine_rows(1) is None
+    site.clear(1)
+    assert not site.changes(1)
+    assert site.affine.tolist() == [0, 0, 0]
+
+
+def test_a_gain_of_another_size_is_named():
+    with pytest.raises(ValueError, match=r"gain or shift is \[6\], wanted \[7\]"):
+        small().load(
+            1, torch.ones(2, 5), torch.ones(7, 2), 1.0, affine=(torch.ones(7), torch.ones(6))
+        )
 
 
 def test_clear_wipes_everything():
@@ -115,7 +147,7 @@ def test_load_works_outside_the_inference_mode_it_was_allocated_in():
 def test_allocation_takes_no_memory_until_written():
     statm = Path("/proc/self/statm")
     before = int(statm.read_text().split()[1])
-    site = LoraSite.allocate(64, 64, 65536, 64, torch.bfloat16, "cpu")  # 512 MiB of `a`
+    site = made(64, 64, 65536, 64, dtype=torch.bfloat16)  # 512 MiB of `a`
     pages = int(statm.read_text().split()[1]) - before
     assert pages < 4096, f"{pages} pages became resident"
     assert not site.a[63, 16 * 63].any()
@@ -144,6 +176,6 @@ def test_load_names_mistakes_and_changes_nothing(slot, a, b, scale, message):
 
 def test_allocate_names_mistakes():
     with pytest.raises(ValueError, match=r"\(slots, max_rank, in, out\) is \(0, 8, 5, 7\)"):
-        LoraSite.allocate(0, 8, 5, 7, torch.float32, "cpu")
+        made(0, 8, 5, 7)
     with pytest.raises(ValueError, match=r"dtype is torch.int8"):
-        LoraSite.allocate(1, 8, 5, 7, torch.int8, "cpu")
+        made(1, 8, 5, 7, dtype=torch.int8)

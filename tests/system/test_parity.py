@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.desk import real_desk
-from tests.models import bundled_folder, old_names
+from tests.models import bundled_folder, quiet_peft
 from tests.parity import RANDOM, compare, load_reference, with_adapters
 
 
@@ -15,7 +15,7 @@ def test_mixed_batches_equal_one_job_at_a_time_in_peft() -> None:
     catalog = desk.engine.store.catalog
     names = catalog.names()
     assert set(RANDOM) < set(names)
-    with old_names():
+    with quiet_peft():
         model = with_adapters(
             load_reference(bundled_folder()), {name: catalog.locate(name) for name in names}
         )

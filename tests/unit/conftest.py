@@ -43,6 +43,11 @@ def tiny_adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
         "rslora": {"r": 3, "lora_alpha": 4, "use_rslora": True},
         "attention": {"r": 1, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]},
         "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 20}},
+        "dora": {"r": 3, "use_dora": True},
+        "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+        "tokens": {"trainable_token_indices": list(range(3, 3000, 3))},
+        "head": {"target_modules": ["v_proj", "lm_head"]},
+        "whole-head": {"modules_to_save": ["lm_head"]},
         "one-layer": {"layers_to_transform": [1], "target_modules": ["up_proj", "o_proj"]},
     }
     return {

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lorabatch import errors
 from lorabatch_worker.adapters.config import AdapterConfig, read_config
 from lorabatch_worker.adapters.weights import AdapterTarget, read_adapter
+from lorabatch_worker.linear import Dense
 from lorabatch_worker.lora_layers import linear_shapes
 from tests import bad_adapters
 from tests.bad_adapters import BAD, Q, V, good_tensors, key, write
@@ -28,6 +29,10 @@ def tiny(tiny_folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
 
 
+def dense(layer: Any) -> Dense:
+    return Dense(layer.weight.detach(), layer.bias)
+
+
 def target_of(model: Any, max_rank: int = 64) -> AdapterTarget:
     return AdapterTarget(
         base_names=frozenset({"acme/tiny"}),
@@ -35,6 +40,7 @@ def target_of(model: Any, max_rank: int = 64) -> AdapterTarget:
         modules=frozenset(name for name, _ in model.named_modules()),
         max_rank=max_rank,
         dtype=torch.float32,
+        layer=lambda name: dense(model.get_submodule(name)),
     )
 
 
@@ -132,7 +138,7 @@ def test_every_default_of_the_installed_peft_is_known(tmp_path: Path) -> None:
 )
 def test_names_of_the_same_base_model_are_taken(name: str | None, tmp_path: Path) -> None:
     write(tmp_path, {"base_model_name_or_path": name})
-    assert read_adapter("x", tmp_path, bad_adapters.TARGET).rank == 4
+    assert read_adapter("x", tmp_path, bad_adapters.TARGET).rank_rows == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

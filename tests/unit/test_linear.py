@@ -40,6 +40,19 @@ def test_a_product_is_torchs_own(
     torch.testing.assert_close(got, F.linear(x, weight, bias), rtol=limit, atol=10 * limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("first", "count"), [(0, 1100), (3, 9), (31, 700), (1099, 1)])
+def test_any_layout_gives_its_weight_back(
+    kind: type[object], dtype: torch.dtype, first: int, count: int
+) -> None:
+    weight = torch.randn(1100, 50).to(dtype)
+    dense = Dense(weight, torch.randn(1100).to(dtype))
+    assert type(dense.product) is kind
+    blocks = list(dense.weight_blocks(first, count))
+    assert max(len(rows) for rows in blocks) <= 512
+    assert torch.equal(torch.cat(blocks), weight[first : first + count])
+
+
 def test_a_weight_in_another_layout_is_held_once(kind: type[object]) -> None:
     dense = Dense(torch.randn(8, 4))
     assert (dense.weight.numel(), dense.weight.dtype) == (32 * (kind is Plain), torch.float32)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 
 from lorabatch import Job
-from lorabatch_kernels import LoraSite
+from lorabatch_kernels import LoraSite, SiteGroup
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.weights import Adapter, SiteWeights
 from lorabatch_worker.sequence import Sequence
@@ -19,9 +20,16 @@ SITES = ("q", "v", "up")
 WIDTH = 6
 
 
+def site(*sizes: Any) -> LoraSite:
+    """Of (slots, max_rank, then as SiteGroup's)."""
+    slots, max_rank, *rest = sizes
+    group = SiteGroup.allocate(slots, max_rank, WIDTH, [WIDTH], torch.float32, "cpu", *rest)
+    return group.sites[0]
+
+
 @pytest.fixture
 def sites() -> dict[str, LoraSite]:
-    return {n: LoraSite.allocate(2, 4, WIDTH, WIDTH, torch.float32, "cpu") for n in SITES}
+    return {n: site(2, 4) for n in SITES}
 
 
 def adapter(name: str, ranks: Mapping[str, int]) -> Adapter:
@@ -125,7 +133,7 @@ def test_the_same_files_under_two_names_share_a_slot(sites: dict[str, LoraSite])
 
 def test_adapter_tells_size_and_rank() -> None:
     a = adapter("a", {"q": 3, "v": 1})
-    assert a.rank == 3
+    assert a.rank_rows == 3
     assert a.nbytes == (3 + 1) * 2 * WIDTH * 4
 
 
@@ -135,8 +143,7 @@ POOL_ROWS = 8
 @pytest.fixture
 def pool() -> dict[str, LoraSite]:
     """Sites as a GPU has them: four slots, eight rank rows together."""
-    sizes = (4, 4, WIDTH, WIDTH, torch.float32, "cpu", False, POOL_ROWS)
-    return {n: LoraSite.allocate(*sizes) for n in SITES}
+    return {n: site(4, 4, POOL_ROWS, False) for n in SITES}
 
 
 def test_a_pool_holds_as_many_adapters_as_their_ranks_allow(pool: dict[str, LoraSite]) -> None:

@@ -148,7 +148,7 @@ def test_a_failure_is_that_of_its_adapter_and_is_tried_again(
     assert isinstance(unknown.exception(WAIT_S), UnknownAdapter)
     assert got(good).adapter_id == "b"
     write(home / "adapters" / "bad")
-    assert got(store.request("bad")).rank == 4
+    assert got(store.request("bad")).rank_rows == 4
 
 
 def test_a_folder_that_is_gone_is_not_served_from_memory(store: AdapterStore, home: Path) -> None:

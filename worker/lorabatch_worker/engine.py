@@ -66,12 +66,14 @@ def build_engine(settings: Settings) -> Engine:
         modules=modules,
         max_rank=settings.max_adapter_rank,
         dtype=base.dtype,
+        layer=runner.layers.__getitem__,
+        ends=runner.ends,
         pinned=base.device.type == "cuda",
     )
     store = AdapterStore(AdapterCatalog(settings), target, settings.adapter_cache_bytes)
     scheduler = Scheduler(
         runner.blocks,
-        AdapterSlots(runner.sites, settings.adapter_slots, pool_rows),
+        AdapterSlots(runner.sites, settings.adapter_slots, pool_rows, runner.changed_ends),
         settings.max_seqs,
         settings.max_step_tokens,
         settings.age_cap_s,

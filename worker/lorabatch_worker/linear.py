@@ -8,7 +8,7 @@ product (docs/decisions/0009). Elsewhere weights stay as they are. Shapes: weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -21,6 +21,7 @@ __all__ = ["Dense", "SharedInput"]
 
 # The GEMM that oneDNN lays a weight out for; another batch size runs as well.
 PACK_TOKENS = 64
+BLOCK = 512  # rows of a weight that are looked at together
 
 
 class Dense(nn.Module):
@@ -29,7 +30,8 @@ class Dense(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.product: Callable[[Tensor], Tensor]
+        self.product: PackedWeight | Reordered | Plain
+        self.bias = bias
         # Some models look at a projection's dtype and device.
         self.weight = weight.new_empty(0)
         if PackedWeight.can_pack(weight):
@@ -43,12 +45,19 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
+    def weight_blocks(self, first: int, count: int) -> Iterator[Tensor]:
+        """Rows [first, first + count) of the weight, BLOCK after BLOCK, [<= BLOCK, in]."""
+        return self.product.weight_blocks(first, count)
+
 
 class Plain:
     """The weight as it is."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
+
+    def weight_blocks(self, first: int, count: int) -> Iterator[Tensor]:
+        yield from torch.split(self.weight[first : first + count], BLOCK)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -63,6 +72,15 @@ class Reordered:
                 weight.contiguous(), PACK_TOKENS
             )
         self.bias = bias
+        self.in_features = weight.shape[1]
+
+    def weight_blocks(self, first: int, count: int) -> Iterator[Tensor]:
+        """Of its product with ones in places, which is exact."""
+        ones = torch.eye(self.in_features, dtype=self.weight.dtype)
+        columns: Tensor = torch.ops.mkldnn._linear_pointwise(
+            ones, self.weight, None, "none", [], ""
+        )
+        yield from torch.split(columns[:, first : first + count].t(), BLOCK)
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -77,7 +95,9 @@ class SharedInput:
         if any(b is not None for b in biases):
             zeros = [w.new_zeros(w.shape[0]) for w in weights]
             bias = torch.cat([z if b is None else b for b, z in zip(biases, zeros, strict=True)])
-        self.dense = Dense(torch.cat(list(weights)), bias)
+        # One weight of a GPU stays where it is: it may be the embedding's, too.
+        alone = len(weights) == 1 and weights[0].device.type != "cpu"
+        self.dense = Dense(weights[0] if alone else torch.cat(list(weights)), bias)
         self.widths = [w.shape[0] for w in weights]
         self._x: Tensor | None = None
         self._left = 0

@@ -1,8 +1,8 @@
-"""Every linear layer of the decoder, made ready to carry adapters.
+"""Every linear layer of the model, made ready to carry adapters.
 
-Each `nn.Linear` (and gpt2's Conv1D) but the output head becomes a `LoraLinear`, which adds the
-adapters' share for those tokens that have one. Layers that read the same input (q, k and v; gate
-and up) are multiplied as one matrix, and one call adds all their adapters. Module names stay
+Each `nn.Linear` (and gpt2's Conv1D), the output head included, becomes a `LoraLinear`, which adds
+the adapters' share for those tokens that have one. Layers that read the same input (q, k and v;
+gate and up) are multiplied as one matrix, and one call adds all their adapters. Module names stay
 PEFT's, so that adapter files address the layers by the names they were trained on.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorabatch_kernels import LoraSite, LoraTerms, SiteGroup
-from lorabatch_worker.linear import Dense, SharedInput
+from lorabatch_worker.linear import SharedInput
 from lorabatch_worker.step import StepContext
 
-__all__ = ["LoraLinear", "attach_sites", "linear_shapes", "own_weights", "pack_head"]
+__all__ = ["LoraLinear", "attach_sites", "linear_shapes", "own_weights"]
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -58,7 +58,8 @@ class LoraGroup:
         return lambda y: terms.add_to(y.view(-1, y.shape[-1]))
 
     def _terms(self, x: Tensor) -> LoraTerms:
-        return LoraTerms(x.reshape(-1, x.shape[-1]), self.sites, self.context.step.step_map)
+        rows = x.reshape(-1, x.shape[-1])
+        return LoraTerms(rows, self.sites, self.context.step.map_of(rows.shape[0]))
 
 
 class LoraLinear(nn.Module):
@@ -77,6 +78,24 @@ class LoraLinear(nn.Module):
         return self.group.sites.sites[self.number]
 
     @property
+    def bias(self) -> Tensor | None:
+        """[out], the base model's."""
+        whole = self.group.product.dense.bias
+        return None if whole is None else whole[self._first :][: self.out_features]
+
+    @property
+    def out_features(self) -> int:
+        return self.group.product.widths[self.number]
+
+    def weight_blocks(self) -> Iterator[Tensor]:
+        """The base model's weight [out, in], some rows after the other."""
+        return self.group.product.dense.weight_blocks(self._first, self.out_features)
+
+    @property
+    def _first(self) -> int:
+        return sum(self.group.product.widths[: self.number])
+
+    @property
     def weight(self) -> Tensor:
         """Some models look at a projection's dtype."""
         return self.group.product.dense.weight
@@ -85,10 +104,7 @@ class LoraLinear(nn.Module):
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """(in, out) features of each linear layer that adapters may change, by module name."""
     shapes = {}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
-        if module is head:
-            continue
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             shapes[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
@@ -102,14 +118,14 @@ def attach_sites(
     slots: int,
     max_rank: int,
     pool_rows: int | None = None,
-) -> dict[str, LoraSite]:
-    """Replace the layers in place: their sites by module name."""
-    sites = {}
+) -> dict[str, LoraLinear]:
+    """Replace the layers in place: the new ones by module name."""
+    made = {}
     for names in _groups(linear_shapes(model)):
         layers = [model.get_submodule(name) for name in names]
         weights = [_weight(layer) for layer in layers]
         biases: list[Any] = [layer.bias for layer in layers]
-        made = SiteGroup.allocate(
+        sites = SiteGroup.allocate(
             slots,
             max_rank,
             weights[0].shape[1],
@@ -118,19 +134,12 @@ def attach_sites(
             weights[0].device,
             pool_rows,
         )
-        group = LoraGroup(SharedInput(weights, biases), made, context)
+        group = LoraGroup(SharedInput(weights, biases), sites, context)
         for number, name in enumerate(names):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoraLinear(group, number))
-            sites[name] = made.sites[number]
-    return sites
-
-
-def pack_head(model: Any) -> None:
-    """Give the output head a product of its own layout; an embedding tied to it stays as it is."""
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        model.set_output_embeddings(Dense(head.weight, head.bias))
+            made[name] = LoraLinear(group, number)
+            setattr(model.get_submodule(parent), child, made[name])
+    return made
 
 
 def own_weights(model: nn.Module) -> None:

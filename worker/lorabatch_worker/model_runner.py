@@ -21,9 +21,10 @@ from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.block_manager import BlockManager, PagedBlocks
 from lorabatch_worker.decoder_layer import fuse_layers
 from lorabatch_worker.direct import DirectModel
+from lorabatch_worker.ends import ChangedEnds, ends_of, is_tied
 from lorabatch_worker.graphs import Capture, CudaCapture, DecodeGraphs, GraphSizes
 from lorabatch_worker.kv_cache import KVCache
-from lorabatch_worker.lora_layers import attach_sites, own_weights, pack_head
+from lorabatch_worker.lora_layers import attach_sites, own_weights
 from lorabatch_worker.probe import (
     PROBE_BLOCKS,
     PROBE_ROW_BLOCKS,
@@ -77,11 +78,14 @@ class ModelRunner:
         attend = register(self.cache, name)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         wanted = eager_logits(base, block_size)
-        self.sites = attach_sites(
+        tied = is_tied(self.model)
+        self.layers = attach_sites(
             self.model, self.context, adapter_slots, max_adapter_rank, pool_rows
         )
-        pack_head(self.model)
+        self.sites = {name: layer.site for name, layer in self.layers.items()}
+        self.changed_ends = ChangedEnds(self.model, self.context, self.device)
         own_weights(self.model)
+        self.ends = ends_of(self.model, tied)
         self.fused = fuse_layers(self.model, self.cache, attend)
         self.direct = DirectModel.of(self.model)
         self._make_current()
@@ -105,12 +109,15 @@ class ModelRunner:
         """Compute a plan's chunks: logits [n, vocabulary] of the n chunks that sample. They hold
         until the next call; on a GPU they may still be in the making."""
         self.cache.apply(self.blocks.take_changes())
-        if self.graphs is not None:
+        if self.graphs is not None and not any(map(self._changes_ends, chunks)):
             logits = self.graphs.run(chunks)
             if logits is not None:
                 return logits
         rows = self.cache.row_blocks > 0
         return self._compute(build_step(chunks, self.blocks.block_size, self.device, rows))
+
+    def _changes_ends(self, chunk: Chunk) -> bool:
+        return self.changed_ends.changes(chunk.sequence.slot)
 
     def settle(self) -> None:
         """After a step that failed: wait until what it launched is over, so that its memory can be

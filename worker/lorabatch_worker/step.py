@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lorabatch_kernels import BASE_SLOT, PagedSpans, RowSpans, StepMap, build_step_map
+from lorabatch_kernels import BASE_SLOT, PagedSpans, RowSpans, StepMap
 from lorabatch_kernels.step_map import HostStepMap, lay_out_step_map
 from lorabatch_worker.packing import Packed
 from lorabatch_worker.scheduler import Chunk
@@ -57,7 +57,7 @@ class Step:
     input_ids, position_ids, kv_index [T]: kv_index is block * block_size + offset.
     sample_index: the flat positions whose logits are needed.
     spans and row_spans: of a cache that has rows; paged: of any other.
-    sample_map: the step map of the sampled tokens, where the cache has rows and not all are.
+    sample_map: the step map of the sampled tokens; None where all tokens are.
     padded: some tokens may be of no sequence; they are stored nowhere and attend to nothing.
     """
 
@@ -76,6 +76,12 @@ class Step:
     @property
     def tokens(self) -> int:
         return self.input_ids.shape[0]
+
+    def map_of(self, tokens: int) -> StepMap:
+        """Of all tokens, or of the sampled ones, whichever there are so many of."""
+        if tokens == self.tokens or self.sample_map is None:
+            return self.step_map
+        return self.sample_map
 
     @cached_property
     def row_spans(self) -> RowSpans:
@@ -104,13 +110,13 @@ class HostStep:
     packed: Packed
     step_map: HostStepMap
     spans: tuple[Span, ...]
-    sample_map: StepMap | None
+    sample_map: HostStepMap | None
     longest_run: int
     padded: bool
 
     def on(self, sent: Tensor) -> Step:
         """The step whose tables are, or will be, in what `packed.send` gave."""
-        ids, positions, kv_index, samples, step_map, *rest = self.packed.views(sent)
+        ids, positions, kv_index, samples, step_map, sampled, *rest = self.packed.views(sent)
         paged = None
         if self.longest_run:
             starts, lengths, blocks = rest
@@ -123,7 +129,7 @@ class HostStep:
             step_map=self.step_map.on(step_map),
             spans=self.spans,
             paged=paged,
-            sample_map=self.sample_map,
+            sample_map=self.sample_map.on(sampled) if self.sample_map else None,
             padded=self.padded,
         )
 
@@ -172,14 +178,15 @@ def lay_out_step(
     max_tiles = padding.tiles if padding else None
     step_map = lay_out_step_map(slots + [BASE_SLOT] * spare, device, max_tiles=max_tiles)
     packed.add(step_map.ints, torch.int32)
+    sample_map = None
+    if not padding and len(samples) < len(ids):
+        sample_map = lay_out_step_map([slots[i] for i in samples], device)
+    packed.add(sample_map.ints if sample_map else [], torch.int32)
     if rows:
         spans = [
             Span(start, end, c.start, c.sequence.blocks[0] * block_size)
             for c, start, end in zip(chunks, starts, starts[1:], strict=False)
         ]
-        sample_map = None
-        if len(samples) < len(ids):
-            sample_map = build_step_map([slots[i] for i in samples], device)
         return HostStep(packed, step_map, tuple(spans), sample_map, 0, False)
     tables = [c.sequence.blocks[: -(-c.end // block_size)] for c in chunks]
     packed.add(starts + [len(ids)] * spare, torch.int32)
@@ -187,4 +194,4 @@ def lay_out_step(
     columns = padding.table_blocks if padding else max(map(len, tables))
     packed.add_rows([*tables, *[[]] * spare], columns)
     longest = 1 if padding else max(c.end - c.start for c in chunks)
-    return HostStep(packed, step_map, (), None, longest, padding is not None)
+    return HostStep(packed, step_map, (), sample_map, longest, padding is not None)

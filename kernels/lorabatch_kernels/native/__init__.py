@@ -67,7 +67,10 @@ class Weight(ctypes.Structure):
 
 
 class Site(ctypes.Structure):
-    _fields_ = [*_fields(Address, "a b rank scale"), *_fields(Long, "panels max_rank out column")]
+    _fields_ = [
+        *_fields(Address, "a b rank affine scale"),
+        *_fields(Long, "panels rows out column"),
+    ]
 
 
 class Tiles(ctypes.Structure):

@@ -1,4 +1,5 @@
-/* y[t] += scale[s] * (x[t] A[s]^T) B[s] for all tokens t of a step, s the adapter slot of t.
+/* y[t] += scale[s] * (x[t] A[s]^T) B[s] for all tokens t of a step, s the adapter slot of t; before
+   that, y[t] += gain[s] * y[t] + shift[s] where s has them.
 
    One work item is a tile of up to 8 tokens of one slot and one site. A's rank rows lie in panels
    of 16, [panel][in][16], so that v[0:16] is a sum of panel rows; B is [rank][out]. Every sum runs
@@ -66,7 +67,7 @@ INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const 
                  const int32_t *order, int slot, int filled, int tokens, int half) {
     long rank = site->rank[slot];
     const void *a = at(site->a, slot * site->panels * in * LANES, half);
-    const void *b = at(site->b, slot * site->max_rank * site->out, half);
+    const void *b = at(site->b, slot * site->rows * site->out, half);
     float v[TILE][MAX_PANELS * LANES];
     float wide[TILE][CHUNK];
     long used = (rank + LANES - 1) / LANES;
@@ -89,6 +90,8 @@ INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const 
             for (int t = 0; t < tokens; t++) *(vec *)&v[t][p * LANES] = part[t];
         }
     }
+    long gain = (site->rows - 2) * site->out, shift = gain + site->out;
+    int affine = site->affine[slot];
     float scale = site->scale[slot];
     for (int t = 0; t < tokens; t++)
         for (long r = 0; r < rank; r++) v[t][r] *= scale;
@@ -105,11 +108,18 @@ INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const 
         for (int t = 0; t < filled; t++) {
             long first = order[t] * y_row + site->column + n;
             long c = 0;
-            for (; c + LANES <= count; c += LANES)
-                store(y, first + c, load(y, first + c, half) + *(vec *)&wide[t][c],
-                      half);
-            for (; c < count; c++)
-                put(y, first + c, get(y, first + c, half) + wide[t][c], half);
+            for (; c + LANES <= count; c += LANES) {
+                vec own = load(y, first + c, half);
+                if (affine)
+                    own += own * load(b, gain + n + c, half) + load(b, shift + n + c, half);
+                store(y, first + c, own + *(vec *)&wide[t][c], half);
+            }
+            for (; c < count; c++) {
+                float own = get(y, first + c, half);
+                if (affine)
+                    own += own * get(b, gain + n + c, half) + get(b, shift + n + c, half);
+                put(y, first + c, own + wide[t][c], half);
+            }
         }
     }
 }
@@ -129,7 +139,7 @@ void team_add_lora(void *y, long y_row, const void *x, long x_row, long in, cons
         const Site *site = &sites[item % count];
         int slot = tiles->slot[i], filled = tiles->len[i];
         const int32_t *order = tiles->order + tiles->start[i];
-        if (!site->rank[slot] || !filled) continue;
+        if (!filled || !(site->rank[slot] || site->affine[slot])) continue;
         /* In the loop, so that each is compiled for its type. */
         if (half) any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 1);
         else any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 0);

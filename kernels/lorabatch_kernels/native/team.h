@@ -15,10 +15,10 @@ typedef struct {
 
 /* The adapters of one linear layer. */
 typedef struct {
-    const void *a, *b;     /* [slots][panels][in][16], [slots][max_rank][out] */
-    const int32_t *rank;   /* [slots] */
-    const float *scale;    /* [slots] */
-    long panels, max_rank, out;
+    const void *a, *b;            /* [slots][panels][in][16], [slots][rows][out] */
+    const int32_t *rank, *affine; /* [slots]; affine: b's last two rows are gain and shift */
+    const float *scale;           /* [slots] */
+    long panels, rows, out;
     long column; /* where this layer's output begins in a row of y */
 } Site;
 

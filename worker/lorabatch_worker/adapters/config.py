@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +37,13 @@ READ = {
     "alpha_pattern",
     "fan_in_fan_out",
     "init_lora_weights",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
 }
+BIAS = ("none", "all", "lora_only")
 # About training, or about how PEFT runs it; the tensors are the same with or without.
 NO_EFFECT = {
     "task_type",
@@ -72,9 +78,21 @@ class AdapterConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     base_model: str | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    saved: Sequence[str] = ()
 
     def rank_of(self, module: str) -> int:
         return int(_by_pattern(self.rank_pattern, module, self.rank))
+
+    def tokens_of(self, module: str) -> Sequence[int]:
+        """Of trainable_token_indices, those of this module. A list is the embedding's, the only one
+        whose tensors then are in the file: under "", a tail of any name."""
+        named = [name for name in self.token_indices if f".{module}".endswith(f".{name}")]
+        named += [name for name in self.token_indices if not name]
+        return next((self.token_indices[name] for name in named), ())
 
     def scaling_of(self, module: str) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, with the module's own alpha and r."""
@@ -103,16 +121,24 @@ def read_config(path: Path) -> AdapterConfig:
     base = raw.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise InvalidAdapter(f"base_model_name_or_path is {shown(base)}, wanted a string or null")
-    rslora = raw.get("use_rslora") or False
-    if rslora is not True and rslora is not False:
-        raise InvalidAdapter(f"use_rslora is {shown(rslora)}, wanted true or false")
+    bias = raw.get("bias") or "none"
+    if bias not in BIAS:
+        raise InvalidAdapter(f"bias is {shown(bias)}, wanted one of {', '.join(BIAS)}")
+    use_dora, lora_bias = _flag(raw, "use_dora"), _flag(raw, "lora_bias")
+    if use_dora and lora_bias:
+        raise UnsupportedAdapter("lora_bias with use_dora, which PEFT refuses, too")
     return AdapterConfig(
         rank=_number(raw, "r", whole=True),
         alpha=_number(raw, "lora_alpha"),
-        use_rslora=rslora,
+        use_rslora=_flag(raw, "use_rslora"),
         rank_pattern=_pattern(raw, "rank_pattern", whole=True),
         alpha_pattern=_pattern(raw, "alpha_pattern"),
         base_model=base or None,
+        use_dora=use_dora,
+        lora_bias=lora_bias,
+        bias=bias,
+        token_indices=_token_indices(raw),
+        saved=tuple(_names(raw, "modules_to_save")),
     )
 
 
@@ -131,6 +157,33 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         if value in (None, False, "", "none", [], {}):
             continue
         raise UnsupportedAdapter(f"{name} is {shown(value)}, which is not supported; wanted it off")
+
+
+def _flag(raw: dict[str, Any], name: str) -> bool:
+    value = raw.get(name) or False
+    if value is not True and value is not False:
+        raise InvalidAdapter(f"{name} is {shown(value)}, wanted true or false")
+    return value
+
+
+def _token_indices(raw: dict[str, Any]) -> dict[str, list[int]]:
+    given = raw.get("trainable_token_indices") or {}
+    by_module = {"": given} if isinstance(given, list) else given
+    if not isinstance(by_module, dict) or not all(
+        isinstance(ids, list) and all(type(token) is int for token in ids)
+        for ids in by_module.values()
+    ):
+        raise InvalidAdapter(
+            f"trainable_token_indices is {shown(given)}, wanted a list of tokens, or one by module"
+        )
+    return by_module
+
+
+def _names(raw: dict[str, Any], name: str) -> list[str]:
+    given = raw.get(name) or []
+    if not isinstance(given, list) or not all(isinstance(one, str) for one in given):
+        raise InvalidAdapter(f"{name} is {shown(given)}, wanted a list of module names")
+    return given
 
 
 def _number(raw: dict[str, Any], name: str, whole: bool = False) -> Any:

@@ -16,6 +16,7 @@ from lorabatch_worker.adapters.rank_rows import NO_ROWS, RankRows, Rows, gaps
 from lorabatch_worker.adapters.weights import Adapter
 
 if TYPE_CHECKING:
+    from lorabatch_worker.ends import ChangedEnds
     from lorabatch_worker.sequence import Sequence
 
 __all__ = ["AdapterSlots"]
@@ -33,9 +34,14 @@ class AdapterSlots:
     together; None: each place has its own."""
 
     def __init__(
-        self, sites: Mapping[str, LoraSite], count: int, pool_rows: int | None = None
+        self,
+        sites: Mapping[str, LoraSite],
+        count: int,
+        pool_rows: int | None = None,
+        ends: ChangedEnds | None = None,
     ) -> None:
         self._sites = sites
+        self._ends = ends
         self._free = list(range(count - 1, -1, -1))
         self._pool = None if pool_rows is None else RankRows(pool_rows)
         self._resident: OrderedDict[str, _Resident] = OrderedDict()  # oldest use first
@@ -62,7 +68,7 @@ class AdapterSlots:
             return True
         resident = self._resident.get(adapter.version)
         if resident is None:
-            if not self._fits(adapter.rank):
+            if not self._fits(adapter.rank_rows):
                 return False
             resident = self._make_room(adapter)
             self._load(adapter, resident)
@@ -81,11 +87,11 @@ class AdapterSlots:
         """For an adapter that does not fit: versions that would make room for it if nobody used
         them, each way to do it."""
         if self._free or not all(one.users for one in self._resident.values()):
-            return self._windows(adapter.rank)
+            return self._windows(adapter.rank_rows)
         alone = [frozenset([version]) for version in self._resident]
         if self._pool is None:
             return alone
-        return [way or one for way in self._windows(adapter.rank) for one in alone]
+        return [way or one for way in self._windows(adapter.rank_rows) for one in alone]
 
     def _fits(self, rank: int) -> bool:
         """Whether there is room beside those in use."""
@@ -114,12 +120,12 @@ class AdapterSlots:
         ago."""
         used = {version for version, one in self._resident.items() if one.users}
         age = {version: number for number, version in enumerate(self._resident)}
-        idle = [way for way in self._windows(adapter.rank) if not way & used]
+        idle = [way for way in self._windows(adapter.rank_rows) if not way & used]
         for version in min(idle, key=lambda way: max((age[v] for v in way), default=-1)):
             self._evict(version)
         if not self._free:
             self._evict(next(v for v in self._resident if v not in used))
-        rows = NO_ROWS if self._pool is None else self._pool.take(adapter.rank)
+        rows = NO_ROWS if self._pool is None else self._pool.take(adapter.rank_rows)
         assert rows is not None
         return _Resident(self._free.pop(), rows)
 
@@ -127,15 +133,19 @@ class AdapterSlots:
         gone = self._resident.pop(version)
         del self._by_slot[gone.slot]
         self._free.append(gone.slot)
+        if self._ends is not None:
+            self._ends.drop(gone.slot)
         if self._pool is not None:
             self._pool.give_back(gone.rows)
 
     def _load(self, adapter: Adapter, resident: _Resident) -> None:
         self.loads += 1
         start = None if self._pool is None else resident.rows.start
+        if self._ends is not None:
+            self._ends.load(resident.slot, adapter.vocabulary)
         for name, site in self._sites.items():
             weights = adapter.sites.get(name)
             if weights is not None:
-                site.load(resident.slot, weights.a, weights.b, weights.scale, start)
-            elif site.ranks[resident.slot]:
+                site.load(resident.slot, weights.a, weights.b, weights.scale, start, weights.affine)
+            elif site.changes(resident.slot):
                 site.clear(resident.slot)

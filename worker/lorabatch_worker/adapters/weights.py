@@ -2,60 +2,70 @@
 
 Safetensors only. Every key in the file is used or named in an error; shapes, ranks and finite
 values are checked against the base model's layers. Layers that the file leaves out stay as they
-are. Tensors come in the engine's dtype: a [rank, in], b [out, rank].
+are. Tensors come in the engine's dtype: a [rank, in], b [out, rank], gain and shift [out].
 Raises InvalidAdapter, UnsupportedAdapter; both leave nothing behind.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorabatch.errors import InvalidAdapter, UnsupportedAdapter, shown
+from lorabatch.errors import InvalidAdapter, UnsupportedAdapter
+from lorabatch_worker.adapters.affine import ROWS, BaseLayer, affine_of, gain_of
 from lorabatch_worker.adapters.config import AdapterConfig, read_config
+from lorabatch_worker.adapters.keys import assign, check_parts, check_saved, divide
+from lorabatch_worker.adapters.template import TEMPLATE, TOKENIZER, read_template
+from lorabatch_worker.adapters.vocabulary import Ends, VocabularyChange, read_vocabulary
 
 __all__ = ["FILES", "Adapter", "AdapterTarget", "SiteWeights", "read_adapter"]
 
-CONFIG, WEIGHTS, TEMPLATE, TOKENIZER = FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-    "tokenizer_config.json",
-)
-KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.\w+)?\.weight$")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS, TEMPLATE, TOKENIZER)
 FLOATS = {"F64", "F32", "F16", "BF16"}
-MAX_TEMPLATE_BYTES = 1 << 18
-SHOWN_KEYS = 3
 
 
 @dataclass(frozen=True)
 class AdapterTarget:
-    """What an adapter must fit: the base model's names, layers and limits. `pinned`: it will be
-    copied to a GPU, which then need not be waited for."""
+    """What an adapter must fit: the base model's names, layers and limits. `layer` gives a layer of
+    `shapes` by name. `pinned`: it will be copied to a GPU, which then need not be waited for."""
 
     base_names: frozenset[str]
     shapes: Mapping[str, tuple[int, int]]
     modules: frozenset[str]
     max_rank: int
     dtype: torch.dtype
+    layer: Callable[[str], BaseLayer]
+    ends: Ends | None = None
     pinned: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class SiteWeights:
-    """One layer's share: y += scale * (x a^T) b^T."""
+    """One layer's share: y += gain * y + shift + scale * (x a^T) b^T. `affine`: gain and
+    shift; None: both 0."""
 
     a: Tensor
     b: Tensor
     scale: float
+    affine: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.a, self.b, *(self.affine or ())
+
+    @property
+    def rows(self) -> int:
+        """Rank rows, and those of gain and shift, that it takes on a GPU."""
+        return self.a.shape[0] + len(self.affine or ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +76,17 @@ class Adapter:
     version: str
     sites: Mapping[str, SiteWeights]
     chat_template: str | None
+    vocabulary: VocabularyChange | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for site in self.sites.values() for t in (site.a, site.b))
+        ends = self.vocabulary.tensors if self.vocabulary else []
+        return sum(t.nbytes for t in (*ends, *(t for s in self.sites.values() for t in s.tensors)))
 
     @property
-    def rank(self) -> int:
-        return max((site.a.shape[0] for site in self.sites.values()), default=0)
+    def rank_rows(self) -> int:
+        """That it takes on a GPU, the same in every layer."""
+        return max((site.rows for site in self.sites.values()), default=0)
 
 
 def read_adapter(adapter_id: str, folder: Path, target: AdapterTarget) -> Adapter:
@@ -87,11 +100,11 @@ def read_adapter(adapter_id: str, folder: Path, target: AdapterTarget) -> Adapte
             found = f"; {pickles[0]} is not read, convert it to safetensors" if pickles else ""
             raise InvalidAdapter(f"{WEIGHTS} is missing{found}")
         version = _digest(folder)
-        sites = _read_sites(path, config, target)
-        template = _chat_template(folder)
+        sites, vocabulary = _read_tensors(path, config, target)
+        template = read_template(folder)
     except InvalidAdapter as error:
         raise type(error)(f"adapter {adapter_id!r}: {error}") from None
-    return Adapter(adapter_id, version, sites, template)
+    return Adapter(adapter_id, version, sites, template, vocabulary)
 
 
 def _check_base(config: AdapterConfig, target: AdapterTarget) -> None:
@@ -122,117 +135,120 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_sites(path: Path, config: AdapterConfig, target: AdapterTarget) -> dict[str, SiteWeights]:
+def _read_tensors(
+    path: Path, config: AdapterConfig, target: AdapterTarget
+) -> tuple[dict[str, SiteWeights], VocabularyChange | None]:
+    ends = target.ends
     try:
         with safe_open(path, framework="pt") as file:
-            names = _assign(list(file.keys()), target)
-            for module, parts in names.items():
-                for part, key in parts.items():
-                    piece = file.get_slice(key)
-                    _check_shape(key, part, piece.get_shape(), piece.get_dtype(), config, target)
-                if set(parts) != {"A", "B"}:
-                    (present,) = parts
-                    missing = "B" if present == "A" else "A"
-                    raise InvalidAdapter(f"{module}: lora_{present} without lora_{missing}")
-            return {
-                module: SiteWeights(
-                    a=_tensor(file.get_tensor(parts["A"]), parts["A"], target),
-                    b=_tensor(file.get_tensor(parts["B"]).t(), parts["B"], target).t(),
-                    scale=config.scaling_of(module),
-                )
-                for module, parts in names.items()
+            found = assign(list(file.keys()), target.shapes, ends, target.modules)
+            check_saved(found, config)
+            for module, keys in found.items():
+                for key in keys.values():
+                    dtype = file.get_slice(key).get_dtype()
+                    if dtype not in FLOATS:
+                        wanted = sorted(FLOATS)
+                        raise InvalidAdapter(f"{key} is of dtype {dtype}, wanted one of {wanted}")
+                if "base_weight" in keys:
+                    _check_base_weight(keys.pop("base_weight"), module, file, target)
+            at_ends, sites = divide(found, ends)
+            for module, keys in sites.items():
+                check_parts(module, keys, config)
+                for part, key in keys.items():
+                    _check_shape(key, module, part, file.get_slice(key).get_shape(), config, target)
+            made = {
+                module: _site(module, keys, file.get_tensor, config, target)
+                for module, keys in sites.items()
             }
+
+            def ready(tensor: Tensor, key: str) -> Tensor:
+                """Of the ends. Not the file's memory, which may change."""
+                made = _ready(tensor, key, target)
+                return made.clone() if made.data_ptr() == tensor.data_ptr() else made
+
+            of_ends = read_vocabulary(
+                at_ends, file.get_tensor, ready, config, ends, target.max_rank
+            )
+            return made, of_ends
     except SafetensorError as error:
         raise InvalidAdapter(f"{path.name} is not a valid safetensors file: {error}") from None
 
 
-def _assign(keys: list[str], target: AdapterTarget) -> dict[str, dict[str, str]]:
-    """{module: {"A": key, "B": key}}; every key is consumed, or the file is refused."""
-    if not keys:
-        raise InvalidAdapter(f"{WEIGHTS} holds no tensors")
-    found: dict[str, dict[str, str]] = {}
-    unknown, elsewhere, special = [], [], []
-    for key in keys:
-        match = KEY.match(key)
-        if match is None:
-            unknown.append(key)
-        elif match["module"] in target.shapes:
-            parts = found.setdefault(match["module"], {})
-            if match["part"] in parts:
-                raise InvalidAdapter(f"{parts[match['part']]} and {key} are the same tensor twice")
-            parts[match["part"]] = key
-        elif match["module"] in target.modules:
-            special.append(key)
-        else:
-            elsewhere.append(key)
-    if unknown:
-        raise UnsupportedAdapter(f"not supported: {_some(unknown)}; wanted lora_A and lora_B only")
-    if special:
-        raise UnsupportedAdapter(
-            f"not supported: {_some(special)}: LoRA on layers that are no plain linear layer of "
-            "the decoder (embeddings, output head)"
-        )
-    if elsewhere:
-        raise InvalidAdapter(
-            f"the base model has no such layer: {_some(elsewhere)}; trained on another base model?"
-        )
-    return found
+def _check_base_weight(key: str, module: str, file: Any, target: AdapterTarget) -> None:
+    """It must be what is in use here, but for rounding."""
+    piece = file.get_slice(key)
+    blocks: Iterable[Tensor]
+    if target.ends is not None and module == target.ends.embedding:
+        wanted, blocks = list(target.ends.weight.shape), torch.split(target.ends.weight, ROWS)
+    else:
+        wanted, blocks = list(target.shapes[module])[::-1], target.layer(module).weight_blocks()
+    if piece.get_shape() != wanted:
+        raise UnsupportedAdapter(f"{key} is {piece.get_shape()}, wanted {wanted}, the base model's")
+    first = 0
+    for ours in blocks:
+        theirs = piece[first : first + len(ours)].to(target.dtype).float()
+        first += len(ours)
+        if not torch.allclose(ours.float().cpu(), theirs, rtol=2**-7, atol=1e-6):
+            raise UnsupportedAdapter(
+                f"{key} is not the base model's weight: trained on another base model, or on one "
+                "whose weight was changed?"
+            )
 
 
-def _some(keys: Iterable[str]) -> str:
-    listed = sorted(keys)
-    more = f" and {len(listed) - SHOWN_KEYS} more" if len(listed) > SHOWN_KEYS else ""
-    return ", ".join(listed[:SHOWN_KEYS]) + more
+def _site(
+    module: str,
+    keys: Mapping[str, str],
+    tensor: Callable[[str], Tensor],
+    config: AdapterConfig,
+    target: AdapterTarget,
+) -> SiteWeights:
+    """Of the tensors of one layer, by part."""
+    fan_in, fan_out = target.shapes[module]
+    parts = {part: tensor(key) for part, key in keys.items()}
+    a, b, scale = torch.zeros(0, fan_in), torch.zeros(fan_out, 0), 1.0
+    if "lora_A" in parts:
+        a, b, scale = parts["lora_A"], parts["lora_B"], config.scaling_of(module)
+    gain, term, affine = None, parts.get("lora_B_bias"), None
+    if "lora_magnitude_vector" in parts:
+        gain = gain_of(target.layer(module), a, b, scale, parts["lora_magnitude_vector"])
+        b = b.float() + gain[:, None] * b.float()
+    if gain is not None or term is not None or "bias" in parts:
+        layer = target.layer(module)
+        if "bias" in parts and layer.bias is None:
+            raise InvalidAdapter(f"{keys['bias']}: this layer of the base model has no bias")
+        term = None if term is None else term * scale
+        affine = affine_of(layer, gain, parts.get("bias"), term, target.dtype)
+    return SiteWeights(
+        a=_ready(a, keys.get("lora_A", module), target),
+        b=_ready(b.t(), keys.get("lora_B", module), target).t(),
+        scale=scale,
+        affine=affine and (_ready(affine[0], module, target), _ready(affine[1], module, target)),
+    )
 
 
 def _check_shape(
     key: str,
+    module: str,
     part: str,
     shape: list[int],
-    dtype: str,
     config: AdapterConfig,
     target: AdapterTarget,
 ) -> None:
-    module = KEY.match(key)["module"]  # type: ignore[index]
     rank = config.rank_of(module)
     fan_in, fan_out = target.shapes[module]
-    wanted = [rank, fan_in] if part == "A" else [fan_out, rank]
+    wanted = {"lora_A": [rank, fan_in], "lora_B": [fan_out, rank]}.get(part, [fan_out])
     if shape != wanted:
         raise InvalidAdapter(f"{key} is {shape}, wanted {wanted} (rank {rank} of the config)")
-    if rank > target.max_rank:
+    if part in ("lora_A", "lora_B") and rank > target.max_rank:
         raise InvalidAdapter(
             f"{key} has rank {rank}, allowed {target.max_rank}: raise LORABATCH_MAX_ADAPTER_RANK"
         )
-    if dtype not in FLOATS:
-        raise InvalidAdapter(f"{key} is of dtype {dtype}, wanted one of {sorted(FLOATS)}")
 
 
-def _tensor(tensor: Tensor, key: str, target: AdapterTarget) -> Tensor:
+def _ready(tensor: Tensor, key: str, target: AdapterTarget) -> Tensor:
     """As the device will have it, rank rows one after the other."""
     converted = tensor.to(target.dtype)
     if not torch.isfinite(converted).all():
         raise InvalidAdapter(f"{key} holds NaN or infinite values (as {target.dtype})")
     converted = converted.contiguous()
-    return converted.pin_memory() if target.pinned else converted
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The adapter's own chat template, if it ships one."""
-    path = folder / TEMPLATE
-    if path.is_file():
-        if path.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise InvalidAdapter(f"{TEMPLATE} is over {MAX_TEMPLATE_BYTES} bytes")
-        try:
-            return path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidAdapter(f"{TEMPLATE} is not UTF-8 text: {error}") from None
-    path = folder / TOKENIZER
-    if not path.is_file():
-        return None
-    try:
-        template = json.loads(path.read_text("utf-8")).get("chat_template")
-    except (ValueError, RecursionError, AttributeError):
-        raise InvalidAdapter(f"{TOKENIZER} is not a valid JSON object") from None
-    if template is not None and not isinstance(template, str):
-        raise UnsupportedAdapter(f"chat_template is {shown(template)}, wanted one string")
-    return template
+    return converted.pin_memory() if target.pinned and converted.numel() else converted
