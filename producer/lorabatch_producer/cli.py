@@ -7,6 +7,7 @@ doctor found something missing; 2 refused, with one line on stderr; 130 interrup
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 from typing import Any
 
 import redis
@@ -60,6 +61,8 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(batch.app, name="batch")
 app.add_typer(report.app, name="report")
 app.add_typer(db.app, name="db")
+for command in entry_points(group="lorabatch.commands"):  # of packages that are not the producer's
+    app.add_typer(command.load(), name=command.name)
 
 
 def _version(wanted: bool) -> None:

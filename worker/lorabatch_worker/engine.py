@@ -25,17 +25,17 @@ from lorabatch_kernels import native
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.store import AdapterStore
-from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
+from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.allocator import keep_freed_memory
 from lorabatch_worker.arrivals import Arrivals
 from lorabatch_worker.base_model import BaseModel, load_base_model
-from lorabatch_worker.lora_layers import linear_shapes
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.outcome import explained, failed, finished
 from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.sampler import UNSOUND, Draw
 from lorabatch_worker.scheduler import Chunk, Scheduler
 from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.target import Shape, target_of
 from lorabatch_worker.threads import compute_with
 
 __all__ = ["Engine", "build_engine"]
@@ -46,8 +46,7 @@ IDLE_WAIT_S = 0.5
 def build_engine(settings: Settings) -> Engine:
     """Load the base model and make an engine of it. Takes seconds."""
     base = load_base_model(settings)
-    shapes = linear_shapes(base.model)
-    modules = frozenset(name for name, _ in base.model.named_modules())
+    shape = Shape.of(base.model)  # before its layers are replaced
     on_cpu = base.device.type == "cpu"
     pool_rows = None if on_cpu else settings.adapter_rank_rows or None
     runner = ModelRunner(
@@ -60,16 +59,7 @@ def build_engine(settings: Settings) -> Engine:
         settings.prefix_cache,
         pool_rows=pool_rows,
     )
-    target = AdapterTarget(
-        base_names=frozenset({base.name.partition("@")[0], *settings.base_model_aliases}),
-        shapes=shapes,
-        modules=modules,
-        max_rank=settings.max_adapter_rank,
-        dtype=base.dtype,
-        layer=runner.layers.__getitem__,
-        ends=runner.ends,
-        pinned=base.device.type == "cuda",
-    )
+    target = target_of(settings, base, shape, runner.layers.__getitem__, runner.ends)
     store = AdapterStore(AdapterCatalog(settings), target, settings.adapter_cache_bytes)
     scheduler = Scheduler(
         runner.blocks,

@@ -18,7 +18,7 @@ from lorabatch_kernels import LoraSite, LoraTerms, SiteGroup
 from lorabatch_worker.linear import SharedInput
 from lorabatch_worker.step import StepContext
 
-__all__ = ["LoraLinear", "attach_sites", "linear_shapes", "own_weights"]
+__all__ = ["LoraLinear", "attach_sites", "linear_shapes", "own_weights", "weight_of"]
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -123,7 +123,7 @@ def attach_sites(
     made = {}
     for names in _groups(linear_shapes(model)):
         layers = [model.get_submodule(name) for name in names]
-        weights = [_weight(layer) for layer in layers]
+        weights = [weight_of(layer) for layer in layers]
         biases: list[Any] = [layer.bias for layer in layers]
         sites = SiteGroup.allocate(
             slots,
@@ -149,8 +149,8 @@ def own_weights(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _weight(layer: nn.Module) -> Tensor:
-    """[out, in]."""
+def weight_of(layer: nn.Module) -> Tensor:
+    """Of a linear layer that is not replaced, [out, in]."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.detach().t() if isinstance(layer, Conv1D) else weight.detach()

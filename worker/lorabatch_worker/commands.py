@@ -1,0 +1,83 @@
+"""`lorabatch adapters check`: would a worker take this adapter?
+
+The command line finds this module by its entry point (pyproject.toml), because producers neither
+import the worker nor have what it needs. Loading it loads no torch: a command does, when it runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorabatch.errors import InvalidAdapter
+from lorabatch.settings import Settings
+
+if TYPE_CHECKING:
+    from lorabatch_worker.adapters.weights import Adapter
+
+__all__ = ["app"]
+
+EXIT_REFUSED = 1
+
+app = typer.Typer(no_args_is_help=True, help="LoRA adapters, without a running worker.")
+
+
+@app.callback()
+def _adapters() -> None:
+    """So that `check` is a command of its own, even while it is the only one."""
+
+
+@app.command()
+def check(
+    folders: Annotated[list[Path], typer.Argument(help="folders that PEFT wrote")],
+    base_model: Annotated[str | None, typer.Option(help="folder, or Hub id[@rev]")] = None,
+    max_adapter_rank: Annotated[int | None, typer.Option(help="largest rank allowed")] = None,
+) -> None:
+    """Read and check adapters as a worker does, against the base model; 1 if one is refused."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        typer.secho(
+            "lorabatch: adapters are checked with pip install 'lorabatch[worker]'", err=True
+        )
+        raise typer.Exit(2) from None
+    from lorabatch_worker.adapters.weights import read_adapter
+    from lorabatch_worker.target import load_target
+
+    given = {"base_model": base_model, "max_adapter_rank": max_adapter_rank}
+    settings = Settings.load(**{name: v for name, v in given.items() if v is not None})
+    target, refused = load_target(settings), 0
+    for folder in folders:
+        try:
+            adapter = read_adapter(folder.name, folder, target)
+        except InvalidAdapter as error:
+            typer.echo(f"refused: {error}")
+            refused += 1
+        else:
+            typer.echo(f"fits {settings.base_model}: {described(adapter)}")
+    if refused:
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def described(adapter: Adapter) -> str:
+    """One line: what it changes, of what rank, its size and its version."""
+    layers = Counter(name.rpartition(".")[2] for name in adapter.sites)
+    ranks = sorted({site.a.shape[0] for site in adapter.sites.values()})
+    parts = [f"adapter {adapter.adapter_id!r}"]
+    if layers:
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
+        parts.append(f"{listed} (ranks {ranks[0]} to {ranks[-1]})")
+    if adapter.vocabulary is not None:
+        parts.append("embedding or output head")
+    if adapter.chat_template is not None:
+        parts.append("its own chat template")
+    parts.append(f"{adapter.nbytes / 1e6:.1f} MB here")
+    parts.append(f"version {adapter.version[:12]}")
+    if not adapter.vocabulary and not any(
+        site.affine or bool(site.b.any()) for site in adapter.sites.values()
+    ):
+        parts.append("WARNING: it changes nothing, every lora_B is zero")
+    return "; ".join(parts)
