@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def target_of(model: Any, max_rank: int = 64) -> AdapterTarget:
         dtype=torch.float32,
         layer=lambda name: dense(model.get_submodule(name)),
     )
+
+
+TOKENS = "trainable_tokens_delta"
 
 
 # -- as PEFT reads it ---------------------------------------------------------
@@ -222,3 +226,17 @@ def test_a_file_that_may_not_be_read_is_an_error_of_the_adapter(tmp_path: Path) 
     os.symlink(path, path)  # to itself: no one can open it
     with pytest.raises(errors.InvalidAdapter, match=r"adapter_config\.json"):
         read_adapter("x", tmp_path, bad_adapters.TARGET)
+
+
+@pytest.mark.parametrize("part", ["lm_head.weight", "model.embed_tokens.token_adapter."])
+def test_other_rows_of_a_head_with_a_bias_are_refused(part: str, tmp_path: Path) -> None:
+    """Of the head itself, or of the embedding that it is tied to."""
+    ends = bad_adapters.TARGET.ends
+    assert ends is not None
+    rows, key = (len(ends.weight), part) if part.endswith("t") else (1, f"{part}{TOKENS}")
+    tensors = {f"base_model.model.{key}": torch.ones(rows, ends.weight.shape[1])}
+    write(tmp_path, {"trainable_token_indices": None if rows > 1 else [3]}, tensors)
+    assert read_adapter("x", tmp_path, bad_adapters.TARGET).vocabulary is not None
+    biased = replace(bad_adapters.TARGET, ends=replace(ends, head_has_bias=True))
+    with pytest.raises(errors.UnsupportedAdapter, match="rows of lm_head, which has a bias"):
+        read_adapter("x", tmp_path, biased)

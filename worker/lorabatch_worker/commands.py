@@ -52,7 +52,7 @@ def check(
     target, refused = load_target(settings), 0
     for folder in folders:
         try:
-            adapter = read_adapter(folder.name, folder, target)
+            adapter = read_adapter(folder.resolve().name, folder, target)
         except InvalidAdapter as error:
             typer.echo(f"refused: {error}")
             refused += 1

@@ -45,6 +45,7 @@ class ChangedEnds:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if isinstance(embedding, nn.Embedding):
             embedding.register_forward_hook(self._embed)
+        if head is not None:
             head.register_forward_hook(self._logits)
 
     def load(self, slot: int, change: VocabularyChange | None) -> None:

@@ -63,7 +63,7 @@ class LoraGroup:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer plus, for each token with an adapter, scale * (x A^T) B."""
+    """A linear layer plus, for each token with an adapter, what that adds to its output."""
 
     def __init__(self, group: LoraGroup, number: int) -> None:
         super().__init__()

@@ -17,9 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["ROWS", "BaseLayer", "affine_of", "gain_of"]
-
-ROWS = 512  # of a weight that are looked at together
+__all__ = ["BaseLayer", "affine_of", "gain_of"]
 
 
 class BaseLayer(Protocol):

@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter, shown
-from lorabatch_worker.adapters.affine import ROWS
 from lorabatch_worker.adapters.config import AdapterConfig
-
-OWN = ("weight", "trainable_tokens_delta")
+from lorabatch_worker.linear import BLOCK
 
 __all__ = ["Ends", "TokenRows", "VocabularyChange", "read_vocabulary"]
 
@@ -132,11 +130,6 @@ def read_vocabulary(
     head. `ready`: what checks a tensor's values and gives it as the engine needs it."""
     if ends is None:
         return None
-    own = {part: key for part, key in found.get(ends.head or "", {}).items() if part in OWN}
-    if own and ends.head_has_bias:
-        raise UnsupportedAdapter(
-            f"not supported: {', '.join(sorted(own.values()))}, of an output head with a bias"
-        )
     made: dict[str, Any] = {}
     for module, whole, some in (
         (ends.embedding, "embedding", "tokens"),
@@ -154,7 +147,10 @@ def read_vocabulary(
         made |= _lora(found[ends.embedding], tensor, ready, config, ends, max_rank)
     if "tokens" in made and ends.tied:
         made.setdefault("head_tokens", made["tokens"])
-    if ("head" in made or "head_tokens" in made) and "lora_A" in found.get(ends.head or "", {}):
+    at_head = "head" in made or "head_tokens" in made
+    if at_head and ends.head_has_bias:
+        raise UnsupportedAdapter(f"not supported: other rows of {ends.head}, which has a bias")
+    if at_head and "lora_A" in found.get(ends.head or "", {}):
         raise UnsupportedAdapter(
             f"LoRA of {ends.head} beside other rows of it, where both change the same logits"
         )
@@ -231,8 +227,8 @@ def _lora(
         if list(magnitude.shape) != [hidden]:
             raise InvalidAdapter(f"{key} is {list(magnitude.shape)}, wanted {[hidden]}")
         squares = torch.zeros(hidden, dtype=torch.float64)
-        for first in range(0, vocabulary, ROWS):
-            rows = ends.weight[first : first + ROWS].float().cpu() + a[first : first + ROWS] @ b
+        for first in range(0, vocabulary, BLOCK):
+            rows = ends.weight[first : first + BLOCK].float().cpu() + a[first : first + BLOCK] @ b
             squares += rows.double().square().sum(0)
         gain = magnitude / squares.sqrt().float()
         made["gain"] = ready(gain - 1, key)

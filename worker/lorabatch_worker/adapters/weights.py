@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter
-from lorabatch_worker.adapters.affine import ROWS, BaseLayer, affine_of, gain_of
+from lorabatch_worker.adapters.affine import BaseLayer, affine_of, gain_of
 from lorabatch_worker.adapters.config import AdapterConfig, read_config
 from lorabatch_worker.adapters.keys import assign, check_parts, check_saved, divide
 from lorabatch_worker.adapters.template import TEMPLATE, TOKENIZER, read_template
 from lorabatch_worker.adapters.vocabulary import Ends, VocabularyChange, read_vocabulary
+from lorabatch_worker.linear import BLOCK
 
 __all__ = ["FILES", "Adapter", "AdapterTarget", "SiteWeights", "read_adapter"]
 
@@ -179,7 +180,7 @@ def _check_base_weight(key: str, module: str, file: Any, target: AdapterTarget) 
     piece = file.get_slice(key)
     blocks: Iterable[Tensor]
     if target.ends is not None and module == target.ends.embedding:
-        wanted, blocks = list(target.ends.weight.shape), torch.split(target.ends.weight, ROWS)
+        wanted, blocks = list(target.ends.weight.shape), torch.split(target.ends.weight, BLOCK)
     else:
         wanted, blocks = list(target.shapes[module])[::-1], target.layer(module).weight_blocks()
     if piece.get_shape() != wanted:
