@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorabatch_kernels import paged_varlen
 from lorabatch_kernels.attend_triton import attend_kernel, merge_kernel
 from lorabatch_kernels.paged import PagedSpans
 from lorabatch_kernels.plan import (
@@ -102,7 +103,8 @@ def attend(
     sinks: Tensor | None = None,
     plan: AttentionPlan | None = None,
 ) -> None:
-    """`attend_paged` in one launch, or two where positions are split."""
+    """`attend_paged` in one launch, or two where positions are split; or by torch's own operator,
+    where the plan has found it faster."""
     heads, _, width = query.shape
     kv_heads, value_width = keys.shape[0], values.shape[3]
     runs, table_width = spans.blocks.shape
@@ -112,6 +114,9 @@ def attend(
     device = query.device
     if plan is None:
         plan = attention_plan(width, value_width, rows, query.dtype, generation(device))
+    if plan.library and paged_varlen.can_attend(query, keys, values, softcap, sinks):
+        paged_varlen.attend(out, query, keys, values, spans, scale, window)
+        return
     tiles = triton.cdiv(rows, plan.block_m)
     splits, partial, weight = 1, None, None
     if spans.longest_run == 1:

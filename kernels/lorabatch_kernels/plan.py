@@ -91,13 +91,15 @@ def plan_for(
 @dataclass(frozen=True)
 class AttentionPlan:
     """Compile-time sizes of one attention: rows and positions of a tile; `programs`: as many as a
-    processor should have, where positions are split."""
+    processor should have, where positions are split. `library`: torch's own operator, where it can
+    be had (paged_varlen.py)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     programs: int = 2
+    library: bool = False
 
     def safe(self, on: str | None) -> bool:
         """Whether no wgmma is left in flight with probabilities in registers (see `Plan`)."""

@@ -11,6 +11,7 @@ from lora_cases import assert_close, same_bits
 
 from lorabatch_kernels import paged_triton
 from lorabatch_kernels.paged import attend_paged, attend_paged_reference, store_paged
+from lorabatch_kernels.plan import AttentionPlan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +20,7 @@ pytestmark = [
 
 # The reference does not round probabilities to the dtype of the values; the kernel does.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LIBRARY = AttentionPlan(16, 32, num_warps=4, num_stages=1, library=True)
 MODEL = {"heads": 32, "kv_heads": 8, "width": 128}
 LONG = tuple((1, past) for past in (0, 1, 4095, 300, 77, 1024))
 LARGE = {
@@ -59,6 +61,22 @@ def test_against_reference(name, dtype):
 def test_any_number_of_splits(splits, dtype, monkeypatch):
     monkeypatch.setattr(paged_triton, "splits_for", lambda *args: splits)
     test_against_reference("8B decode", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["8B decode", "8B prefill and decode", "SmolLM2", "heads of 80", "heads of 96"]
+)
+def test_in_torchs_own_operator(name, dtype):
+    """Where this torch has none, our kernel takes the call."""
+    case = replace(LARGE[name], block_size=256)
+    batch = make(case, dtype, "cuda")
+    store_paged(batch.keys, batch.values, batch.key, batch.value, batch.index)
+    read = (batch.query, batch.keys, batch.values, batch.spans)
+    wanted = torch.empty_like(batch.out, dtype=torch.float32)
+    attend_paged_reference(wanted, *read, **case.options(batch))
+    paged_triton.attend(batch.out, *read, **case.options(batch), plan=LIBRARY)
+    assert_close("o", wanted, batch.out, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", [DECODE, MIXED], ids=["decode", "mixed"])
