@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.workload import Request
 from lorabatch import Job, Settings
 from lorabatch.ledger import Claim, Outcome
+from lorabatch.registry import Registry
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.engine import build_engine
 from lorabatch_worker.sequence import Sequence as EngineSequence
@@ -27,6 +28,9 @@ class FixedPrompts:
     def prepare(self, claim: Claim, adapter: Adapter | None) -> EngineSequence:
         return EngineSequence(claim, list(self.ids[claim.job.job_id]), adapter)
 
+    def close(self) -> None:
+        pass
+
 
 class OurEngine:
     """One started engine with its adapters loaded; `run` makes it run all requests."""
@@ -38,16 +42,17 @@ class OurEngine:
         *,
         new: int,
         warm_up: bool = True,
+        registry: Registry | None = None,
+        versions: Mapping[str, str] | None = None,
         **settings: Any,
     ) -> None:
+        """`versions` of adapters in the `registry`, by name; `adapters` are configured ones."""
         self.requests, self.new = list(requests), new
-        self.settings = Settings.load(
-            home=HOME,
-            adapters=",".join(f"{p.name}={p.resolve()}" for p in adapters),
-            adapter_slots=max(len(adapters), 1),
-            **settings,
-        )
-        self.engine = build_engine(self.settings)
+        self._versions = versions or {}
+        configured = ",".join(f"{p.name}={p.resolve()}" for p in adapters)
+        settings = {"adapter_slots": max(len(adapters), 1), **settings}
+        self.settings = Settings.load(home=HOME, adapters=configured, **settings)
+        self.engine = build_engine(self.settings, registry)
         self._prompts = FixedPrompts()
         self.engine.preparer = self._prompts  # type: ignore[assignment]
         self._outcomes: list[Outcome] = []
@@ -65,7 +70,8 @@ class OurEngine:
         for request in self.requests:
             job = Job(prompt="-", adapter_id=request.adapter, sampling_params=sampling)
             self._prompts.ids[job.job_id] = request.ids
-            claims.append(Claim(job, 1, 1, 0, 0))
+            bound = {n: self._versions[n] for n in (request.adapter,) if n in self._versions}
+            claims.append(Claim(job, 1, 1, 0, 0, adapter_versions=bound))
         self._outcomes.clear()
         self._done.clear()
         self._wanted = len(claims)

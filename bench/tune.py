@@ -190,7 +190,7 @@ def attention_run(sizes: Mapping[str, int], rows: int, dtype: torch.dtype) -> Ru
 
     runs, count = (64, 1) if rows == 16 else (4, CONTEXT // 2)
     options: dict[str, Any] = {"dtype": dtype, "device": DEVICE}
-    table = CONTEXT // BLOCK_SIZE
+    table = -(-CONTEXT // BLOCK_SIZE)
     pool = (runs * table, BLOCK_SIZE, sizes["kv_heads"], sizes["width"])
     pools = [
         [torch.randn(pool, **options).permute(2, 0, 1, 3) for _ in range(2)] for _ in range(LAYERS)

@@ -20,6 +20,7 @@ from pathlib import Path
 from lorabatch import Job, Result, Settings, Usage
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
+from lorabatch_worker.adapters.wanted import Wanted
 
 
 def fake_text(job: Job) -> str:
@@ -76,6 +77,9 @@ class FakeRunner:
     def submit(self, claims: Sequence[Claim]) -> None:
         with self._lock:
             self._waiting.extend(claims)
+
+    def warm(self, wanted: Wanted) -> str:
+        return "loaded"
 
     def abort(self, job_id: str, reason: str) -> None:
         with self._lock:

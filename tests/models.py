@@ -213,7 +213,7 @@ def load_adapter(runner: ModelRunner, folder: Path, slot: int) -> set[str]:
     runner.changed_ends.load(slot, adapter.vocabulary)
     for name, weights in adapter.sites.items():
         site = runner.sites[name]
-        site.load(slot, weights.a, weights.b, weights.scale, affine=weights.affine)
+        site.put(slot, weights)
     return set(adapter.sites)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lorabatch import Job
+from lorabatch_kernels import LoraWeights
 from lorabatch_worker.adapters.slots import AdapterSlots
-from lorabatch_worker.adapters.weights import Adapter, SiteWeights
+from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.block_manager import BlockManager, PagedBlocks
 from lorabatch_worker.row_manager import RowBlocks
 from lorabatch_worker.scheduler import Chunk, Scheduler
@@ -25,7 +26,9 @@ def adapter(name: str | None) -> Adapter | None:
     if name is None:
         return None
     rank = int(name.rpartition("-r")[2]) if "-r" in name else 0
-    weights = {"q": SiteWeights(torch.empty(rank, 1), torch.empty(1, rank), 1.0)} if rank else {}
+    weights = (
+        {"q": LoraWeights.pack(torch.empty(rank, 1), torch.empty(1, rank), 1.0)} if rank else {}
+    )
     return Adapter(name, f"version of {name}", weights, None)
 
 

@@ -3,7 +3,7 @@
 Light: importing this loads neither torch nor transformers.
 """
 
-from lorabatch.job import ChatMessage, Job, SamplingParams
+from lorabatch.job import ChatMessage, Job, MergedAdapters, SamplingParams
 from lorabatch.ledger import Ledger
 from lorabatch.result import ErrorInfo, Result, Usage
 from lorabatch.settings import Settings
@@ -14,6 +14,7 @@ __all__ = [
     "ErrorInfo",
     "Job",
     "Ledger",
+    "MergedAdapters",
     "Result",
     "SamplingParams",
     "Settings",

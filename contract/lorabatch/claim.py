@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorabatch.job import Job
@@ -13,7 +14,11 @@ __all__ = ["Claim", "Outcome", "Start"]
 
 @dataclass(frozen=True)
 class Claim:
-    """The right to run a job until the lease runs out; `attempt` is the number of this run."""
+    """The right to run a job until the lease runs out; `attempt` is the number of this run.
+
+    `adapter_versions`: what its adapters' names stood for when it was accepted; a name that was not
+    registered then is left out.
+    """
 
     job: Job
     lease_token: int
@@ -21,6 +26,7 @@ class Claim:
     submitted_us: int
     started_us: int
     publish_result: bool = False
+    adapter_versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@
     │   ├── UnknownAdapter       no adapter of that id is configured
     │   ├── InvalidAdapter       the adapter's files are broken or do not fit the base model
     │   │   └── UnsupportedAdapter   valid PEFT, but not (yet) something we compute right
+    │   ├── AdapterSetAside      the adapter failed before and is not tried again yet
     │   ├── AttemptsExhausted    the job was started too often without an outcome
     │   └── EngineFault          the engine failed while it ran this job
     ├── AdapterUnavailable       the adapter's source did not answer in time
@@ -31,6 +32,7 @@ from typing import ClassVar
 from pydantic import ValidationError
 
 __all__ = [
+    "AdapterSetAside",
     "AdapterUnavailable",
     "AttemptsExhausted",
     "DatabaseNotReady",
@@ -88,6 +90,10 @@ class InvalidAdapter(JobError):
 
 class UnsupportedAdapter(InvalidAdapter):
     code = "unsupported_adapter"
+
+
+class AdapterSetAside(JobError):
+    code = "adapter_set_aside"
 
 
 class AttemptsExhausted(JobError):

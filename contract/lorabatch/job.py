@@ -21,19 +21,21 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from lorabatch.errors import InvalidJob, explain, shown
 
-__all__ = ["SCHEMA_VERSION", "ChatMessage", "Job", "SamplingParams"]
+__all__ = ["SCHEMA_VERSION", "ChatMessage", "Job", "MergedAdapters", "SamplingParams"]
 
 SCHEMA_VERSION: Final = 1
 MAX_PROMPT_CHARS = 4_000_000
 MAX_SEED = 2**63 - 1
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$"
 ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$"
+MERGED: Final = "merged"  # the owner in the names of merges
 
 
 def _identifier(text: str) -> str:
@@ -45,6 +47,8 @@ def _identifier(text: str) -> str:
 def _adapter_name(text: str) -> str:
     if not re.fullmatch(ADAPTER_PATTERN, text):
         raise ValueError("wanted NAME or OWNER/NAME of letters, digits and _ . -, no path")
+    if text.startswith(f"{MERGED}/"):
+        raise ValueError(f"the owner {MERGED!r} stands for merges; use merged_adapters to have one")
     return text
 
 
@@ -73,6 +77,7 @@ def _as_list(value: object) -> object:
 
 Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Weight = Annotated[float, Field(strict=True)]
 
 
 class _Model(BaseModel):
@@ -116,17 +121,92 @@ class SamplingParams(_Model):
         return tuple(_storable(text) for text in stop)
 
 
+class MergedAdapters(_Model):
+    """Several adapters merged into one, with the fields of LoRAX's.
+
+    `weights`: how much of each, 1.0 if not given; one below 0 is taken away. `merge_strategy`:
+    `linear` sums; `dare_linear` first drops values at random and scales up what is left; `ties`
+    keeps the largest values, then averages those of the sign that prevails in
+    `majority_sign_method`, total or frequency; `dare_ties` drops at random and then does the same.
+    `density` is the share of values that is kept. As in LoRAX, a strategy ignores what it has no
+    use for; here it is left out, so that the same merge has the same name.
+    """
+
+    ids: tuple[AdapterName, ...] = Field(min_length=2, max_length=16)
+    weights: tuple[Weight, ...] = Field(default=(), validate_default=True)
+    merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
+    density: float | None = Field(default=None, strict=True, ge=0.0, le=1.0, validate_default=True)
+    majority_sign_method: Literal["total", "frequency"] | None = Field(
+        default=None, validate_default=True
+    )
+
+    @field_validator("ids")
+    @classmethod
+    def _ids_differ(cls, ids: tuple[str, ...]) -> tuple[str, ...]:
+        twice = [name for number, name in enumerate(ids) if name in ids[:number]]
+        if twice:
+            raise ValueError(f"wanted different adapters, {twice[0]!r} is there twice")
+        return ids
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_or_ones(cls, weights: object, info: ValidationInfo) -> object:
+        return (1.0,) * len(info.data.get("ids", ())) if weights in (None, ()) else weights
+
+    @field_validator("weights")
+    @classmethod
+    def _a_weight_each(cls, weights: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        ids = info.data.get("ids", weights)
+        if len(weights) != len(ids):
+            raise ValueError(f"wanted {len(ids)}, one for each of ids")
+        return weights
+
+    @field_validator("merge_strategy", mode="before")
+    @classmethod
+    def _linear_unless_given(cls, strategy: object) -> object:
+        return "linear" if strategy is None else strategy
+
+    @field_validator("density")
+    @classmethod
+    def _density_where_used(cls, density: float | None, info: ValidationInfo) -> float | None:
+        strategy = info.data.get("merge_strategy", "linear")
+        if strategy == "linear":
+            return None
+        if not density:
+            raise ValueError(f"{strategy} wants the share of values to keep, above 0 and up to 1")
+        return density
+
+    @field_validator("majority_sign_method")
+    @classmethod
+    def _method_where_used(cls, method: str | None, info: ValidationInfo) -> str | None:
+        return method or "total" if "ties" in info.data.get("merge_strategy", "") else None
+
+    @property
+    def canonical(self) -> str:
+        """JSON, the same for the same merge."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+    @property
+    def name(self) -> str:
+        """What the merge is called where an adapter has its id. Names may coincide: two merges
+        are the same if they are equal."""
+        return f"{MERGED}/{hashlib.sha256(self.canonical.encode()).hexdigest()[:12]}"
+
+
 class Job(_Model):
     """One text to generate: a prompt or chat messages, an adapter, a tenant, sampling.
 
-    `adapter_id` None is the base model itself, asked for on purpose. A job is accepted once per
-    (tenant, idempotency_key); without a key the job id is the key.
+    `adapter_id` None is the base model itself, asked for on purpose, or the adapter that
+    `merged_adapters` describes. A job is accepted once per (tenant, idempotency_key); without a key
+    the job id is the key.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     job_id: Identifier = Field(default_factory=lambda: str(uuid4()))
     tenant: Identifier = "default"
     adapter_id: AdapterName | None = None
+    merged_adapters: MergedAdapters | None = None
     prompt: Text | None = None
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=1024)
     sampling_params: SamplingParams = SamplingParams()
@@ -149,6 +229,15 @@ class Job(_Model):
             raise ValueError("prompt is empty; give at least one character")
         return self
 
+    @model_validator(mode="after")
+    def _adapter_or_merge(self) -> Self:
+        if self.adapter_id is not None and self.merged_adapters is not None:
+            raise ValueError(
+                f"give at most one of adapter_id and merged_adapters, not both (adapter_id "
+                f"{self.adapter_id!r}, merged_adapters.ids {', '.join(self.merged_adapters.ids)})"
+            )
+        return self
+
     @classmethod
     def parse(cls, fields: Any) -> Self:
         """A job from decoded JSON. Raises InvalidJob, which names the job and each bad field."""
@@ -168,12 +257,15 @@ class Job(_Model):
             raise InvalidJob(who + explain(error)) from None
 
     def body(self) -> dict[str, Any]:
-        """What is generated from: the part kept as JSON in the ledger."""
-        return self.model_dump(
+        """What is generated from: the part kept as JSON in the ledger. Of the sampling parameters
+        those that were given: the rest is for the adapter to say."""
+        body = self.model_dump(
             mode="json",
-            include={"schema_version", "prompt", "messages", "sampling_params"},
+            include={"schema_version", "prompt", "messages", "merged_adapters"},
             exclude_none=True,
         )
+        given = self.sampling_params.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        return {**body, "sampling_params": given}
 
     def request_hash(self, body: dict[str, Any] | None = None) -> str:
         """sha256 of all that decides the outcome: the same key must bring the same hash.
@@ -183,6 +275,11 @@ class Job(_Model):
         what = [self.tenant, self.adapter_id, self.body() if body is None else body]
         text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def adapter_name(self) -> str | None:
+        """What routing, usage and reports know the adapter by; None: the base model."""
+        return self.merged_adapters.name if self.merged_adapters else self.adapter_id
 
     @property
     def key(self) -> str:

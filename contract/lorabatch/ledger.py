@@ -22,8 +22,9 @@ from lorabatch.claim import Claim, Outcome, Start
 from lorabatch.database import now_us
 from lorabatch.errors import JobNotFound
 from lorabatch.job import Job
+from lorabatch.registry import bound
 from lorabatch.result import ErrorInfo, JobState, Result
-from lorabatch.rows import bare_result, job_row, stored_result
+from lorabatch.rows import bare_result, job_row, names_of, stored_result
 from lorabatch.statements import (
     BODILESS,
     Ended,
@@ -72,7 +73,8 @@ class Ledger:
         with self.engine.begin() as connection:
             now = self._now(connection)
             statement = self._insert(jobs).on_conflict_do_nothing()
-            rows = [job_row(job, now, publish_result) for job in accepted]
+            versions = bound(connection, (pair for job in accepted for pair in names_of(job)))
+            rows = [job_row(job, now, publish_result, versions) for job in accepted]
             hashes = [row["request_hash"] for row in rows]
             rows.sort(key=lambda row: (row["tenant"], row["idempotency_key"]))  # no deadlocks
             connection.execute(statement, rows)

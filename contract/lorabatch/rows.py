@@ -7,20 +7,42 @@ clock, except `queue_us` and `run_us`, which are durations. Raises what the mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import sqlalchemy as sa
 
 from lorabatch.job import Job
 from lorabatch.result import ErrorInfo, Result, Usage
 
-__all__ = ["bare_result", "job_row", "result_row", "stored_job", "stored_result", "usage_row"]
+__all__ = [
+    "bare_result",
+    "job_row",
+    "names_of",
+    "result_row",
+    "stored_job",
+    "stored_result",
+    "usage_row",
+]
 
 
-def job_row(job: Job, now: int, publish_result: bool) -> dict[str, Any]:
+Versions = Mapping[tuple[str, str], str]
+
+
+def names_of(job: Job) -> list[tuple[str, str]]:
+    """The adapters that a job asks for, each with its tenant."""
+    ids = job.merged_adapters.ids if job.merged_adapters else (job.adapter_id,)
+    return [(job.tenant, adapter_id) for adapter_id in ids if adapter_id is not None]
+
+
+def job_row(job: Job, now: int, publish_result: bool, versions: Versions) -> dict[str, Any]:
+    """`versions`: of the adapters' names, as far as they are registered."""
     body = job.body()
+    bound = {name[1]: versions[name] for name in names_of(job) if name in versions}
     return {
         "job_id": job.job_id,
         "tenant": job.tenant,
-        "adapter_id": job.adapter_id,
+        "adapter_id": job.adapter_name,
         "batch_id": job.batch_id,
         "custom_id": job.custom_id,
         "idempotency_key": job.key,
@@ -28,6 +50,7 @@ def job_row(job: Job, now: int, publish_result: bool) -> dict[str, Any]:
         "body": body,
         "priority": job.priority,
         "publish_result": publish_result,
+        "adapter_versions": bound or sa.null(),
         "submitted_us": now,
     }
 
@@ -38,7 +61,7 @@ def stored_job(row: Any) -> Job:
             **row.body,
             "job_id": row.job_id,
             "tenant": row.tenant,
-            "adapter_id": row.adapter_id,
+            "adapter_id": None if "merged_adapters" in row.body else row.adapter_id,
             "batch_id": row.batch_id,
             "custom_id": row.custom_id,
             "idempotency_key": row.idempotency_key,

@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -24,54 +24,15 @@ from pydantic_settings import (
 )
 
 from lorabatch.errors import SettingsError, explain
-from lorabatch.job import ADAPTER_PATTERN
+from lorabatch.location import AdapterSource, is_path
 
-__all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings"]
+__all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path"]
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PREFIX = "LORABATCH_"
 # Variables of the environment alone: where lorabatch.toml is; 0 turns compiled CPU kernels off.
 READ_ELSEWHERE = ("config", "native")
-REVISION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_./-]*$"
 QUEUE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$"
-
-
-class AdapterSource(BaseModel):
-    """One entry of LORABATCH_ADAPTERS: `id`, `id@rev`, `name=path` or `name=id@rev`."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    location: str
-    revision: str | None = None
-
-    @classmethod
-    def parse(cls, entry: str) -> Self:
-        name, equals, location = entry.partition("=")
-        location = location if equals else name
-        revision = None
-        local = is_path(location)
-        if not local and "@" in location:
-            location, _, revision = location.partition("@")
-        if not equals:
-            name = location
-        if not equals and local:
-            raise ValueError(f"{entry!r} is a path without a name; write NAME={entry}")
-        if not re.match(ADAPTER_PATTERN, name):
-            raise ValueError(
-                f"{entry!r}: the name {name!r} may hold letters, digits, '_', '.', '-' "
-                "and one '/' between two of them"
-            )
-        if not local and not re.match(ADAPTER_PATTERN, location):
-            raise ValueError(f"{entry!r}: {location!r} is neither a folder nor a Hub id")
-        if revision is not None and not re.match(REVISION_PATTERN, revision):
-            raise ValueError(f"{entry!r}: {revision!r} is not a revision")
-        return cls(name=name, location=location, revision=revision)
-
-
-def is_path(location: str) -> bool:
-    """Whether a location is meant as a folder: it starts like a path, or is one."""
-    return location.startswith(("/", "./", "../", "~")) or Path(location).is_dir()
 
 
 class Settings(BaseSettings):
@@ -89,7 +50,13 @@ class Settings(BaseSettings):
         default=(), description="other names of the base model that adapters may carry"
     )
     adapters: Annotated[tuple[AdapterSource, ...], NoDecode] = Field(
-        default=(), description="comma list: id, id@rev, name=path, name=id@rev"
+        default=(), description="comma list: id, id@rev, name=path, name=id@rev, name=s3://..."
+    )
+    adapter_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        default=(), description="comma list: the folders that local adapters lie in; empty: any"
+    )
+    hub_token_folder: Path | None = Field(
+        default=None, description="folder of Hub tokens, one file for each tenant, by its name"
     )
     broker_url: str | None = Field(default=None, description="redis:// URL; unset: embedded")
     result_backend_url: str | None = Field(
@@ -125,6 +92,24 @@ class Settings(BaseSettings):
     adapter_rank_rows: int = Field(default=0, ge=0, description="of a GPU; 0: largest in each slot")
     adapter_cache_bytes: int = Field(
         default=1 << 30, ge=1 << 20, description="host memory for loaded adapters"
+    )
+    adapter_store: Path | None = Field(
+        default=None,
+        description="folder of registered local adapters, the same for all workers; unset: in home",
+    )
+    adapter_disk_bytes: int = Field(
+        default=20 << 30,
+        ge=1 << 20,
+        description="disk cache of fetched adapters, in the data folder",
+    )
+    adapter_max_bytes: int = Field(
+        default=16 << 30, ge=1, description="an adapter whose files are larger is refused"
+    )
+    adapter_fetch_timeout_s: float = Field(
+        default=600.0, gt=0, description="time for fetching one adapter, all attempts together"
+    )
+    adapter_fetch_attempts: int = Field(
+        default=4, ge=1, le=100, description="attempts at a source that does not answer"
     )
     lookahead: int = Field(
         default=4, ge=1, le=64, description="jobs fetched ahead, as a multiple of max_seqs"
@@ -186,6 +171,16 @@ class Settings(BaseSettings):
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().resolve()
 
+    @field_validator("hub_token_folder", "adapter_store")
+    @classmethod
+    def _absolute_if_set(cls, folder: Path | None) -> Path | None:
+        return folder and folder.expanduser().resolve()
+
+    @field_validator("adapter_roots")
+    @classmethod
+    def _absolute_roots(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        return tuple(root.expanduser().resolve() for root in roots)
+
     @field_validator("adapters", mode="before")
     @classmethod
     def _adapters(cls, value: object) -> object:
@@ -203,7 +198,7 @@ class Settings(BaseSettings):
             raise ValueError(f"the name {twice[0]!r} is given twice; names must differ")
         return tuple(found)
 
-    @field_validator("base_model_aliases", "consume", mode="before")
+    @field_validator("base_model_aliases", "consume", "adapter_roots", mode="before")
     @classmethod
     def _comma_list(cls, value: object) -> object:
         if isinstance(value, str):
@@ -267,6 +262,10 @@ class Settings(BaseSettings):
         return self.max_seqs * self.lookahead
 
     @property
+    def adapter_store_folder(self) -> Path:
+        return self.adapter_store or self.home / "adapter-store"
+
+    @property
     def embedded_broker(self) -> bool:
         return self.broker_url is None
 
@@ -281,7 +280,7 @@ class Settings(BaseSettings):
 
 def explain_settings(error: ValidationError) -> str:
     """One line; fields carry the name of their environment variable."""
-    text = re.sub(r"(://[^:/@\s]*:)[^/\s]*@", r"\1***@", explain(error))
+    text = re.sub(r"(://[^:/@\s]*:)[^@\s]*@", r"\1***@", explain(error))
     for name in sorted(Settings.model_fields, key=len, reverse=True):
         text = re.sub(rf"(^|; ){name}: ", rf"\1{PREFIX}{name.upper()}: ", text)
     return text

@@ -117,6 +117,7 @@ def lease(
             submitted_us=row.submitted_us,
             started_us=now,
             publish_result=row.publish_result,
+            adapter_versions=row.adapter_versions or {},
         )
         attempts.append(
             {

@@ -9,7 +9,17 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-__all__ = ["batches", "job_attempts", "jobs", "metadata", "results", "usage_events"]
+__all__ = [
+    "adapter_faults",
+    "adapter_versions",
+    "adapters",
+    "batches",
+    "job_attempts",
+    "jobs",
+    "metadata",
+    "results",
+    "usage_events",
+]
 
 metadata = sa.MetaData(
     naming_convention={
@@ -61,6 +71,11 @@ jobs = sa.Table(
         server_default=sa.false(),
         comment="a plain Celery client waits for it in the result backend",
     ),
+    sa.Column(
+        "adapter_versions",
+        Json,
+        comment="what its adapters' names stood for when it was accepted; NULL: unknown then",
+    ),
     sa.Column("submitted_us", Micros, nullable=False),
     sa.Column("sent_us", Micros),
     sa.Column("started_us", Micros),
@@ -102,6 +117,40 @@ results = sa.Table(
     sa.Column("error_code", sa.String(64)),
     sa.Column("error_message", sa.Text),
     sa.Column("recorded_us", Micros, nullable=False),
+)
+
+adapters = sa.Table(
+    "adapters",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True, comment="empty: for every tenant"),
+    sa.Column("adapter_id", sa.String(128), primary_key=True),
+    sa.Column("version", sa.String(64), nullable=False),
+    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("updated_us", Micros, nullable=False),
+)
+
+adapter_versions = sa.Table(
+    "adapter_versions",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("adapter_id", sa.String(128), primary_key=True),
+    sa.Column("version", sa.String(64), primary_key=True, comment="sha256 of its files"),
+    sa.Column("location", sa.Text, nullable=False),
+    sa.Column("base_model", sa.String(255), comment="that it was checked against"),
+    sa.Column("rank", sa.Integer),
+    sa.Column("nbytes", sa.BigInteger, nullable=False),
+    sa.Column("created_us", Micros, nullable=False),
+)
+
+adapter_faults = sa.Table(
+    "adapter_faults",
+    metadata,
+    sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("code", sa.String(64), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("failures", sa.Integer, nullable=False),
+    sa.Column("since_us", Micros, nullable=False),
+    sa.Column("retry_us", Micros, nullable=False),
 )
 
 usage_events = sa.Table(

@@ -22,6 +22,7 @@ from lorabatch_kernels.rows import can_do_rows, rms_norm, rotary_, silu_gate
 from lorabatch_kernels.site import LoraSite
 from lorabatch_kernels.step_map import StepMap, build_step_map
 from lorabatch_kernels.tiles import BASE_SLOT, buffer_ints, tile_bound
+from lorabatch_kernels.weights import LoraWeights
 
 __all__ = [
     "BASE_SLOT",
@@ -30,6 +31,7 @@ __all__ = [
     "LayerStep",
     "LoraSite",
     "LoraTerms",
+    "LoraWeights",
     "PackedWeight",
     "PagedSpans",
     "RowSpans",

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lorabatch_kernels import native
-from lorabatch_kernels.site import BESIDE, PANEL, LoraSite, lazy_zeros
+from lorabatch_kernels.site import LoraSite, PanelSite, PooledSite
+from lorabatch_kernels.weights import BESIDE, lazy_zeros
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_SITES = 3  # of a group on a GPU: expand.py
@@ -35,6 +36,30 @@ class GroupPool:
     rank: Tensor
     affine: Tensor
     scale: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        slots: int,
+        most: int,
+        rows: int,
+        in_features: int,
+        out_features: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> GroupPool:
+        """Empty; slot s begins at row s * `most` until something else is put there."""
+        count = len(out_features)
+        starts = [[slot * most for slot in range(slots)]] * count
+        rank = torch.zeros(count, slots, dtype=torch.int32, device=device)
+        return cls(
+            a=lazy_zeros((count, rows, in_features), dtype, device),
+            b=lazy_zeros((rows, sum(out_features)), dtype, device),
+            row0=torch.tensor(starts, dtype=torch.int32, device=device),
+            rank=rank,
+            affine=torch.zeros_like(rank),
+            scale=torch.zeros_like(rank, dtype=torch.float32),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,39 +95,25 @@ class SiteGroup:
         rows = slots * most if pool_rows is None else pool_rows
         if rows < most:
             raise ValueError(f"pool_rows is {rows}, wanted max_rank + {BESIDE}, {most}, or more")
-        starts = [slot * most for slot in range(slots)]
-        row0 = torch.tensor([starts] * count, dtype=torch.int32, device=where)
-        rank = torch.zeros(count, slots, dtype=torch.int32, device=where)
-        affine, scale = torch.zeros_like(rank), torch.zeros_like(rank, dtype=torch.float32)
-        pool = None
+        common: dict[str, Any] = {"slots": slots, "max_rank": max_rank, "dtype": dtype}
+        common |= {"in_features": in_features, "device": where}
         if paneled:
-            shape = (slots, -(-max_rank // PANEL) * in_features, PANEL)
-            a = [lazy_zeros(shape, dtype, where) for _ in out_features]
-            b = [lazy_zeros((slots, most, out), dtype, where) for out in out_features]
-        elif count > MOST_SITES:
+            return cls(tuple(PanelSite(out_features=out, **common) for out in out_features))
+        if count > MOST_SITES:
             raise ValueError(f"{count} sites share an input, wanted {MOST_SITES} or fewer")
-        else:
-            all_a = lazy_zeros((count, rows, in_features), dtype, where)
-            all_b = lazy_zeros((rows, sum(out_features)), dtype, where)
-            a, b = list(all_a), list(torch.split(all_b, list(out_features), dim=1))
-            pool = GroupPool(all_a, all_b, row0, rank, affine, scale)
+        pool = GroupPool.allocate(slots, most, rows, in_features, out_features, dtype, where)
+        b = torch.split(pool.b, list(out_features), dim=1)
         sites = [
-            LoraSite(
-                a=a[i],
-                b=b[i],
-                row0=row0[i],
-                rank=rank[i],
-                affine=affine[i],
-                scale=scale[i],
-                starts=list(starts),
-                ranks=[0] * slots,
-                affines=[False] * slots,
-                scales=[0.0] * slots,
-                slots=slots,
-                max_rank=max_rank,
-                in_features=in_features,
+            PooledSite(
                 out_features=out,
-                paneled=paneled,
+                a=pool.a[i],
+                b=b[i],
+                row0=pool.row0[i],
+                rank=pool.rank[i],
+                affine=pool.affine[i],
+                scale=pool.scale[i],
+                starts=[slot * most for slot in range(slots)],
+                **common,
             )
             for i, out in enumerate(out_features)
         ]
@@ -137,9 +148,8 @@ class SiteGroup:
     def structs(self) -> Any:
         """The sites as the C kernel reads them; addresses stay, contents change."""
         made, column = [], 0
-        for s in self.sites:
-            addresses = [t.data_ptr() for t in (s.a, s.b, s.rank, s.affine, s.scale)]
-            rows = s.max_rank + BESIDE
-            made.append(native.Site(*addresses, s.panels, rows, s.out_features, column))
-            column += s.out_features
+        for site in self.sites:
+            assert isinstance(site, PanelSite)
+            made.append(native.Site(site.address, site.out_features, column))
+            column += site.out_features
         return (native.Site * len(made))(*made)

@@ -126,9 +126,9 @@ def _check_x(x: Tensor, group: SiteGroup, step_map: StepMap) -> None:
         raise ValueError(f"the column stride of x is {x.stride(1)}, wanted 1")
     if group.dtype != x.dtype:
         raise ValueError(f"the sites are {group.dtype}, wanted that of x, {x.dtype}")
-    if not x.device.type == group.sites[0].a.device.type == step_map.device.type:
+    if not x.device.type == group.sites[0].device.type == step_map.device.type:
         raise ValueError(
-            f"x is on {x.device}, the sites on {group.sites[0].a.device}, the step map on "
+            f"x is on {x.device}, the sites on {group.sites[0].device}, the step map on "
             f"{step_map.device}: wanted one device"
         )
     if step_map.active[-1] >= group.slots:

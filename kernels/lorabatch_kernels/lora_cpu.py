@@ -3,7 +3,7 @@
     y[t] += gain[s] * y[t] + shift[s] + scale[s] * (x[t] @ A[s]^T) @ B[s]     s the slot of token t
 
 The kernel (native/lora.c) takes tiles of up to 8 tokens of one slot. Of `b` exactly the rank rows
-in use are read, of `a` their panels of 16: the cost follows the sum of the tokens' ranks, whatever
+in use are read, of `a` as many elements: the cost follows the sum of the tokens' ranks, whatever
 the number of adapters. A token's term does not depend on what else is in the step, not even in
 rounding. Where there is no C kernel, or for fp16, each adapter gets two products of its own.
 Shapes: y [tokens, out_features of all sites], x [tokens, in_features], all in the sites' dtype.
@@ -24,14 +24,15 @@ from torch import Tensor
 
 from lorabatch_kernels import native
 from lorabatch_kernels.group import SiteGroup
-from lorabatch_kernels.site import PANEL
+from lorabatch_kernels.site import PanelSite
 from lorabatch_kernels.tiles import TileMap
+from lorabatch_kernels.weights import PANEL
 
 
 def can_add_lora(group: SiteGroup) -> bool:
     """Whether the C kernel works on this machine for these sites."""
     return (
-        group.sites[0].paneled
+        isinstance(group.sites[0], PanelSite)
         and native.supports(group.dtype)
         and group.sites[0].max_rank <= native.MAX_PANELS * PANEL
         and native.library() is not None

@@ -31,7 +31,8 @@ MAX_LINE_BYTES = 8 * 1024 * 1024
 SKIP_BYTES = 1024 * 1024
 BOM = b"\xef\xbb\xbf"
 SHORT_FIELDS = SAMPLING_FIELDS | {
-    *("adapter_id", "prompt", "messages", "custom_id", "tenant", "sampling_params", "priority")
+    *("adapter_id", "prompt", "messages", "custom_id", "tenant", "sampling_params", "priority"),
+    "merged_adapters",
 }
 
 
@@ -148,7 +149,7 @@ def _job_line(
     unknown = sorted(set(fields) - SHORT_FIELDS)
     if unknown:
         raise InvalidJob(f"{printable(unknown[0])}: no such field; remove it or check its spelling")
-    if "adapter_id" not in fields:
+    if not fields.keys() & {"adapter_id", "merged_adapters"}:
         raise InvalidJob("adapter_id: missing; give an adapter's id, or null for the base model")
     job = Job.parse({"tenant": tenant, **nest_sampling(fields), **identity})
     return GoodLine(number, "short", job)

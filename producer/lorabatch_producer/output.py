@@ -121,7 +121,7 @@ def _short_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
         "custom_id": line.job.custom_id,
         "job_id": line.job.job_id,
         "tenant": line.job.tenant,
-        "adapter_id": line.job.adapter_id,
+        "adapter_id": line.job.adapter_name,
         "text": result.text if result else None,
         "finish_reason": result.finish_reason if result else None,
         "usage": usage,

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lorabatch_kernels import LoraSite, SiteGroup, add_lora_reference
 from lorabatch_kernels.group import GroupPool
-from lorabatch_kernels.site import BESIDE
+from lorabatch_kernels.site import PanelSite, PooledSite
 from lorabatch_kernels.step_map import group_tokens
 from lorabatch_kernels.tiles import TileMap, lay_out_tiles, to_device
+from lorabatch_kernels.weights import BESIDE
 
 # Relative root-mean-square error allowed by dtype: rounding of inputs, v and y, not luck.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -44,12 +45,13 @@ def fill(
         b = torch.randn(site.out_features, rank, generator=draw)
         both = torch.randn(2, site.out_features, generator=draw)
         rows = (both[0], both[1]) if slot in affine else None
-        site.load(slot, a, b, 0.5 + 0.25 * slot, None if site.paneled else end, rows)
+        site.load(slot, a, b, 0.5 + 0.25 * slot, None if isinstance(site, PanelSite) else end, rows)
     return site
 
 
 def poison_the_rest(site: LoraSite) -> LoraSite:
     """Rows of the pool that no slot has, which no kernel may read."""
+    assert isinstance(site, PooledSite)
     free = torch.ones(len(site.a), dtype=torch.bool)
     unread = free.clone()
     for start, rank, affine in zip(site.starts, site.ranks, site.affines, strict=True):
@@ -63,8 +65,9 @@ def poison_the_rest(site: LoraSite) -> LoraSite:
 
 def alone(site: LoraSite) -> SiteGroup:
     """The group of a site by itself."""
-    if site.paneled:
+    if isinstance(site, PanelSite):
         return SiteGroup((site,))
+    assert isinstance(site, PooledSite)
     tables = (table[None] for table in (site.row0, site.rank, site.affine, site.scale))
     return SiteGroup((site,), GroupPool(site.a[None], site.b, *tables))
 

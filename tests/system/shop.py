@@ -55,11 +55,13 @@ def wait_until(
 class Worker:
     """One worker process."""
 
+    command: Sequence[str] = (sys.executable, str(TESTS / "fake_runner.py"))
+
     def __init__(self, log: Path, env: dict[str, str]) -> None:
         self.log = log
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(TESTS / "fake_runner.py")],
+                self.command,
                 env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env},
                 stdout=file,
                 stderr=file,

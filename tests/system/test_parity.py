@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from lorabatch_worker.adapters.wanted import Wanted
 from tests.desk import real_desk
 from tests.models import bundled_folder, quiet_peft
 from tests.parity import RANDOM, compare, load_reference, with_adapters
@@ -13,12 +16,11 @@ def test_mixed_batches_equal_one_job_at_a_time_in_peft() -> None:
     desk = real_desk()
     torch.set_num_threads(1)
     catalog = desk.engine.store.catalog
-    names = catalog.names()
+    names = catalog.configured()
     assert set(RANDOM) < set(names)
+    folders = {name: Path(catalog.find(Wanted("", name)).location.place) for name in names}
     with quiet_peft():
-        model = with_adapters(
-            load_reference(bundled_folder()), {name: catalog.locate(name) for name in names}
-        )
+        model = with_adapters(load_reference(bundled_folder()), folders)
     try:
         report = compare(desk.engine, model, [None, *names], count=3, new=12)
     finally:

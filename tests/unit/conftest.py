@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from lorabatch import Job, Ledger, Settings
 from lorabatch.tables import usage_events
 from tests.broker_desk import BrokerDesk
 from tests.desk import WAIT_S, Desk, start
 from tests.ended_jobs import JOBS, ended
-from tests.models import bundled_folder, checkpoint, random_adapter
+from tests.models import bundled_folder
 from tests.scheduling import LAYOUT
 
 
@@ -24,36 +23,6 @@ from tests.scheduling import LAYOUT
 def tokenizer() -> Any:
     """The bundled model's tokenizer."""
     return AutoTokenizer.from_pretrained(bundled_folder())
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama of two layers."""
-    torch.set_num_threads(1)
-    return checkpoint(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture(scope="session")
-def tiny_adapters(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters that PEFT wrote for the tiny model: other ranks, layers and scalings."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    folder = tmp_path_factory.mktemp("adapters")
-    fields: dict[str, dict[str, Any]] = {
-        "all": {"r": 8, "lora_alpha": 16},
-        "rslora": {"r": 3, "lora_alpha": 4, "use_rslora": True},
-        "attention": {"r": 1, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]},
-        "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 20}},
-        "dora": {"r": 3, "use_dora": True},
-        "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
-        "tokens": {"trainable_token_indices": list(range(3, 3000, 3))},
-        "head": {"target_modules": ["v_proj", "lm_head"]},
-        "whole-head": {"modules_to_save": ["lm_head"]},
-        "one-layer": {"layers_to_transform": [1], "target_modules": ["up_proj", "o_proj"]},
-    }
-    return {
-        name: random_adapter(model, folder / name, seed, **extra)
-        for seed, (name, extra) in enumerate(fields.items())
-    }
 
 
 @pytest.fixture

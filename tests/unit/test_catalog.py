@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +11,27 @@ import huggingface_hub.constants
 import pytest
 
 from lorabatch import Settings
-from lorabatch.errors import AdapterUnavailable, UnknownAdapter
+from lorabatch.database import connect, open_database
+from lorabatch.errors import AdapterUnavailable, InvalidAdapter, UnknownAdapter
+from lorabatch.registry import Registered, Registry
+from lorabatch_worker.adapters import attempts
 from lorabatch_worker.adapters.catalog import AdapterCatalog
-from lorabatch_worker.adapters.weights import read_adapter
+from lorabatch_worker.adapters.wanted import Wanted
+from lorabatch_worker.adapters.weights import read_adapter, version_of
+from lorabatch_worker.retry import Stopped
 from tests.bad_adapters import TARGET, write
+from tests.hub_server import OLD, HubServer
 
 
-def catalog(home: Path, adapters: str = "") -> AdapterCatalog:
-    return AdapterCatalog(Settings.load(home=home, adapters=adapters))
+def catalog(home: Path, adapters: str = "", registry: Registry | None = None) -> AdapterCatalog:
+    return AdapterCatalog(Settings.load(home=home, adapters=adapters), registry)
+
+
+def where(
+    found: AdapterCatalog, name: str, tenant: str = "default", version: str | None = None
+) -> Path:
+    with found.hold(found.find(Wanted(tenant, name, version))) as folder:
+        return folder
 
 
 # -- folders ------------------------------------------------------------------
@@ -31,8 +40,8 @@ def catalog(home: Path, adapters: str = "") -> AdapterCatalog:
 def test_a_configured_folder_is_found(home: Path, tmp_path: Path) -> None:
     write(tmp_path / "elsewhere" / "a")
     found = catalog(home, f"acme/sql={tmp_path}/elsewhere/a")
-    assert found.locate("acme/sql") == tmp_path / "elsewhere" / "a"
-    assert found.names() == ["acme/sql"]
+    assert where(found, "acme/sql") == tmp_path / "elsewhere" / "a"
+    assert found.configured() == ["acme/sql"]
 
 
 def test_a_relative_folder_is_that_of_the_start(
@@ -42,22 +51,22 @@ def test_a_relative_folder_is_that_of_the_start(
     monkeypatch.chdir(tmp_path)
     found = catalog(home, "sql=mine/sql")
     monkeypatch.chdir("/")
-    assert found.locate("sql") == tmp_path / "mine" / "sql"
+    assert where(found, "sql") == tmp_path / "mine" / "sql"
 
 
 def test_folders_in_the_data_folder_need_no_configuration(home: Path) -> None:
     found = catalog(home)
-    assert found.names() == []
+    assert found.configured() == []
     write(home / "adapters" / "b")
     (home / "adapters" / "not-an-adapter").mkdir()
-    assert found.names() == ["b"]
-    assert found.locate("b") == home / "adapters" / "b"
+    assert found.configured() == ["b"]
+    assert where(found, "b") == home / "adapters" / "b"
 
 
 def test_a_configured_name_goes_before_the_data_folder(home: Path, tmp_path: Path) -> None:
     write(home / "adapters" / "a")
     write(tmp_path / "other")
-    assert catalog(home, f"a={tmp_path}/other").locate("a") == tmp_path / "other"
+    assert where(catalog(home, f"a={tmp_path}/other"), "a") == tmp_path / "other"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +79,7 @@ def test_anything_else_is_unknown(name: str, home: Path) -> None:
     write(home / "adapters" / "sub" / "inner")
     (home / "adapters" / "link").symlink_to(home / "outside")
     with pytest.raises(UnknownAdapter) as caught:
-        catalog(home).locate(name)
+        where(catalog(home), name)
     assert f"adapter {name!r}" in str(caught.value)
     assert "b" in str(caught.value)
     assert str(home) not in str(caught.value)
@@ -79,7 +88,7 @@ def test_anything_else_is_unknown(name: str, home: Path) -> None:
 def test_an_absolute_path_is_unknown(home: Path) -> None:
     write(home / "outside")
     with pytest.raises(UnknownAdapter):
-        catalog(home).locate(str(home / "outside"))
+        where(catalog(home), str(home / "outside"))
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -93,156 +102,157 @@ def test_a_folder_that_went_away_is_unavailable_and_never_looked_for_elsewhere(
     found = catalog(home, "sql=mine/sql" if relative else f"sql={tmp_path}/mine/sql")
     os.rename(tmp_path / "mine", tmp_path / "moved")
     with pytest.raises(AdapterUnavailable, match=r"'sql': its folder is not there.*ADAPTERS"):
-        found.locate("sql")
+        where(found, "sql")
     assert not asked
 
 
 # -- the Hub ------------------------------------------------------------------
 
-MAIN, OLD = "a" * 40, "b" * 40
-
-
-class Hub(ThreadingHTTPServer):
-    """Answers what huggingface_hub asks for one repository with two revisions."""
-
-    daemon_threads = True
-
-    def __init__(self, folders: dict[str, Path]) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.folders = folders
-        self.revisions = {"main": MAIN, MAIN: MAIN, "v1": OLD, OLD: OLD}
-        self.asked: list[str] = []
-        self.status = 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        path = self.path.partition("?")[0].strip("/").split("/")
-        if self.server.status:
-            self.give(self.server.status, b"{}")
-        elif path[:2] == ["api", "models"] and path[2:4] == ["acme", "sql"]:
-            self.about(path[4], path[5])
-        elif path[:3] == ["acme", "sql", "resolve"] and path[3] in self.server.revisions:
-            self.file(self.server.revisions[path[3]], path[4])
-        else:
-            self.give(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def about(self, what: str, revision: str) -> None:
-        sha = self.server.revisions.get(revision)
-        if sha is None:
-            self.give(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            return
-        files = sorted(p for p in self.server.folders[sha].iterdir())
-        if what == "tree":
-            entries = [
-                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": sha + p.name}
-                for p in files
-            ]
-            self.give(200, json.dumps(entries).encode())
-        else:
-            siblings = [{"rfilename": p.name} for p in files]
-            info = {"id": "acme/sql", "modelId": "acme/sql", "sha": sha, "siblings": siblings}
-            self.give(200, json.dumps({**info, "private": False, "tags": []}).encode())
-
-    def file(self, sha: str, name: str) -> None:
-        path = self.server.folders[sha] / name
-        if not path.is_file():
-            self.give(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            return
-        self.give(200, path.read_bytes(), {"ETag": f'"{sha}-{name}"', "X-Repo-Commit": sha})
-
-    def give(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub of one adapter; huggingface_hub asks it and has an empty cache."""
-    folders = {MAIN: tmp_path / "repo" / "main", OLD: tmp_path / "repo" / "v1"}
-    write(folders[MAIN])
-    write(folders[OLD], {"lora_alpha": 4})
-    (folders[MAIN] / "huge.bin").write_bytes(b"not asked for")
-    server = Hub(folders)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub of one adapter at two revisions."""
+    write(tmp_path / "repo" / "main")
+    write(tmp_path / "repo" / "v1", {"lora_alpha": 4})
+    server = HubServer(tmp_path / "repo" / "main", tmp_path / "repo" / "v1")
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
-    server.shutdown()
-    server.server_close()
+    server.close()
 
 
 def scale_of(folder: Path) -> float:
     return next(iter(read_adapter("x", folder, TARGET).sites.values())).scale
 
 
-def test_an_adapter_comes_from_the_hub_with_its_own_files_only(hub: Hub, home: Path) -> None:
-    folder = catalog(home, "acme/sql").locate("acme/sql")
-    assert {p.name for p in folder.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    assert scale_of(folder) == 2.0
+def test_a_revision_is_what_it_was_when_it_was_first_fetched(hub: HubServer, home: Path) -> None:
+    found = catalog(home, f"old=acme/sql@{OLD},new=acme/sql,tagged=acme/sql@v1")
+    assert scale_of(where(found, "old")) == scale_of(where(found, "tagged")) == 1.0
+    assert scale_of(where(found, "new")) == 2.0
+    assert where(found, "old") == where(found, "tagged")
 
 
-@pytest.mark.parametrize("revision", ["v1", OLD])
-def test_a_revision_is_pinned(hub: Hub, home: Path, revision: str) -> None:
-    found = catalog(home, f"old=acme/sql@{revision},new=acme/sql")
-    assert scale_of(found.locate("old")) == 1.0
-    assert scale_of(found.locate("new")) == 2.0
+def test_once_fetched_it_needs_no_hub(hub: HubServer, home: Path) -> None:
+    found = catalog(home, "acme/sql@v1")
+    first = where(found, "acme/sql")
+    hub.close()
+    assert where(found, "acme/sql") == first
 
 
-def test_once_fetched_it_loads_without_the_hub(hub: Hub, home: Path) -> None:
-    first = catalog(home, "acme/sql@v1").locate("acme/sql")
-    hub.shutdown()
-    hub.server_close()
-    assert catalog(home, "acme/sql@v1").locate("acme/sql") == first
-    assert scale_of(first) == 1.0
+def test_after_a_restart_what_came_last_is_used_while_the_hub_is_away(
+    hub: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = where(catalog(home, "acme/sql"), "acme/sql")
+    hub.statuses = [503] * 100
+    monkeypatch.setattr(attempts, "FIRST_DELAY_S", 0.01)
+    assert where(catalog(home, "acme/sql"), "acme/sql") == first
+    with pytest.raises(AdapterUnavailable):
+        where(catalog(home, "acme/sql@v1"), "acme/sql")
+
+
+def test_configured_folders_lie_in_the_roots(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "mine")
+    write(home / "adapters" / "dropped")
+    monkeypatch.setenv("LORABATCH_ADAPTER_ROOTS", str(tmp_path / "allowed"))
+    found = catalog(home, f"a={tmp_path}/mine")
+    assert where(found, "dropped") == home / "adapters" / "dropped"
+    with pytest.raises(InvalidAdapter, match="adapter 'a': .*in none of LORABATCH_ADAPTER_ROOTS"):
+        where(found, "a")
 
 
 @pytest.mark.parametrize("entry", ["x=acme/nothing", "x=acme/sql@v9"])
-def test_what_the_hub_does_not_have_is_unknown(hub: Hub, home: Path, entry: str) -> None:
-    with pytest.raises(UnknownAdapter) as caught:
-        catalog(home, entry).locate("x")
-    assert "adapter 'x'" in str(caught.value)
-    assert entry.removeprefix("x=") in str(caught.value)
+def test_what_the_hub_does_not_have_is_unknown(hub: HubServer, home: Path, entry: str) -> None:
+    with pytest.raises(UnknownAdapter, match=rf"adapter 'x': hub:{entry[2:]}: there is no"):
+        where(catalog(home, entry), "x")
 
 
-def test_a_hub_that_is_down_makes_it_unavailable(
-    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_that_stops_fails_nobody_for_it(hub: HubServer, home: Path) -> None:
+    hub.hang.clear()
+    found = catalog(home, "acme/sql")
+    found.close()
+    with pytest.raises(Stopped):
+        where(found, "acme/sql")
+
+
+# -- registered ---------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(home: Path) -> Iterator[Registry]:
+    settings = Settings.load(home=home)
+    open_database(settings).dispose()
+    engine = connect(settings.resolved_database_url)
+    yield Registry(engine)
+    engine.dispose()
+
+
+def written(folder: Path, config: dict[str, Any] | None = None) -> Path:
+    write(folder, config)
+    return folder
+
+
+def register(registry: Registry, name: str, folder: Path, location: str, tenant: str = "") -> str:
+    version = version_of(folder)
+    registry.add(Registered(tenant, name, version, location, None, 4, 1, created_us=0))
+    return version
+
+
+def test_a_bound_version_is_the_one_that_is_read(
+    home: Path, tmp_path: Path, registry: Registry
 ) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(
-            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}"
-        )
-        with pytest.raises(AdapterUnavailable, match=r"adapter 'acme/sql': the Hub did not give"):
-            catalog(home, "acme/sql").locate("acme/sql")
+    versions = []
+    for alpha in (4, 8):
+        folder = written(tmp_path / f"v{alpha}", {"lora_alpha": alpha})
+        versions.append(register(registry, "sql", folder, str(folder)))
+    found = catalog(home, registry=registry)
+    assert where(found, "sql", version=versions[0]) == tmp_path / "v4"
+    assert where(found, "sql", version=versions[1]) == tmp_path / "v8"
+    assert where(found, "sql") == tmp_path / "v8"
 
 
-@pytest.mark.parametrize("status", [400, 403])
-def test_a_hub_that_refuses_makes_it_unavailable(hub: Hub, home: Path, status: int) -> None:
-    hub.status = status
-    with pytest.raises(AdapterUnavailable, match=r"adapter 'acme/sql': the Hub did not give"):
-        catalog(home, "acme/sql").locate("acme/sql")
+def test_a_bound_version_is_never_what_is_configured(
+    home: Path, tmp_path: Path, registry: Registry
+) -> None:
+    write(home / "adapters" / "sql")
+    folder = written(tmp_path / "other", {"lora_alpha": 4})
+    version = register(registry, "sql", folder, str(folder))
+    found = catalog(home, registry=registry)
+    assert where(found, "sql", version=version) == folder
+    assert where(found, "sql") == home / "adapters" / "sql"
+    with pytest.raises(UnknownAdapter, match="version 000000000000, which the job was accepted"):
+        where(found, "sql", version="0" * 64)
+
+
+def test_a_tenant_is_not_told_of_another_s(home: Path, tmp_path: Path, registry: Registry) -> None:
+    folder = written(tmp_path / "secret")
+    version = register(registry, "secret", folder, str(folder), "acme")
+    register(registry, "mine", folder, str(folder), "umbrella")
+    found = catalog(home, registry=registry)
+    assert where(found, "secret", "acme") == folder
+    for bound in (None, version):
+        with pytest.raises(UnknownAdapter) as caught:
+            where(found, "secret", "umbrella", bound)
+        assert str(caught.value).count("secret") == 1
+    assert "mine" in str(caught.value) or bound
+
+
+def test_a_registered_one_of_the_hub_is_fetched_once_and_must_be_that_version(
+    hub: HubServer, home: Path, tmp_path: Path, registry: Registry
+) -> None:
+    version = register(registry, "sql", tmp_path / "repo" / "v1", f"hub:acme/sql@{OLD}")
+    found = catalog(home, registry=registry)
+    first = where(found, "sql", version=version)
+    assert first == home / "adapter-cache" / version
+    asked = len(hub.asked)
+    assert where(catalog(home, registry=registry), "sql", version=version) == first
+    assert len(hub.asked) == asked
+    register(registry, "other", tmp_path / "repo" / "main", f"hub:acme/sql@{OLD}")
+    with pytest.raises(InvalidAdapter, match="adapter 'other': its files are of version"):
+        where(found, "other")

@@ -25,9 +25,11 @@ from lorabatch.database import (
     upgrade,
 )
 from lorabatch.errors import DatabaseNotReady
+from lorabatch.ledger import Ledger
 from lorabatch.tables import metadata
 
 ROOT = Path(__file__).parents[2]
+HEAD = "0002"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -60,12 +62,12 @@ def checks(engine: sa.Engine) -> set[str | None]:
 
 
 def test_upgrading_an_empty_database_makes_the_tables(url: str, engine: sa.Engine) -> None:
-    assert upgrade(url) == (None, "0001")
+    assert upgrade(url) == (None, HEAD)
     assert differences(engine) == []
     assert tables(engine) == set(metadata.tables)
     assert checks(engine) == {"ck_jobs_state"}
     check_schema(engine)
-    assert upgrade(url) == ("0001", "0001")
+    assert upgrade(url) == (HEAD, HEAD)
 
 
 def test_down_to_nothing_and_up_again(url: str, engine: sa.Engine) -> None:
@@ -77,7 +79,7 @@ def test_down_to_nothing_and_up_again(url: str, engine: sa.Engine) -> None:
 
 
 def test_a_database_that_is_not_upgraded_is_refused(url: str, engine: sa.Engine) -> None:
-    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0001: run `lorabatch db up"):
+    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0002: run `lorabatch db up"):
         check_schema(engine)
 
 
@@ -85,7 +87,7 @@ def test_a_newer_schema_is_refused(url: str, engine: sa.Engine) -> None:
     upgrade(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(DatabaseNotReady, match="at schema 9999, wanted 0001"):
+    with pytest.raises(DatabaseNotReady, match="at schema 9999, wanted 0002"):
         check_schema(engine)
 
 
@@ -133,3 +135,16 @@ def test_revisions_are_numbered_in_one_line() -> None:
     names = sorted(path.name for path in (ROOT / "migrations" / "versions").glob("*.py"))
     assert [re.match(r"\d{4}_", name) is not None for name in names] == [True] * len(names)
     assert [int(name[:4]) for name in names] == list(range(1, len(names) + 1))
+
+
+def test_jobs_of_the_version_before_are_kept(url: str, engine: sa.Engine) -> None:
+    command.upgrade(alembic_config(url), "0001")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO jobs (job_id, tenant, adapter_id, idempotency_key, request_hash, body, "
+            "submitted_us) VALUES ('j', 't', 'a', 'j', '', '{\"prompt\": \"hello\"}', 1)"
+        )
+    upgrade(url)
+    claim = Ledger(engine).claim(["j"], "w", 9.0)["j"]
+    assert claim.job.prompt == "hello"
+    assert claim.adapter_versions == {}

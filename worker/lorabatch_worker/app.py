@@ -12,14 +12,19 @@ from typing import Any
 
 from celery import Celery
 
+from lorabatch.database import connect
 from lorabatch.queue import TASK_NAME, make_app
+from lorabatch.registry import Registry
 from lorabatch.settings import Settings
 from lorabatch_worker import transport
+from lorabatch_worker.control import warm_adapter
 from lorabatch_worker.logs import own_logging
 from lorabatch_worker.runner import Runner
 from lorabatch_worker.visibility import VisibilityHeartbeat
 
 __all__ = ["WorkerParts", "make_worker_app"]
+
+REMOTE_CONTROL = (warm_adapter,)  # Celery knows them by their import
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def _generate(**job: Any) -> None:
 def _build_engine(settings: Settings) -> Runner:
     from lorabatch_worker.engine import build_engine
 
-    return build_engine(settings)
+    return build_engine(settings, Registry(connect(settings.resolved_database_url)))
 
 
 def __getattr__(name: str) -> Any:

@@ -7,18 +7,21 @@ outcome with a code of the error tree. All methods may be called from any thread
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
 from lorabatch_worker.adapters.store import AdapterStore
+from lorabatch_worker.adapters.wanted import Wanted, WantedMerge, wanted_by
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.outcome import aborted, explained, failed
+from lorabatch_worker.retry import Stopped
 from lorabatch_worker.sequence import Sequence
 
 __all__ = ["Arrivals"]
@@ -41,6 +44,7 @@ class Arrivals:
         self._store = store
         self._base_model = base_model
         self._report = report
+        self._rendering = ThreadPoolExecutor(1, "render")
         self._changed = threading.Condition()
         self._woken = False
 
@@ -49,16 +53,16 @@ class Arrivals:
             return len(self.preparing) + len(self.ready)
 
     def submit(self, claims: List[Claim]) -> None:
-        by_adapter: dict[str | None, list[Claim]] = defaultdict(list)
+        by_adapter: dict[Wanted | WantedMerge | None, list[Claim]] = defaultdict(list)
         with self._changed:
             for claim in claims:
                 self.preparing[claim.job.job_id] = claim
-                by_adapter[claim.job.adapter_id].append(claim)
-        for adapter_id, group in by_adapter.items():
-            if adapter_id is None:
+                by_adapter[wanted_by(claim)].append(claim)
+        for wanted, group in by_adapter.items():
+            if wanted is None:
                 self._prepare(group, None)
             else:
-                future = self._store.request(adapter_id)
+                future = self._store.request(wanted)
                 future.add_done_callback(partial(self._adapter_came, group))
 
     def withdraw(self, job_ids: List[str], reason: str | None) -> None:
@@ -100,6 +104,7 @@ class Arrivals:
 
     def close(self) -> dict[str, Claim]:
         """What is left, by job. An adapter that comes after this reports nothing."""
+        self._rendering.shutdown(wait=False, cancel_futures=True)
         with self._changed:
             left = {s.job_id: s.claim for s in self.ready} | self.preparing
             self.ready, self.preparing = [], {}
@@ -112,10 +117,18 @@ class Arrivals:
             return
         error = future.exception()
         if error is None:
-            self._prepare(claims, future.result())
-        else:
-            what = f"adapter {claims[0].job.adapter_id!r}: could not be loaded"
+            self._adapter_is_here(claims, future.result())
+        elif not isinstance(error, Stopped):  # else the jobs are handed back
+            what = f"adapter {claims[0].job.adapter_name!r}: could not be loaded"
             self._fail(claims, explained(error, what))
+
+    def _adapter_is_here(self, claims: list[Claim], adapter: Adapter) -> None:
+        """What an adapter's own template takes must hold up neither this thread nor other jobs."""
+        if adapter.chat_template is None:
+            self._prepare(claims, adapter)
+            return
+        with contextlib.suppress(RuntimeError):  # the engine stops: the jobs are handed back
+            self._rendering.submit(self._prepare, claims, adapter)
 
     def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
         for claim in claims:

@@ -95,7 +95,7 @@ def _fits(layer: Any) -> bool:
         q.group is k.group is v.group
         and gate.group is up.group
         and all(norm.dtype == q.site.dtype for norm in norms)
-        and can_do_rows(q.site.a.device, q.site.dtype)
+        and can_do_rows(q.site.device, q.site.dtype)
         and attention.config.hidden_act in ("silu", "swish")
     )
 

@@ -16,15 +16,18 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as List
+from concurrent.futures import Future
 
 import torch
 
 from lorabatch.ledger import Claim, Outcome
+from lorabatch.registry import Registry
 from lorabatch.settings import Settings
 from lorabatch_kernels import native
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.store import AdapterStore
+from lorabatch_worker.adapters.wanted import Wanted
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.allocator import keep_freed_memory
 from lorabatch_worker.arrivals import Arrivals
@@ -43,8 +46,9 @@ __all__ = ["Engine", "build_engine"]
 IDLE_WAIT_S = 0.5
 
 
-def build_engine(settings: Settings) -> Engine:
-    """Load the base model and make an engine of it. Takes seconds."""
+def build_engine(settings: Settings, registry: Registry | None = None) -> Engine:
+    """Load the base model and make an engine of it. Takes seconds. Without a registry it knows the
+    configured adapters only."""
     base = load_base_model(settings)
     shape = Shape.of(base.model)  # before its layers are replaced
     on_cpu = base.device.type == "cpu"
@@ -60,7 +64,7 @@ def build_engine(settings: Settings) -> Engine:
         pool_rows=pool_rows,
     )
     target = target_of(settings, base, shape, runner.layers.__getitem__, runner.ends)
-    store = AdapterStore(AdapterCatalog(settings), target, settings.adapter_cache_bytes)
+    store = AdapterStore(AdapterCatalog(settings, registry), target, settings.adapter_cache_bytes)
     scheduler = Scheduler(
         runner.blocks,
         AdapterSlots(runner.sites, settings.adapter_slots, pool_rows, runner.changed_ends),
@@ -106,6 +110,7 @@ class Engine:
         self.overlaps = base.device.type != "cpu"
         self._ended: list[tuple[Sequence, str | None]] = []  # with the reason, not reported yet
         self.arrivals = Arrivals(self._prepare, store, base.name, self._report)
+        self._warming: dict[Wanted, Future[Adapter]] = {}
         self._stopping = False
         self._deadline_s = float("inf")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -143,7 +148,7 @@ class Engine:
             "device": str(self.base.device),
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "kernels": self._kernels(),
-            "adapters": self.store.catalog.names(),
+            "adapters": self.store.catalog.configured(),
         }
 
     def _kernels(self) -> str:
@@ -161,6 +166,7 @@ class Engine:
     ) -> None:
         self._on_started, self._on_finished = on_started, on_finished
         self._thread.start()
+        self.store.preload()
 
     def submit(self, claims: List[Claim]) -> None:
         self.arrivals.submit(claims)
@@ -170,6 +176,14 @@ class Engine:
 
     def drop(self, job_ids: List[str]) -> None:
         self.arrivals.withdraw(job_ids, None)
+
+    def warm(self, wanted: Wanted) -> str:
+        future = self._warming.pop(wanted, None) or self.store.request(wanted)
+        if not future.done():
+            self._warming[wanted] = future
+            return "loading"
+        error = future.exception()
+        return "loaded" if error is None else str(error)
 
     def drain(self, timeout_s: float) -> list[Claim]:
         self._deadline_s = time.monotonic() + timeout_s
@@ -181,6 +195,7 @@ class Engine:
         left = {s.job_id: s.claim for s in self.scheduler.running.values()}
         left |= {s.job_id: s.claim for s in self.scheduler.waiting.values()}
         left |= self.arrivals.close()
+        self.preparer.close()  # after it, so that no job fails of it
         return list(left.values())
 
     def _prepare(self, claim: Claim, adapter: Adapter | None) -> Sequence:
@@ -247,6 +262,8 @@ class Engine:
         for sequence, token in zip(sampling, tokens, strict=True):
             if token == UNSOUND:
                 self._end(sequence, "nonfinite_logits")
+                if sequence.adapter is not None:
+                    self.store.set_aside(sequence.adapter, "its logits were NaN or infinite")
                 continue
             sequence.append(token, self.base.eos_ids)
             if sequence.finish_reason is not None:

@@ -236,7 +236,7 @@ def _exhausted(claim: Claim, limit: int) -> Outcome:
     result = Result(
         job_id=job.job_id,
         tenant=job.tenant,
-        adapter_id=job.adapter_id,
+        adapter_id=job.adapter_name,
         custom_id=job.custom_id,
         batch_id=job.batch_id,
         state="failed",

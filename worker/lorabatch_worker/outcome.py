@@ -30,12 +30,12 @@ def finished(sequence: Sequence, base: BaseModel, reason: str | None = None) -> 
     if reason is None:
         text = decode(base.tokenizer, sequence.output)
         if sequence.finish_reason == "stop_sequence":
-            text = trim(text, job.sampling_params.stop)
+            text = trim(text, sequence.params.stop)
     error = None if reason is None else _ended(reason)
     result = Result(
         job_id=job.job_id,
         tenant=job.tenant,
-        adapter_id=job.adapter_id,
+        adapter_id=job.adapter_name,
         adapter_version=sequence.adapter_version,
         base_model=base.name,
         custom_id=job.custom_id,
@@ -64,7 +64,7 @@ def failed(claim: Claim, error: ErrorInfo, base_model: str) -> Outcome:
     result = Result(
         job_id=job.job_id,
         tenant=job.tenant,
-        adapter_id=job.adapter_id,
+        adapter_id=job.adapter_name,
         base_model=base_model,
         custom_id=job.custom_id,
         batch_id=job.batch_id,

@@ -1,19 +1,24 @@
-"""From a job to tokens: the chat template if there are messages, then the tokenizer.
+"""From a job to a sequence: the chat template if there are messages, the tokenizer, the defaults.
 
-Messages are rendered by the adapter's own chat template, else the base model's. A plain prompt
-is tokenized as it is, with the tokenizer's own special tokens. Raises InvalidJob, InvalidAdapter,
+Messages are rendered by the adapter's own chat template, in a process of its own and under bounds
+(adapters/render.py), else by the base model's. A plain prompt is tokenized as it is, with the
+tokenizer's own special tokens. Sampling parameters that the job leaves out are the adapter's, if it
+ships some; its end tokens come beside the base model's. Raises InvalidJob, InvalidAdapter,
 PromptTooLong. Thread-safe.
 """
 
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import jinja2
 
-from lorabatch.errors import InvalidAdapter, InvalidJob, PromptTooLong
-from lorabatch.job import Job
+from lorabatch.errors import InvalidJob, PromptTooLong
+from lorabatch.job import Job, SamplingParams
 from lorabatch.ledger import Claim
+from lorabatch_worker.adapters.defaults import GenerationDefaults
+from lorabatch_worker.adapters.render import TemplateRenderer
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.sequence import Sequence
@@ -25,39 +30,62 @@ __all__ = ["Preparer"]
 class Preparer:
     """Makes sequences of jobs for one base model."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: BaseModel, renderer: TemplateRenderer | None = None) -> None:
         self._base = base
+        self._renderer = TemplateRenderer() if renderer is None else renderer
         self._lock = threading.Lock()  # fast tokenizers refuse to be used while being changed
+
+    def close(self) -> None:
+        """End the process that renders adapters' templates."""
+        self._renderer.close()
 
     def prepare(self, claim: Claim, adapter: Adapter | None) -> Sequence:
         job = claim.job
+        own = adapter.chat_template if adapter else None
+        rendered = None
+        if job.messages is not None and own:
+            rendered = self._render_own(job, own)  # which may take seconds: not under the lock
         with self._lock:
-            ids = self._tokens(job, adapter)
+            ids = self._tokens(job, rendered)
         longest = self._base.max_context_tokens
-        wanted = len(ids) + job.sampling_params.max_new_tokens
+        defaults = adapter.defaults if adapter else None
+        params = job.sampling_params
+        if defaults is not None:
+            params = defaults.complete(params, longest - len(ids))
+        wanted = len(ids) + params.max_new_tokens
         if wanted > longest:
             raise PromptTooLong(
                 f"job {job.job_id!r}: {len(ids)} prompt tokens + max_new_tokens "
-                f"{job.sampling_params.max_new_tokens} = {wanted}, allowed {longest}; shorten the "
+                f"{params.max_new_tokens} = {wanted}, allowed {longest}; shorten the "
                 "prompt, lower max_new_tokens or raise LORABATCH_MAX_CONTEXT_TOKENS"
             )
-        stop = job.sampling_params.stop
-        watch = StopWatch(self._base.tokenizer, stop) if stop else None
-        return Sequence(claim, ids, adapter, watch)
+        end_ids = frozenset[int]()
+        if defaults is not None:
+            with self._lock:
+                end_ids = _end_ids(self._base.tokenizer, defaults, job.sampling_params)
+        watch = StopWatch(self._base.tokenizer, params.stop) if params.stop else None
+        return Sequence(claim, ids, adapter, watch, effective=params, end_ids=end_ids)
 
-    def _tokens(self, job: Job, adapter: Adapter | None) -> list[int]:
+    def _tokens(self, job: Job, rendered: str | None) -> list[int]:
         tokenizer = self._base.tokenizer
         if job.messages is None:
             ids = tokenizer(job.prompt)["input_ids"]
         else:
-            ids = tokenizer(self._render(job, adapter), add_special_tokens=False)["input_ids"]
+            text = self._render(job) if rendered is None else rendered
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise InvalidJob(f"job {job.job_id!r}: the prompt has no tokens; give it some text")
         return list(ids)
 
-    def _render(self, job: Job, adapter: Adapter | None) -> str:
-        own = adapter.chat_template if adapter else None
-        if not (own or self._base.tokenizer.chat_template):
+    def _render_own(self, job: Job, template: str) -> str:
+        with self._lock:
+            special = self._base.tokenizer.special_tokens_map
+        messages = [m.model_dump() for m in job.messages or ()]
+        return self._renderer.render(job.job_id, template, messages, special)
+
+    def _render(self, job: Job) -> str:
+        """By the base model's template, which is the operator's."""
+        if not self._base.tokenizer.chat_template:
             raise InvalidJob(
                 f"job {job.job_id!r}: has messages, but neither the adapter nor the base model has "
                 "a chat template; send a prompt"
@@ -66,13 +94,32 @@ class Preparer:
         try:
             return str(
                 self._base.tokenizer.apply_chat_template(
-                    messages, chat_template=own, tokenize=False, add_generation_prompt=True
+                    messages, tokenize=False, add_generation_prompt=True
                 )
             )
         except jinja2.TemplateSyntaxError as error:
-            blamed = InvalidAdapter if own else InvalidJob
-            raise blamed(f"job {job.job_id!r}: the chat template is broken: {error}") from None
+            raise InvalidJob(f"job {job.job_id!r}: the chat template is broken: {error}") from None
         except Exception as error:  # noqa: BLE001 - a template can raise anything, 1/0 included
             raise InvalidJob(
                 f"job {job.job_id!r}: the chat template refuses these messages: {error}"
             ) from None
+
+
+def _end_ids(tokenizer: Any, defaults: GenerationDefaults, given: SamplingParams) -> frozenset[int]:
+    """The adapter's end tokens. A stop string of its own that is a special token is one of them: it
+    is not part of the text, so that no stop string finds it."""
+    found = set(defaults.end_ids)
+    if defaults.end_token is not None:
+        found |= _token_ids(tokenizer, defaults.end_token)
+    if "stop" not in given.model_fields_set:
+        for text in defaults.params.get("stop", ()):
+            added = tokenizer.added_tokens_decoder
+            found |= {i for i in _token_ids(tokenizer, text) if i in added and added[i].special}
+    return frozenset(found)
+
+
+def _token_ids(tokenizer: Any, text: str) -> set[int]:
+    """The token that is this text; none if the text is not one token."""
+    token = tokenizer.convert_tokens_to_ids(text)
+    known = token is not None and tokenizer.convert_ids_to_tokens(token) == text
+    return {token} if known else set()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lorabatch.ledger import Claim, Outcome
+from lorabatch_worker.adapters.wanted import Wanted
 
 __all__ = ["Runner"]
 
@@ -44,6 +45,10 @@ class Runner(Protocol):
 
     def drop(self, job_ids: Sequence[str]) -> None:
         """Forget jobs without an outcome: their lease was lost to another worker."""
+
+    def warm(self, wanted: Wanted) -> str:
+        """Begin to load an adapter ahead of its jobs, if that has not been done: "loaded",
+        "loading", or why it cannot be."""
 
     def drain(self, timeout_s: float) -> list[Claim]:
         """Admit nothing more, let running jobs end for at most `timeout_s`, stop the thread.

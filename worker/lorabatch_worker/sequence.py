@@ -7,7 +7,7 @@ cache; a sequence is in prefill while more than its last token is missing there.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from lorabatch.job import SamplingParams
 from lorabatch.ledger import Claim
@@ -20,7 +20,8 @@ __all__ = ["Sequence"]
 
 @dataclass(eq=False)
 class Sequence:
-    """State of one running or waiting job. `slot` -1 is the base model alone."""
+    """State of one running or waiting job. `slot` -1 is the base model alone. `params` are the
+    job's own unless others are given, with what its adapter wants where the job says nothing."""
 
     claim: Claim
     prompt: list[int]
@@ -37,14 +38,17 @@ class Sequence:
     slot: int = -1
     finish_reason: FinishReason | None = None
     waiting_since_s: float = field(default_factory=time.monotonic)
+    effective: InitVar[SamplingParams | None] = None
+    end_ids: frozenset[int] = frozenset()
+    """The adapter's own end tokens, beside the base model's."""
+    params: SamplingParams = field(init=False)
+
+    def __post_init__(self, effective: SamplingParams | None) -> None:
+        self.params = self.claim.job.sampling_params if effective is None else effective
 
     @property
     def job_id(self) -> str:
         return self.claim.job.job_id
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.claim.job.sampling_params
 
     @property
     def length(self) -> int:
@@ -75,7 +79,8 @@ class Sequence:
     def append(self, token: int, eos_ids: frozenset[int]) -> None:
         """Take the next token and see whether it ends the sequence."""
         self.output.append(token)
-        if token in eos_ids and not self.params.ignore_eos:
+        ends = token in eos_ids or token in self.end_ids
+        if ends and not self.params.ignore_eos:
             self.finish_reason = "eos_token"
         elif self.stop_watch is not None and self.stop_watch.saw(token):
             self.finish_reason = "stop_sequence"

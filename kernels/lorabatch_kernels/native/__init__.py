@@ -66,11 +66,16 @@ class Weight(ctypes.Structure):
     _fields_ = [*_fields(Address, "panels bias"), ("inner", Long), ("outer", Long)]
 
 
-class Site(ctypes.Structure):
+class Lora(ctypes.Structure):
     _fields_ = [
-        *_fields(Address, "a b rank affine scale"),
-        *_fields(Long, "panels rows out column"),
+        *_fields(Address, "a b"),
+        *_fields(ctypes.c_int32, "rank affine"),
+        ("scale", Float),
     ]
+
+
+class Site(ctypes.Structure):
+    _fields_ = [("slots", Address), *_fields(Long, "out column")]
 
 
 class Tiles(ctypes.Structure):

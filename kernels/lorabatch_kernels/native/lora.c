@@ -2,8 +2,9 @@
    that, y[t] += gain[s] * y[t] + shift[s] where s has them.
 
    One work item is a tile of up to 8 tokens of one slot and one site. A's rank rows lie in panels
-   of 16, [panel][in][16], so that v[0:16] is a sum of panel rows; B is [rank][out]. Every sum runs
-   over the same terms in the same order whatever else is in the tile. */
+   of 16, [panel][in][16], so that v[0:16] is a sum of panel rows; B is [rank][out]. Of a narrower
+   last panel whole vectors are read, too: what is behind its rows comes into lanes of v that nobody
+   reads. Every sum runs over the same terms in the same order whatever else is in the tile. */
 #include "team.h"
 #include "vec.h"
 
@@ -11,20 +12,20 @@
 #define CHUNK 256   /* columns of x that are widened at once */
 #define MAX_PANELS 64
 
-/* v[t][0:16] += sum over k of x[t][k] * panel[k][0:16] */
-INLINE void shrink(vec *v, const float (*x)[CHUNK], const void *panel, long count, int tokens,
-                   int half) {
+/* v[t][0:16] += sum over k of x[t][k] * panel[k][0:16], of rows of `width` */
+INLINE void shrink(vec *v, const float (*x)[CHUNK], const void *panel, long width, long count,
+                   int tokens, int half) {
     vec even[TILE], odd[TILE];
     for (int t = 0; t < tokens; t++) even[t] = v[t], odd[t] = (vec){0};
     long k = 0;
     for (; k + 1 < count; k += 2) {
-        vec first = load(panel, k * LANES, half), second = load(panel, (k + 1) * LANES, half);
-        for (long i = 0; i < 2 * LANES; i += half ? 32 : 16) fetch(panel, k * LANES + i, half);
+        vec first = load(panel, k * width, half), second = load(panel, (k + 1) * width, half);
+        for (long i = 0; i < 2 * LANES; i += half ? 32 : 16) fetch(panel, k * width + i, half);
         for (int t = 0; t < tokens; t++) even[t] += x[t][k] * first;
         for (int t = 0; t < tokens; t++) odd[t] += x[t][k + 1] * second;
     }
     if (k < count) {
-        vec first = load(panel, k * LANES, half);
+        vec first = load(panel, k * width, half);
         for (int t = 0; t < tokens; t++) even[t] += x[t][k] * first;
     }
     for (int t = 0; t < tokens; t++) v[t] = even[t] + odd[t];
@@ -64,10 +65,9 @@ INLINE void expand(float (*sums)[CHUNK], const float (*v)[MAX_PANELS * LANES], l
 
 /* `tokens` is known to the compiler; the last tokens - filled of them are zeros. */
 INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const Site *site,
-                 const int32_t *order, int slot, int filled, int tokens, int half) {
-    long rank = site->rank[slot];
-    const void *a = at(site->a, slot * site->panels * in * LANES, half);
-    const void *b = at(site->b, slot * site->rows * site->out, half);
+                 const int32_t *order, const Lora *lora, int filled, int tokens, int half) {
+    long rank = lora->rank;
+    const void *a = lora->a, *b = lora->b;
     float v[TILE][MAX_PANELS * LANES];
     float wide[TILE][CHUNK];
     long used = (rank + LANES - 1) / LANES;
@@ -86,13 +86,16 @@ INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const 
         for (long p = 0; p < used; p++) {
             vec part[TILE];
             for (int t = 0; t < tokens; t++) part[t] = *(vec *)&v[t][p * LANES];
-            shrink(part, wide, at(a, (p * in + k) * LANES, half), count, tokens, half);
+            long width = within(rank - p * LANES, 0, LANES);
+            const void *panel = at(a, p * in * LANES + k * width, half);
+            if (width == LANES) shrink(part, wide, panel, LANES, count, tokens, half);
+            else shrink(part, wide, panel, width, count, tokens, half);
             for (int t = 0; t < tokens; t++) *(vec *)&v[t][p * LANES] = part[t];
         }
     }
-    long gain = (site->rows - 2) * site->out, shift = gain + site->out;
-    int affine = site->affine[slot];
-    float scale = site->scale[slot];
+    long gain = rank * site->out, shift = gain + site->out;
+    int affine = lora->affine;
+    float scale = lora->scale;
     for (int t = 0; t < tokens; t++)
         for (long r = 0; r < rank; r++) v[t][r] *= scale;
     for (long n = 0; n < site->out; n += CHUNK) {
@@ -125,10 +128,10 @@ INLINE void tile(void *y, long y_row, const void *x, long x_row, long in, const 
 }
 
 INLINE void any_tile(void *y, long y_row, const void *x, long x_row, long in, const Site *site,
-                     const int32_t *order, int slot, int filled, int half) {
-    if (filled == 1) tile(y, y_row, x, x_row, in, site, order, slot, filled, 1, half);
-    else if (filled <= 4) tile(y, y_row, x, x_row, in, site, order, slot, filled, 4, half);
-    else tile(y, y_row, x, x_row, in, site, order, slot, filled, TILE, half);
+                     const int32_t *order, const Lora *lora, int filled, int half) {
+    if (filled == 1) tile(y, y_row, x, x_row, in, site, order, lora, filled, 1, half);
+    else if (filled <= 4) tile(y, y_row, x, x_row, in, site, order, lora, filled, 4, half);
+    else tile(y, y_row, x, x_row, in, site, order, lora, filled, TILE, half);
 }
 
 void team_add_lora(void *y, long y_row, const void *x, long x_row, long in, const Site *sites,
@@ -137,12 +140,14 @@ void team_add_lora(void *y, long y_row, const void *x, long x_row, long in, cons
     for (long item = 0; item < tiles->tiles * count; item++) {
         long i = item / count;
         const Site *site = &sites[item % count];
-        int slot = tiles->slot[i], filled = tiles->len[i];
+        int filled = tiles->len[i];
+        if (!filled) continue; /* and its slot means nothing */
+        const Lora *lora = &site->slots[tiles->slot[i]];
         const int32_t *order = tiles->order + tiles->start[i];
-        if (!filled || !(site->rank[slot] || site->affine[slot])) continue;
+        if (!(lora->rank || lora->affine)) continue;
         /* In the loop, so that each is compiled for its type. */
-        if (half) any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 1);
-        else any_tile(y, y_row, x, x_row, in, site, order, slot, filled, 0);
+        if (half) any_tile(y, y_row, x, x_row, in, site, order, lora, filled, 1);
+        else any_tile(y, y_row, x, x_row, in, site, order, lora, filled, 0);
     }
 }
 

@@ -13,12 +13,18 @@ typedef struct {
     long in, out;
 } Weight;
 
+/* An adapter's share of one linear layer, as weights.py lays it out. */
+typedef struct {
+    const void *a; /* panels of 16 rank rows, [in][16], the last one as narrow as what is left */
+    const void *b; /* [rank][out], and behind it gain and shift [out] where `affine` */
+    int32_t rank, affine;
+    float scale;
+} Lora;
+
 /* The adapters of one linear layer. */
 typedef struct {
-    const void *a, *b;            /* [slots][panels][in][16], [slots][rows][out] */
-    const int32_t *rank, *affine; /* [slots]; affine: b's last two rows are gain and shift */
-    const float *scale;           /* [slots] */
-    long panels, rows, out;
+    const Lora *slots;
+    long out;
     long column; /* where this layer's output begins in a row of y */
 } Site;
 

@@ -1,84 +1,212 @@
-"""Which adapters there are: LORABATCH_ADAPTERS, and the folders in `adapters/` of the data folder.
+"""Which files an adapter's name stands for, and where they are on this machine.
 
-A name stands for a local folder or for a Hub id at a revision. Nothing else can be asked for:
-an unknown name is an error of that job, never the base model and never a download. Raises
-UnknownAdapter, AdapterUnavailable.
+A job that is bound to a version gets that one of the registry. Any other name is one of
+LORABATCH_ADAPTERS, a folder in `adapters/` of the data folder, or registered by now; nothing else
+can be asked for: an unknown name is an error of that job, never the base model and never a
+download. Local folders are read where they are, and may change; what comes from elsewhere is
+fetched into the disk cache, once for all workers of a data folder.
+
+Everything here may take long. Raises UnknownAdapter, AdapterUnavailable, InvalidAdapter, and
+Stopped when the worker stops; an outage of the database is waited out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
-from lorabatch.errors import AdapterUnavailable, UnknownAdapter
-from lorabatch.settings import AdapterSource, Settings, is_path
-from lorabatch_worker.adapters.weights import CONFIG, FILES
+import structlog
 
-__all__ = ["AdapterCatalog"]
+from lorabatch.errors import AdapterUnavailable, InvalidAdapter, LoraBatchError, UnknownAdapter
+from lorabatch.location import Location
+from lorabatch.registry import SHARED, Fault, Registered, Registry
+from lorabatch.settings import Settings
+from lorabatch_worker.adapters.disk_cache import DiskCache
+from lorabatch_worker.adapters.sources import Fetcher
+from lorabatch_worker.adapters.wanted import Wanted
+from lorabatch_worker.adapters.weights import CONFIG
+from lorabatch_worker.retry import Stopped, until_it_works
+
+__all__ = ["AdapterCatalog", "Entry"]
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter by name. `version` None: whatever is at its location. `tenant`: whose it is."""
+
+    adapter_id: str
+    location: Location
+    version: str | None = None
+    tenant: str = SHARED
+    fault: Fault | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its files are read where they are, and may change."""
+        return self.version is None and self.location.kind == "folder"
 
 
 class AdapterCatalog:
-    """Names of adapters, and the folder that each one's files are in."""
+    """Names of adapters, and the folder that each one's files are in. For many threads."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, registry: Registry | None = None) -> None:
+        self._settings = settings
+        self._registry = registry
         self._root = settings.home / "adapters"
-        self._sources = {source.name: source for source in settings.adapters}
         # Now, so that a folder that goes away later is not looked for on the Hub.
-        self._folders = {
-            source.name: Path(source.location).expanduser().resolve()
-            for source in settings.adapters
-            if is_path(source.location)
-        }
+        self._sources = {source.name: source.where for source in settings.adapters}
+        self._fetched: dict[str, str] = {}  # versions of configured names
+        self.stop = threading.Event()
 
-    def names(self) -> list[str]:
-        """Every name that a job may ask for just now."""
+    def configured(self) -> list[str]:
+        """Names that need no registry."""
         found = set(self._sources)
         if self._root.is_dir():
             found |= {p.name for p in self._root.iterdir() if (p / CONFIG).is_file()}
         return sorted(found)
 
-    def locate(self, adapter_id: str) -> Path:
-        """The folder with the adapter's files, fetched from the Hub if need be. May take long."""
-        source = self._sources.get(adapter_id)
-        if source is None:
-            return self._in_root(adapter_id)
-        folder = self._folders.get(adapter_id)
-        if folder is not None:
-            if not folder.is_dir():
-                raise AdapterUnavailable(
-                    f"adapter {adapter_id!r}: its folder is not there; check LORABATCH_ADAPTERS"
-                )
-            return folder
-        return _fetch(source)
+    def pinned(self) -> list[Registered]:
+        """Registered adapters that are to be kept at hand."""
+        return [entry for entry in self._ask(lambda r: r.names()) or () if entry.pinned]
 
-    def _in_root(self, adapter_id: str) -> Path:
+    def pinned_versions(self) -> set[str]:
+        return {entry.version for entry in self.pinned()}
+
+    def find(self, wanted: Wanted) -> Entry:
+        """What the name stands for to this tenant."""
+        tenant, name, version = wanted.tenant, wanted.adapter_id, wanted.version
+        if version is None:
+            location = self._sources.get(name)
+            folder = None if location else self._in_root(name)
+            if folder is not None:
+                location = Location("folder", str(folder))
+            if location is not None:
+                return Entry(name, location)
+        entry = self._ask(lambda registry: registry.find(tenant, name, version))
+        if entry is None:
+            raise self._unknown(wanted)
+        where = Location.parse(entry.location)
+        return Entry(name, where, entry.version, entry.tenant, entry.fault)
+
+    def at_hand(self, entry: Entry) -> bool:
+        """Whether nothing has to be fetched for it."""
+        if entry.location.kind == "folder":
+            return True
+        version = entry.version or self._fetched.get(entry.adapter_id)
+        return version is not None and self._disk.get(version) is not None
+
+    @contextlib.contextmanager
+    def hold(self, entry: Entry) -> Iterator[Path]:
+        """The folder with its files, fetched if need be; they stay inside the block."""
+        with contextlib.ExitStack() as held:
+            try:
+                folder = self._hold(entry, held)
+            except LoraBatchError as error:
+                if self.stop.is_set():
+                    raise Stopped(entry.adapter_id) from None
+                raise type(error)(f"adapter {entry.adapter_id!r}: {error}") from None
+            yield folder
+
+    def set_aside(self, entry: Entry, error: LoraBatchError) -> None:
+        """Let nobody try this version again for a while."""
+        version = entry.version
+        if version is not None:
+            self._ask(lambda registry: registry.set_aside(version, error.code, str(error)))
+
+    def forgive(self, entry: Entry) -> None:
+        version = entry.version
+        if version is not None:
+            self._ask(lambda registry: registry.forgive(version))
+
+    def close(self) -> None:
+        """End every wait."""
+        self.stop.set()
+
+    # -- inside ----------------------------------------------------------------
+
+    def _hold(self, entry: Entry, held: contextlib.ExitStack) -> Path:
+        if entry.location.kind == "folder":
+            folder = Path(entry.location.place)
+            if not folder.is_dir():
+                where = "LORABATCH_ADAPTERS" if entry.in_place else "LORABATCH_ADAPTER_STORE"
+                raise AdapterUnavailable(f"its folder is not there; check {where}")
+            if entry.in_place:
+                self._check_roots(folder)
+            return folder
+        for _ in range(2):  # what was fetched may be evicted before it is held
+            version = entry.version or self._fetched.get(entry.adapter_id)
+            found = version and held.enter_context(self._disk.hold(version))
+            if found:
+                return found
+            self._fetch(entry)
+        raise AdapterUnavailable(
+            "others needed its room in the disk cache at once; raise LORABATCH_ADAPTER_DISK_BYTES"
+        )
+
+    def _check_roots(self, folder: Path) -> None:
+        """As Fetcher does for what it copies."""
+        roots = self._settings.adapter_roots
+        if roots and not any(folder.resolve().is_relative_to(r) for r in (*roots, self._root)):
+            raise InvalidAdapter(f"{folder} lies in none of LORABATCH_ADAPTER_ROOTS")
+
+    def _fetch(self, entry: Entry) -> None:
+        try:
+            location = self._fetcher.pin(entry.location, entry.tenant)
+        except AdapterUnavailable as error:
+            version = None if entry.version else self._disk.last_at(str(entry.location))
+            if version is None:
+                raise
+            log.warning("source is away: what came last is used", reason=str(error))
+        else:
+
+            def fill(folder: Path) -> None:
+                self._fetcher.fetch(location, entry.tenant, folder)
+
+            version, _ = self._disk.put(entry.version, fill, str(location))
+            self._disk.note_at(str(entry.location), version)
+        if entry.version is None:
+            self._fetched[entry.adapter_id] = version
+
+    @cached_property
+    def _fetcher(self) -> Fetcher:
+        return Fetcher(self._settings, self.stop)
+
+    @cached_property
+    def _disk(self) -> DiskCache:
+        settings = self._settings
+        root = settings.home / "adapter-cache"
+        return DiskCache(root, settings.adapter_disk_bytes, self.pinned_versions, self.stop)
+
+    def _in_root(self, adapter_id: str) -> Path | None:
         folder = (self._root / adapter_id).resolve()
         plain = Path(adapter_id).name == adapter_id
         inside = plain and folder.parent == self._root.resolve()
-        if not inside or not (folder / CONFIG).is_file():
-            names = ", ".join(self.names()) or "none"
-            raise UnknownAdapter(
-                f"adapter {adapter_id!r}: not known to this worker (known: {names}); add it to "
-                "LORABATCH_ADAPTERS"
+        return folder if inside and (folder / CONFIG).is_file() else None
+
+    def _ask(self, call: Callable[[Registry], T]) -> T | None:
+        registry = self._registry
+        if registry is None:
+            return None
+        return until_it_works("ask for an adapter", self.stop, lambda: call(registry))
+
+    def _unknown(self, wanted: Wanted) -> UnknownAdapter:
+        if wanted.version is not None:
+            return UnknownAdapter(
+                f"adapter {wanted.adapter_id!r}: version {wanted.version[:12]}, which the job was "
+                "accepted for, is not registered any more"
             )
-        return folder
-
-
-def _fetch(source: AdapterSource) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    where = source.location + (f"@{source.revision}" if source.revision else "")
-    try:
-        path = snapshot_download(
-            source.location, revision=source.revision, allow_patterns=list(FILES)
+        mine = self._ask(lambda registry: registry.names(wanted.tenant)) or ()
+        known = sorted({*self.configured(), *(entry.adapter_id for entry in mine)})
+        return UnknownAdapter(
+            f"adapter {wanted.adapter_id!r}: not known to this worker (known to tenant "
+            f"{wanted.tenant!r}: {', '.join(known) or 'none'}); register it with `lorabatch "
+            "adapters add` or add it to LORABATCH_ADAPTERS"
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise UnknownAdapter(
-            f"adapter {source.name!r}: the Hub has no {where!r} that this worker may read"
-        ) from None
-    except Exception as error:  # noqa: BLE001 - the hub raises from several trees
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterUnavailable(
-            f"adapter {source.name!r}: the Hub did not give {where!r}: {reason}"
-        ) from None
-    return Path(path)

@@ -146,6 +146,6 @@ class AdapterSlots:
         for name, site in self._sites.items():
             weights = adapter.sites.get(name)
             if weights is not None:
-                site.load(resident.slot, weights.a, weights.b, weights.scale, start, weights.affine)
+                site.put(resident.slot, weights, start)
             elif site.changes(resident.slot):
                 site.clear(resident.slot)

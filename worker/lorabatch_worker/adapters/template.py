@@ -1,4 +1,4 @@
-"""The chat template that an adapter ships, if it does.
+"""The chat template that an adapter ships, if it does, and its tokenizer's settings.
 
 Raises InvalidAdapter, UnsupportedAdapter.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter, shown
 
-__all__ = ["TEMPLATE", "TOKENIZER", "read_template"]
+__all__ = ["TEMPLATE", "TOKENIZER", "read_object", "read_template"]
 
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 MAX_TEMPLATE_BYTES = 1 << 18
+MAX_OBJECT_BYTES = 1 << 25
 
 
 def read_template(folder: Path) -> str | None:
@@ -26,13 +28,26 @@ def read_template(folder: Path) -> str | None:
             return path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise InvalidAdapter(f"{TEMPLATE} is not UTF-8 text: {error}") from None
-    path = folder / TOKENIZER
-    if not path.is_file():
-        return None
-    try:
-        template = json.loads(path.read_text("utf-8")).get("chat_template")
-    except (ValueError, RecursionError, AttributeError):
-        raise InvalidAdapter(f"{TOKENIZER} is not a valid JSON object") from None
+    template = read_object(folder / TOKENIZER).get("chat_template")
     if template is not None and not isinstance(template, str):
         raise UnsupportedAdapter(f"chat_template is {shown(template)}, wanted one string")
+    if template is not None and len(template) > MAX_TEMPLATE_BYTES:
+        raise InvalidAdapter(f"{TOKENIZER}: chat_template is over {MAX_TEMPLATE_BYTES} characters")
     return template
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file with a JSON object; an empty one if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > MAX_OBJECT_BYTES:
+            raise InvalidAdapter(f"{path.name} is over {MAX_OBJECT_BYTES} bytes")
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InvalidAdapter(f"{path.name} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise InvalidAdapter(f"{path.name} is not a valid JSON object")
+    return found

@@ -20,17 +20,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter
+from lorabatch_kernels import LoraWeights
+from lorabatch_kernels.weights import Arena, elements
 from lorabatch_worker.adapters.affine import BaseLayer, affine_of, gain_of
 from lorabatch_worker.adapters.config import AdapterConfig, read_config
+from lorabatch_worker.adapters.defaults import GENERATION, GenerationDefaults, read_defaults
 from lorabatch_worker.adapters.keys import assign, check_parts, check_saved, divide
 from lorabatch_worker.adapters.template import TEMPLATE, TOKENIZER, read_template
 from lorabatch_worker.adapters.vocabulary import Ends, VocabularyChange, read_vocabulary
 from lorabatch_worker.linear import BLOCK
 
-__all__ = ["FILES", "Adapter", "AdapterTarget", "SiteWeights", "read_adapter"]
+__all__ = ["FILES", "Adapter", "AdapterTarget", "read_adapter", "version_of"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FILES = (CONFIG, WEIGHTS, TEMPLATE, TOKENIZER)
+FILES = (CONFIG, WEIGHTS, TEMPLATE, TOKENIZER, GENERATION)
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -50,39 +53,20 @@ class AdapterTarget:
 
 
 @dataclass(frozen=True, eq=False)
-class SiteWeights:
-    """One layer's share: y += gain * y + shift + scale * (x a^T) b^T. `affine`: gain and
-    shift; None: both 0."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    affine: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.a, self.b, *(self.affine or ())
-
-    @property
-    def rows(self) -> int:
-        """Rank rows, and those of gain and shift, that it takes on a GPU."""
-        return self.a.shape[0] + len(self.affine or ())
-
-
-@dataclass(frozen=True, eq=False)
 class Adapter:
     """A checked adapter in host memory. `version` is the sha256 of its files."""
 
     adapter_id: str
     version: str
-    sites: Mapping[str, SiteWeights]
+    sites: Mapping[str, LoraWeights]
     chat_template: str | None
     vocabulary: VocabularyChange | None = None
+    defaults: GenerationDefaults | None = None
 
     @property
     def nbytes(self) -> int:
         ends = self.vocabulary.tensors if self.vocabulary else []
-        return sum(t.nbytes for t in (*ends, *(t for s in self.sites.values() for t in s.tensors)))
+        return sum(t.nbytes for t in ends) + sum(w.nbytes for w in self.sites.values())
 
     @property
     def rank_rows(self) -> int:
@@ -90,8 +74,10 @@ class Adapter:
         return max((site.rows for site in self.sites.values()), default=0)
 
 
-def read_adapter(adapter_id: str, folder: Path, target: AdapterTarget) -> Adapter:
-    """Read and check the adapter in `folder`."""
+def read_adapter(
+    adapter_id: str, folder: Path, target: AdapterTarget, version: str | None = None
+) -> Adapter:
+    """Read and check the adapter in `folder`; `version`: where it is known already."""
     try:
         config = read_config(folder / CONFIG)
         _check_base(config, target)
@@ -100,12 +86,13 @@ def read_adapter(adapter_id: str, folder: Path, target: AdapterTarget) -> Adapte
             pickles = [f.name for f in folder.glob("adapter_model.*")]
             found = f"; {pickles[0]} is not read, convert it to safetensors" if pickles else ""
             raise InvalidAdapter(f"{WEIGHTS} is missing{found}")
-        version = _digest(folder)
+        version = version or version_of(folder)
         sites, vocabulary = _read_tensors(path, config, target)
         template = read_template(folder)
+        defaults = read_defaults(folder, len(target.ends.weight) if target.ends else None)
     except InvalidAdapter as error:
         raise type(error)(f"adapter {adapter_id!r}: {error}") from None
-    return Adapter(adapter_id, version, sites, template, vocabulary)
+    return Adapter(adapter_id, version, sites, template, vocabulary, defaults)
 
 
 def _check_base(config: AdapterConfig, target: AdapterTarget) -> None:
@@ -125,7 +112,8 @@ def last_part(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].casefold()
 
 
-def _digest(folder: Path) -> str:
+def version_of(folder: Path) -> str:
+    """The sha256 of an adapter's files, by their names."""
     digest = hashlib.sha256()
     for name in FILES:
         path = folder / name
@@ -138,7 +126,7 @@ def _digest(folder: Path) -> str:
 
 def _read_tensors(
     path: Path, config: AdapterConfig, target: AdapterTarget
-) -> tuple[dict[str, SiteWeights], VocabularyChange | None]:
+) -> tuple[dict[str, LoraWeights], VocabularyChange | None]:
     ends = target.ends
     try:
         with safe_open(path, framework="pt") as file:
@@ -157,8 +145,10 @@ def _read_tensors(
                 check_parts(module, keys, config)
                 for part, key in keys.items():
                     _check_shape(key, module, part, file.get_slice(key).get_shape(), config, target)
+            sizes = [_size(module, keys, config, target) for module, keys in sites.items()]
+            arena = Arena(sizes, target.dtype, target.pinned, paneled=not target.pinned)
             made = {
-                module: _site(module, keys, file.get_tensor, config, target)
+                module: _site(module, keys, file.get_tensor, config, target, arena)
                 for module, keys in sites.items()
             }
 
@@ -202,7 +192,8 @@ def _site(
     tensor: Callable[[str], Tensor],
     config: AdapterConfig,
     target: AdapterTarget,
-) -> SiteWeights:
+    arena: Arena,
+) -> LoraWeights:
     """Of the tensors of one layer, by part."""
     fan_in, fan_out = target.shapes[module]
     parts = {part: tensor(key) for part, key in keys.items()}
@@ -219,12 +210,19 @@ def _site(
             raise InvalidAdapter(f"{keys['bias']}: this layer of the base model has no bias")
         term = None if term is None else term * scale
         affine = affine_of(layer, gain, parts.get("bias"), term, target.dtype)
-    return SiteWeights(
-        a=_ready(a, keys.get("lora_A", module), target),
-        b=_ready(b.t(), keys.get("lora_B", module), target).t(),
-        scale=scale,
-        affine=affine and (_ready(affine[0], module, target), _ready(affine[1], module, target)),
+    return arena.place(
+        _finite(a, keys.get("lora_A", module), target),
+        _finite(b, keys.get("lora_B", module), target),
+        scale,
+        affine and (_finite(affine[0], module, target), _finite(affine[1], module, target)),
     )
+
+
+def _size(
+    module: str, keys: Mapping[str, str], config: AdapterConfig, target: AdapterTarget
+) -> int:
+    rank = config.rank_of(module) if "lora_A" in keys else 0
+    return elements(rank, *target.shapes[module], bool(keys.keys() - {"lora_A", "lora_B"}))
 
 
 def _check_shape(
@@ -247,9 +245,14 @@ def _check_shape(
 
 
 def _ready(tensor: Tensor, key: str, target: AdapterTarget) -> Tensor:
-    """As the device will have it, rank rows one after the other."""
+    """As the device will have it."""
+    converted = _finite(tensor, key, target).contiguous()
+    return converted.pin_memory() if target.pinned and converted.numel() else converted
+
+
+def _finite(tensor: Tensor, key: str, target: AdapterTarget) -> Tensor:
+    """In the engine's dtype."""
     converted = tensor.to(target.dtype)
     if not torch.isfinite(converted).all():
         raise InvalidAdapter(f"{key} holds NaN or infinite values (as {target.dtype})")
-    converted = converted.contiguous()
-    return converted.pin_memory() if target.pinned and converted.numel() else converted
+    return converted

@@ -1,8 +1,4 @@
-"""`lorabatch adapters check`: would a worker take this adapter?
-
-The command line finds this module by its entry point (pyproject.toml), because producers neither
-import the worker nor have what it needs. Loading it loads no torch: a command does, when it runs.
-"""
+"""`lorabatch adapters check`: would a worker take these adapters?"""
 
 from __future__ import annotations
 
@@ -16,40 +12,23 @@ from lorabatch.errors import InvalidAdapter
 from lorabatch.settings import Settings
 
 if TYPE_CHECKING:
-    from lorabatch_worker.adapters.weights import Adapter
+    from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
 
-__all__ = ["app"]
+__all__ = ["EXIT_REFUSED", "adapter_target", "check", "described"]
 
 EXIT_REFUSED = 1
 
-app = typer.Typer(no_args_is_help=True, help="LoRA adapters, without a running worker.")
 
-
-@app.callback()
-def _adapters() -> None:
-    """So that `check` is a command of its own, even while it is the only one."""
-
-
-@app.command()
 def check(
     folders: Annotated[list[Path], typer.Argument(help="folders that PEFT wrote")],
     base_model: Annotated[str | None, typer.Option(help="folder, or Hub id[@rev]")] = None,
     max_adapter_rank: Annotated[int | None, typer.Option(help="largest rank allowed")] = None,
 ) -> None:
     """Read and check adapters as a worker does, against the base model; 1 if one is refused."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        typer.secho(
-            "lorabatch: adapters are checked with pip install 'lorabatch[worker]'", err=True
-        )
-        raise typer.Exit(2) from None
+    settings = settings_for(base_model, max_adapter_rank)
+    target, refused = adapter_target(settings), 0
     from lorabatch_worker.adapters.weights import read_adapter
-    from lorabatch_worker.target import load_target
 
-    given = {"base_model": base_model, "max_adapter_rank": max_adapter_rank}
-    settings = Settings.load(**{name: v for name, v in given.items() if v is not None})
-    target, refused = load_target(settings), 0
     for folder in folders:
         try:
             adapter = read_adapter(folder.resolve().name, folder, target)
@@ -60,6 +39,25 @@ def check(
             typer.echo(f"fits {settings.base_model}: {described(adapter)}")
     if refused:
         raise typer.Exit(EXIT_REFUSED)
+
+
+def settings_for(base_model: str | None, max_adapter_rank: int | None) -> Settings:
+    given = {"base_model": base_model, "max_adapter_rank": max_adapter_rank}
+    return Settings.load(**{name: v for name, v in given.items() if v is not None})
+
+
+def adapter_target(settings: Settings) -> AdapterTarget:
+    """What adapters must fit. Loads the base model, without an engine."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        typer.secho(
+            "lorabatch: adapters are checked with pip install 'lorabatch[worker]'", err=True
+        )
+        raise typer.Exit(2) from None
+    from lorabatch_worker.target import load_target
+
+    return load_target(settings)
 
 
 def described(adapter: Adapter) -> str:

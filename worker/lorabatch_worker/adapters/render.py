@@ -1,0 +1,242 @@
+"""Adapters' own chat templates, rendered in a process of their own under bounds.
+
+An adapter's template comes from a tenant and is hostile until shown otherwise: it may never end,
+fill the memory or write without end. One child process (render_child.py) renders one template at a
+time; one that is over a bound is ended with it, and the next job gets a new one. The bounds are of
+seconds (waiting for one's turn and starting a child are not counted), bytes and characters.
+A template that ran over time or memory twice in a row is left alone for RETRY_S, or its jobs would
+keep everybody else's from being rendered. Raises InvalidAdapter, InvalidJob, EngineFault.
+Thread-safe. Not covered: the base model's template, which is the operator's (prompt.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorabatch.errors import EngineFault, InvalidAdapter, InvalidJob, JobError
+from lorabatch.job import MAX_PROMPT_CHARS
+
+__all__ = ["TemplateRenderer"]
+
+BOUND_S = 5.0
+START_S = 120.0  # it imports transformers without torch: 0.8 s on two idle cores
+MEMORY_BYTES = 1 << 30
+RETRY_S = 60.0
+REMEMBERED = 256  # templates that ran over
+CHILD = Path(__file__).with_name("render_child.py")
+# No secret of the worker's lies where a template that got out of the sandbox could read it.
+ENVIRONMENT = {
+    *("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HOME", "TMPDIR"),
+    *("LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "TZ"),
+}
+
+
+class TemplateRenderer:
+    """Renders one template at a time. Its child starts with the first one."""
+
+    def __init__(
+        self,
+        bound_s: float = BOUND_S,
+        max_chars: int = MAX_PROMPT_CHARS,
+        memory_bytes: int = MEMORY_BYTES,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self.bound_s = bound_s
+        self.max_chars = max_chars
+        self.memory_bytes = memory_bytes
+        self.retry_s = retry_s
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._end_child: weakref.finalize[..., Any] | None = None
+        self._overrun: dict[str, tuple[int, float, str]] = {}  # template: times, when, what
+        self._closed = False
+
+    def render(
+        self,
+        job_id: str,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        special_tokens: Mapping[str, str],
+    ) -> str:
+        """The text that apply_chat_template makes, with a generation prompt."""
+        chars = sum(len(message["content"]) for message in messages)
+        if chars > self.max_chars:
+            raise InvalidJob(
+                f"job {job_id!r}: its messages have {chars} characters, allowed {self.max_chars} "
+                "with an adapter's own chat template; shorten them"
+            )
+        request = {
+            "template": template,
+            "messages": messages,
+            "special_tokens": special_tokens,
+            "max_chars": self.max_chars,
+            "end_s": 2 * self.bound_s + 1,  # only if nobody is left here to end it
+        }
+        line = json.dumps(request, default=str).encode() + b"\n"
+        with self._lock:
+            self._check_left_alone(job_id, template)
+            answer = self._answer(job_id, line)
+            self._note(template, answer)
+        if answer["kind"] == "text":
+            return str(answer["text"])
+        raise self._error(job_id, answer)
+
+    def close(self) -> None:
+        """End the child; a template that is being rendered ends as EngineFault."""
+        self._closed = True
+        child = self._child
+        if child is not None:
+            child.kill()
+        with self._lock:
+            self._end()
+
+    # -- under the lock ------------------------------------------------------
+
+    def _answer(self, job_id: str, line: bytes) -> dict[str, Any]:
+        for _ in range(2):  # it may have died for a reason of its own, while it was idle
+            child = self._started(job_id)
+            try:
+                answer: dict[str, Any] = json.loads(child.ask(line, self.bound_s))
+            except TimeoutError:
+                self._end()
+                return {"kind": "time"}
+            except EOFError:
+                self._end()
+                continue
+            if answer["worn"]:
+                self._end()
+            return answer
+        return {"kind": "died"}
+
+    def _started(self, job_id: str) -> _Child:
+        if not self._closed and self._child is None:
+            child = self._child = _Child(self.memory_bytes)
+            self._end_child = weakref.finalize(self, child.end)
+            try:
+                child.ask(b"", START_S)
+            except (TimeoutError, EOFError):
+                self._end()
+        if self._closed or self._child is None:
+            why = "is closed" if self._closed else "did not start; see the worker's error output"
+            raise EngineFault(f"job {job_id!r}: the process that renders chat templates {why}")
+        return self._child
+
+    def _end(self) -> None:
+        if self._end_child is not None:
+            self._end_child()
+        self._child = self._end_child = None
+
+    def _check_left_alone(self, job_id: str, template: str) -> None:
+        times, when_s, what = self._overrun.get(template, (0, 0.0, ""))
+        left_s = when_s + self.retry_s - time.monotonic()
+        if times > 1 and left_s > 0:
+            raise InvalidAdapter(
+                f"job {job_id!r}: the adapter's chat template {what}, {times} times in a row, and "
+                f"is not tried for another {left_s:.0f} s; give the adapter a sound one"
+            )
+
+    def _note(self, template: str, answer: Mapping[str, Any]) -> None:
+        times = self._overrun.pop(template, (0,))[0]
+        if answer["kind"] in ("time", "memory", "died"):
+            seen = (times + 1, time.monotonic(), self._what(answer))
+            self._overrun[template] = seen
+            if len(self._overrun) > REMEMBERED:
+                del self._overrun[next(iter(self._overrun))]  # the one that was seen longest ago
+
+    # -- errors --------------------------------------------------------------
+
+    def _error(self, job_id: str, answer: Mapping[str, Any]) -> JobError:
+        if answer["kind"] == "refused":
+            return InvalidJob(
+                f"job {job_id!r}: the chat template refuses these messages: {answer['why']}"
+            )
+        if answer["kind"] == "broken":
+            return InvalidAdapter(f"job {job_id!r}: the chat template is broken: {answer['why']}")
+        return InvalidAdapter(
+            f"job {job_id!r}: the adapter's chat template {self._what(answer)}; "
+            "look for loops and repetition in it, or send a prompt"
+        )
+
+    def _what(self, answer: Mapping[str, Any]) -> str:
+        return {
+            "time": f"was not done after {self.bound_s:g} s, which is the bound",
+            "memory": f"wanted over {self.memory_bytes >> 20} MiB of memory, which is the bound",
+            "died": "brought down the process that renders it, twice "
+            f"(bounds: {self.bound_s:g} s, {self.memory_bytes >> 20} MiB)",
+            "long": f"made {answer.get('chars')} characters, allowed {self.max_chars}",
+        }[answer["kind"]]
+
+
+class _Child:
+    """The process, which answers one line to one line."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(CHILD), str(memory_bytes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={
+                **{name: value for name, value in os.environ.items() if name in ENVIRONMENT},
+                "OMP_NUM_THREADS": "1",  # numpy comes with transformers and starts as many
+            },
+            start_new_session=True,  # a terminal's signals are for the worker
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
+        for fd in (self._in, self._out):
+            os.set_blocking(fd, False)
+
+    def ask(self, line: bytes, bound_s: float) -> bytes:
+        """The next line it says. Raises TimeoutError, and EOFError if it died."""
+        end_s = time.monotonic() + bound_s
+        left, said = memoryview(line), bytearray()
+        with selectors.DefaultSelector() as ready:
+            ready.register(self._out, selectors.EVENT_READ)
+            if left:
+                ready.register(self._in, selectors.EVENT_WRITE)
+            while not said.endswith(b"\n"):
+                events = ready.select(max(0.0, end_s - time.monotonic()))
+                if not events and time.monotonic() >= end_s:
+                    raise TimeoutError
+                for key, _ in events:
+                    if key.fd == self._out:
+                        said += self._read()
+                        continue
+                    left = left[self._write(left) :]
+                    if not left:
+                        ready.unregister(self._in)
+        return bytes(said)
+
+    def _read(self) -> bytes:
+        piece = os.read(self._out, 1 << 20)
+        if not piece:
+            raise EOFError
+        return piece
+
+    def _write(self, line: memoryview) -> int:
+        try:
+            return os.write(self._in, line)
+        except BrokenPipeError:
+            raise EOFError from None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()

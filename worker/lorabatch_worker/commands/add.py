@@ -1,0 +1,120 @@
+"""`lorabatch adapters add`: fetch an adapter, check it against the base model, register it.
+
+What came from a local folder is kept in LORABATCH_ADAPTER_STORE, so that nothing that happens to
+the folder later changes a version; what comes from the Hub or from S3 stays there, and workers
+fetch it when they need it. Refused adapters are not registered: exit code 1.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorabatch.database import open_database
+from lorabatch.errors import InvalidAdapter, InvalidJob
+from lorabatch.job import Job
+from lorabatch.location import Location
+from lorabatch.registry import SHARED, Registered, Registry
+from lorabatch.settings import Settings
+from lorabatch_worker.commands.check import (
+    EXIT_REFUSED,
+    adapter_target,
+    described,
+    settings_for,
+)
+
+if TYPE_CHECKING:
+    from lorabatch_worker.adapters.weights import Adapter
+
+__all__ = ["add"]
+
+TENANT = typer.Option(help="whose it is; left out: everybody's")
+
+
+def add(
+    name: Annotated[str, typer.Argument(help="what jobs call it: NAME or OWNER/NAME")],
+    source: Annotated[str, typer.Argument(help="folder, OWNER/NAME[@rev] of the Hub, s3://...")],
+    tenant: Annotated[str | None, TENANT] = None,
+    unchecked: Annotated[bool, typer.Option(help="do not load the base model to check it")] = False,
+    base_model: Annotated[str | None, typer.Option(help="folder, or Hub id[@rev]")] = None,
+    max_adapter_rank: Annotated[int | None, typer.Option(help="largest rank allowed")] = None,
+) -> None:
+    """Register an adapter, or another version under a name that there is already. What is queued
+    keeps the version that it was accepted for."""
+    settings = settings_for(base_model, max_adapter_rank)
+    whose = _checked_names(name, tenant)
+    try:
+        location = Location.parse(source)
+    except ValueError as error:
+        typer.secho(f"lorabatch: {error}", err=True)
+        raise typer.Exit(2) from None
+    registry = Registry(open_database(settings))
+    try:
+        with tempfile.TemporaryDirectory(prefix="adapter-", dir=_made(settings.home)) as scratch:
+            entry, adapter = _fetched(settings, name, whose, location, Path(scratch), unchecked)
+    except InvalidAdapter as error:
+        typer.echo(f"refused: {error}")
+        raise typer.Exit(EXIT_REFUSED) from None
+    is_new = registry.add(entry)
+    registry.engine.dispose()
+    state = "registered" if is_new else "registered already"
+    detail = f"version {entry.version[:12]}" if adapter is None else described(adapter)
+    typer.echo(f"{state}: {name} for {whose or 'everybody'}: {detail}")
+
+
+def _fetched(
+    settings: Settings, name: str, tenant: str, location: Location, scratch: Path, unchecked: bool
+) -> tuple[Registered, Adapter | None]:
+    """The adapter's files where workers find them, and what is in them."""
+    from lorabatch_worker.adapters.disk_cache import DiskCache
+    from lorabatch_worker.adapters.sources import Fetcher
+    from lorabatch_worker.adapters.weights import read_adapter, version_of
+
+    fetcher = Fetcher(settings)
+    location = fetcher.pin(location, tenant)
+    fetcher.fetch(location, tenant, scratch)
+    adapter = None
+    if not unchecked:
+        adapter = read_adapter(name, scratch, adapter_target(settings))
+    local = location.kind == "folder"
+    root = settings.adapter_store_folder if local else settings.home / "adapter-cache"
+    room = sys.maxsize if local else settings.adapter_disk_bytes
+    version = version_of(scratch)
+
+    def fill(folder: Path) -> None:
+        for file in scratch.iterdir():
+            shutil.copyfile(file, folder / file.name)
+
+    nbytes = sum(file.stat().st_size for file in scratch.iterdir())
+    _, kept = DiskCache(_made(root), room).put(version, fill, f"{tenant}/{name}/{version}")
+    entry = Registered(
+        tenant=tenant,
+        adapter_id=name,
+        version=version,
+        location=str(kept if local else location),
+        base_model=None if adapter is None else settings.base_model,
+        rank=None if adapter is None else max((s.rank for s in adapter.sites.values()), default=0),
+        nbytes=nbytes,
+        created_us=0,
+    )
+    return entry, adapter
+
+
+def _checked_names(name: str, tenant: str | None) -> str:
+    """The tenant as the registry has it. Names are those that a job may ask for."""
+    try:
+        Job.parse({"prompt": "-", "adapter_id": name, "tenant": tenant or "default"})
+    except InvalidJob as error:
+        typer.secho(f"lorabatch: {str(error).removeprefix('job: ')}", err=True)
+        raise typer.Exit(2) from None
+    return tenant or SHARED
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
