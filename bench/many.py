@@ -4,16 +4,18 @@
                          [--host-bytes 8589934592] [--dtype bfloat16]
 
 1,000 adapters of ranks 4 to 32 are registered; one engine serves requests for them in turns: those
-of 8 adapters in equal shares, then those of n drawn by a Zipf law (the k-th as often as 1 / k),
-then of as many drawn evenly. `of_few` is the time of the 8 over that of the n, round by round: 1 is
-no loss. Every request's adapter has been in host memory once before the clock starts, and stays
-there as far as `--host-bytes` go; `swaps` are adapters put into slots in the last round. Without
-the prefix cache, which helps jobs of few adapters more.
+of 8 adapters in equal shares, which are together of average size, then those of n drawn by a Zipf
+law (the k-th as often as 1 / k), then of as many drawn evenly; others in every round. `of_few` is
+the time of the 8 over that of the n, round by round: 1 is no loss. Every request's adapter has been
+in host memory once before the clock starts, and stays there as far as `--host-bytes` go; `swaps`
+are adapters put into slots in the last round. Without the prefix cache, which helps jobs of few
+adapters more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -28,7 +30,7 @@ from lorabatch.database import open_database
 from lorabatch.registry import SHARED, Registered, Registry
 from lorabatch.settings import DEFAULT_BASE_MODEL, Settings
 from lorabatch_worker.adapters.wanted import Wanted
-from lorabatch_worker.adapters.weights import version_of
+from lorabatch_worker.adapters.weights import WEIGHTS, version_of
 from lorabatch_worker.bundled import bundled_checkpoint
 
 ADAPTERS, FEW, NEW_TOKENS = 1000, 8, 32
@@ -49,17 +51,40 @@ def registered(paths: list[Path], home: Path) -> tuple[Registry, dict[str, str]]
     return registry, known
 
 
-def drawn(names: list[str], count: int, requests: list[Request], law: str) -> list[Request]:
-    """The requests for `count` of these adapters."""
-    rng = random.Random(count)
-    few = rng.sample(names, count)
+def typical(paths: list[Path], count: int) -> list[str]:
+    """So many of the first dozen, one of each rank and set of modules, that are together as large
+    as adapters are on average."""
+    sizes = {p.name: (p / WEIGHTS).stat().st_size for p in paths}
+    wanted = statistics.mean(sizes.values())
+    dozen = [p.name for p in paths[:12]]
+    best = min(
+        itertools.combinations(dozen, count),
+        key=lambda some: abs(statistics.mean(sizes[name] for name in some) - wanted),
+    )
+    return list(best)
+
+
+def drawn(names: list[str], requests: list[Request], law: str, rng: random.Random) -> list[Request]:
+    """The requests for these adapters, the first ones the most often where the law says so."""
     if law == "equal":
-        chosen = [few[i % count] for i in range(len(requests))]
+        chosen = [names[i % len(names)] for i in range(len(requests))]
         rng.shuffle(chosen)
     else:
-        weights = [1 / (k + 1) if law == "zipf" else 1.0 for k in range(count)]
-        chosen = rng.choices(few, weights, k=len(requests))
+        weights = [1 / (k + 1) if law == "zipf" else 1.0 for k in range(len(names))]
+        chosen = rng.choices(names, weights, k=len(requests))
     return [Request(r.ids, name) for r, name in zip(requests, chosen, strict=True)]
+
+
+def a_round(
+    args: argparse.Namespace, few: list[str], names: list[str], plain: list[Request], number: int
+) -> dict[str, list[Request]]:
+    """Other adapters and another order in every round."""
+    rng = random.Random(number)
+    cases = {f"{FEW} equal": drawn(few, plain, "equal", rng)}
+    for law, counts in (("zipf", args.counts), ("even", args.uniform)):
+        for n in counts:
+            cases[f"{n} {law}"] = drawn(rng.sample(names, n), plain, law, rng)
+    return cases
 
 
 def load_once(ours: OurEngine, versions: dict[str, str], names: list[str]) -> None:
@@ -69,10 +94,10 @@ def load_once(ours: OurEngine, versions: dict[str, str], names: list[str]) -> No
         store.request(Wanted("default", name, versions[name])).result()
 
 
-def measure(args: argparse.Namespace, ours: OurEngine, cases: dict[str, list[Request]]) -> Any:
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+def measure(ours: OurEngine, rounds: list[dict[str, list[Request]]]) -> Any:
+    seconds: dict[str, list[float]] = {name: [] for name in rounds[0]}
     swaps: dict[str, int] = {}
-    for _ in range(args.repeats):
+    for cases in rounds:
         for name, requests in cases.items():
             ours.requests = requests
             before = ours.engine.load["adapter_loads"]
@@ -103,9 +128,8 @@ def main() -> None:
     names = [path.name for path in paths]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = make_requests(tokenizer, args.requests, [])
-    cases = {f"{FEW} equal": drawn(names, FEW, plain, "equal")}
-    cases |= {f"{n} zipf": drawn(names, n, plain, "zipf") for n in args.counts}
-    cases |= {f"{n} even": drawn(names, n, plain, "even") for n in args.uniform}
+    few = typical(paths, FEW)
+    rounds = [a_round(args, few, names, plain, number) for number in range(args.repeats)]
     ours = OurEngine(
         [],
         plain[:16],
@@ -117,9 +141,10 @@ def main() -> None:
         prefix_cache=False,
         dtype=args.dtype,
     )
-    load_once(ours, versions, sorted({r.adapter or "" for some in cases.values() for r in some}))
-    seconds, swaps = measure(args, ours, cases)
-    few = seconds[f"{FEW} equal"]
+    asked = {str(r.adapter) for cases in rounds for some in cases.values() for r in some}
+    load_once(ours, versions, sorted(asked))
+    seconds, swaps = measure(ours, rounds)
+    of_few = seconds[f"{FEW} equal"]
     tokens = args.requests * NEW_TOKENS
     record(
         "many",
@@ -132,11 +157,11 @@ def main() -> None:
         repeats=args.repeats,
         host_bytes=args.host_bytes,
         held_bytes=ours.engine.store.nbytes,
-        adapters_used={name: len({r.adapter for r in some}) for name, some in cases.items()},
+        adapters_used={n: len({r.adapter for r in some}) for n, some in rounds[-1].items()},
         seconds={name: [round(x, 2) for x in some] for name, some in seconds.items()},
         tokens_per_s={n: round(tokens / statistics.median(s), 1) for n, s in seconds.items()},
         of_few={
-            name: round(statistics.median(f / x for f, x in zip(few, some, strict=True)), 3)
+            name: round(statistics.median(f / x for f, x in zip(of_few, some, strict=True)), 3)
             for name, some in seconds.items()
         },
         swaps=swaps,

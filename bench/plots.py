@@ -2,10 +2,10 @@
 
     python -m bench.plots [--results FOLDER] [--format svg|png]
 
-One picture a question and device: throughput, adapters, breakdown, context, service. Of rows of
-the same question and conditions the last one counts. A question without rows gets no picture. Each
-picture says under what conditions its figures were measured. Raises RowError for rows that cannot
-be read, SystemExit where there is nothing to draw.
+One picture a question and device: throughput, adapters, breakdown, context, service, many. Of rows
+of the same question and conditions the last one counts. A question without rows gets no picture.
+Each picture says under what conditions its figures were measured. Raises RowError for rows that
+cannot be read, SystemExit where there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from bench import pictures
+from bench.picture_many import many
 from bench.record import RESULTS
 from bench.rows import Row, newest, newest_figures, read_rows
 
@@ -34,6 +35,7 @@ PICTURES: dict[str, tuple[Draw, tuple[str, ...]]] = {
     "breakdown": (pictures.breakdown, ("breakdown",)),
     "context": (pictures.context, ("context",)),
     "service": (pictures.service, ("prefix", "end_to_end")),
+    "many": (many, ("many",)),
 }
 """Picture -> how to draw it, and the questions whose rows it takes."""
 
@@ -44,6 +46,7 @@ CONDITIONS = {
     "context": ("dtype", "batch", "adapters"),
     "prefix": ("dtype", "jobs", "prefix_tokens", "adapters"),
     "end_to_end": ("dtype", "jobs", "engine"),
+    "many": ("dtype", "slots", "requests"),
 }
 """What two rows of a question must agree in for the later one to replace the other."""
 

@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from lorabatch import Job
 from lorabatch.ledger import Claim
+from lorabatch_worker.adapters.base_tokenizer import BaseTokenizer
 from lorabatch_worker.adapters.weights import AdapterTarget, read_adapter
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.bundled import bundled_checkpoint
@@ -176,6 +177,17 @@ def with_lora(model: nn.Module, **fields: Any) -> Any:
     return tuned.eval()
 
 
+def resized(model: Any, tokens: int) -> Any:
+    """A copy with an embedding and a head of so many tokens; new rows are random."""
+    made = copy.deepcopy(model)
+    made.resize_token_embeddings(tokens, mean_resizing=False)
+    torch.manual_seed(tokens)
+    for end in (made.get_input_embeddings(), made.get_output_embeddings()):
+        rows = end.weight.data[model.get_input_embeddings().num_embeddings :]
+        rows.normal_(0, 1.2 * end.weight.std().item())
+    return made.requires_grad_(False)
+
+
 def random_adapter(
     model: nn.Module, folder: Path, seed: int = 0, save_embedding: bool = False, **fields: Any
 ) -> Path:
@@ -198,7 +210,9 @@ def random_adapter(
     return folder
 
 
-def load_adapter(runner: ModelRunner, folder: Path, slot: int) -> set[str]:
+def load_adapter(
+    runner: ModelRunner, folder: Path, slot: int, tokenizer: BaseTokenizer | None = None
+) -> set[str]:
     """Put an adapter's files into a slot: the layers that it changes."""
     target = AdapterTarget(
         base_names=frozenset({"acme/tiny"}),
@@ -208,6 +222,7 @@ def load_adapter(runner: ModelRunner, folder: Path, slot: int) -> set[str]:
         dtype=torch.float32,
         layer=runner.layers.__getitem__,
         ends=runner.ends,
+        tokenizer=tokenizer,
     )
     adapter = read_adapter("x", folder, target)
     runner.changed_ends.load(slot, adapter.vocabulary)
@@ -228,7 +243,8 @@ def claim(job: Job, attempt: int = 1) -> Claim:
 def generate(
     runner: ModelRunner, prompts: Sequence[list[int]], slots: Sequence[int], new: int, chunk: int
 ) -> Tensor:
-    """Logits [prompts, new, vocabulary] of greedy decoding, all prompts mixed in every step."""
+    """Logits [prompts, new, vocabulary] of greedy decoding, all prompts mixed in every step; as
+    wide as the widest of any step, -infinity where they were not."""
     job = Job(prompt="-", sampling_params={"max_new_tokens": new})
     running = [Running(claim(job), list(p), None) for p in prompts]
     for sequence, slot in zip(running, slots, strict=True):
@@ -252,7 +268,12 @@ def generate(
                 runner.blocks.grow(c.sequence)
     for sequence in running:
         runner.blocks.release(sequence, keep=False)
-    return torch.stack([torch.stack(rows) for rows in found])
+    widest = max(len(row) for rows in found for row in rows)
+    made = torch.full((len(found), new, widest), -torch.inf, dtype=found[0][0].dtype)
+    for number, rows in enumerate(found):
+        for place, row in enumerate(rows):
+            made[number, place, : len(row)] = row
+    return made
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from lorabatch.bindings import bound
 from lorabatch.claim import Claim, Outcome, Start
 from lorabatch.database import now_us
 from lorabatch.errors import JobNotFound
 from lorabatch.job import Job
-from lorabatch.registry import bound
 from lorabatch.result import ErrorInfo, JobState, Result
 from lorabatch.rows import bare_result, job_row, names_of, stored_result
 from lorabatch.statements import (

@@ -3,8 +3,9 @@
 A name stands for a version, the sha256 of the adapter's files, which never change; to register
 other files under the same name makes another version. A job is bound to a version when it is
 accepted, and nothing that is queued changes after that. A tenant's own names go before the shared
-ones, and nobody sees another tenant's. A version that could not be used is set aside for everyone
-until a time, which is later after each failure, or until `forgive`.
+ones, and nobody sees another tenant's. A version that could not be used is set aside, under its
+name and for all workers of a base model, until a time, which is later after each failure, or until
+`forgive`.
 
 Times are UTC microseconds by the database's clock. Raises UnknownAdapter; database errors pass
 through. Does not cover: the files (location.py and the worker's sources).
@@ -12,21 +13,23 @@ through. Does not cover: the files (location.py and the worker's sources).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from lorabatch.bindings import SHARED, open_bindings
 from lorabatch.database import now_us
 from lorabatch.errors import UnknownAdapter
-from lorabatch.tables import adapter_faults, adapter_versions, adapters, jobs
+from lorabatch.tables import adapter_faults, adapter_versions, adapters
 
-__all__ = ["SHARED", "Fault", "Registered", "Registry", "bound"]
+__all__ = ["SHARED", "Fault", "Registered", "Registry"]
 
-SHARED = ""  # the tenant of names that everybody may use
 RETRY_FIRST_S, RETRY_LAST_S = 60, 3600
+LONGEST_REASON = 4000  # characters
+Key = tuple[str, str, str]  # tenant, adapter_id, version
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,18 @@ class Registered:
     pinned: bool = False
     fault: Fault | None = None
 
+    @property
+    def key(self) -> Key:
+        return self.tenant, self.adapter_id, self.version
+
 
 class Registry:
-    """Names and versions of adapters. Safe for many threads and processes."""
+    """Names and versions of adapters. Safe for many threads and processes. `base_model`: of the
+    workers whose faults are meant."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, base_model: str = "") -> None:
         self.engine = engine
+        self._base_model = base_model
         self._insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
 
     def add(self, entry: Registered) -> bool:
@@ -79,7 +88,9 @@ class Registry:
             }
             made = self._insert(adapter_versions).values(**row, created_us=now)
             known = list(adapter_versions.primary_key)
-            fresh = {"location": entry.location, "base_model": entry.base_model}
+            fresh: dict[str, object] = {"location": entry.location}
+            if entry.base_model is not None:  # checked this time
+                fresh |= {"base_model": entry.base_model, "rank": entry.rank}
             connection.execute(made.on_conflict_do_update(index_elements=known, set_=fresh))
             where = _named(entry.tenant, entry.adapter_id)
             query = sa.select(adapters.c.version).where(where).with_for_update()
@@ -91,7 +102,7 @@ class Registry:
             connection.execute(
                 added.on_conflict_do_update(index_elements=list(adapters.primary_key), set_=name)
             )
-            _forgive(connection, entry.version)
+            connection.execute(sa.delete(adapter_faults).where(_same(adapter_faults, entry.key)))
         return before != entry.version
 
     def names(self, tenant: str | None = None) -> list[Registered]:
@@ -118,12 +129,15 @@ class Registry:
         return max(found, key=lambda entry: entry.tenant, default=None)  # the tenant's own first
 
     def remove(self, tenant: str, adapter_id: str) -> int:
-        """Forget a name: how many open jobs are bound to it, which still run."""
+        """Forget a name: how many open jobs are bound to a version of it, which still run."""
+        versions = {entry.version for entry in self.versions(tenant, adapter_id)}
         with self.engine.begin() as connection:
             where = _named(tenant, adapter_id)
             if not connection.execute(sa.delete(adapters).where(where)).rowcount:
                 raise _unknown(tenant, adapter_id)
-            return sum(adapter_id in bound_to for bound_to in _open(connection))
+        with self._read() as connection:
+            bound_to = open_bindings(connection, tenant or None)
+            return sum(held.get(adapter_id) in versions for held in bound_to)
 
     def pin(self, tenant: str, adapter_id: str, pinned: bool) -> None:
         """Keep it in workers' memory and disk caches, or no longer."""
@@ -132,48 +146,67 @@ class Registry:
             if not connection.execute(change).rowcount:
                 raise _unknown(tenant, adapter_id)
 
+    def pinned_versions(self) -> set[str]:
+        with self._read() as connection:
+            return set(connection.scalars(sa.select(adapters.c.version).where(adapters.c.pinned)))
+
     def everything(self) -> list[Registered]:
         """All versions of all names."""
         return self._select(sa.true())
 
-    def unused(self) -> list[Registered]:
-        """Versions that no name stands for and no open job is bound to."""
-        with self._read() as connection:
-            held = {version for bound_to in _open(connection) for version in bound_to.values()}
-            held |= set(connection.scalars(sa.select(adapters.c.version)))
-        return [entry for entry in self.everything() if entry.version not in held]
-
-    def forget(self, entry: Registered) -> None:
-        """Drop a version for good."""
-        where = _versioned(entry.tenant, entry.adapter_id)
+    def prune(self, names: Collection[tuple[str, str]] | None = None) -> list[Registered]:
+        """Drop versions, of these names or of all, that no name stands for and no open job is bound
+        to: which."""
+        known = self.everything()
         with self.engine.begin() as connection:
-            connection.execute(
-                sa.delete(adapter_versions).where(
-                    where, adapter_versions.c.version == entry.version
-                )
-            )
-            _forgive(connection, entry.version)
+            # Names first: who is about to bind a job to one holds it until the job is there.
+            current = sa.select(adapters.c.version).with_for_update()
+            held = set(connection.scalars(current))
+            for bindings in open_bindings(connection):
+                held |= set(bindings.values())
+            chosen = [
+                entry
+                for entry in known
+                if entry.version not in held
+                and (names is None or (entry.tenant, entry.adapter_id) in names)
+            ]
+            for entry in chosen:
+                for table in (adapter_versions, adapter_faults):
+                    connection.execute(sa.delete(table).where(_same(table, entry.key)))
+        return chosen
 
     # -- what could not be used ------------------------------------------------
 
-    def set_aside(self, version: str, code: str, reason: str) -> None:
-        """Note that a version failed: it is tried again later each time."""
+    def set_aside(self, key: Key, code: str, reason: str) -> None:
+        """Note that a version failed: it is tried again later each time. Failures of the same try,
+        of other jobs or workers, count once."""
         with self.engine.begin() as connection:
             now = _now(connection)
-            query = sa.select(adapter_faults.c.failures).where(adapter_faults.c.version == version)
-            failures = (connection.scalar(query.with_for_update()) or 0) + 1
+            columns = (adapter_faults.c.failures, adapter_faults.c.retry_us)
+            query = sa.select(*columns).where(self._fault(key)).with_for_update()
+            before = connection.execute(query).one_or_none()
+            if before is not None and before.retry_us > now:
+                return
+            failures = (before.failures if before else 0) + 1
             wait_s = min(RETRY_FIRST_S << min(failures - 1, 16), RETRY_LAST_S)
-            what = {"code": code, "reason": reason, "failures": failures}
-            what["retry_us"] = now + wait_s * 1_000_000
-            made = self._insert(adapter_faults).values(version=version, since_us=now, **what)
-            connection.execute(made.on_conflict_do_update(index_elements=["version"], set_=what))
+            what = {"code": code, "failures": failures, "retry_us": now + wait_s * 1_000_000}
+            what["reason"] = reason.replace("\x00", "\ufffd")[:LONGEST_REASON]
+            known = list(adapter_faults.primary_key)
+            named = dict(zip(("tenant", "adapter_id", "version"), key, strict=True))
+            named["base_model"] = self._base_model
+            made = self._insert(adapter_faults).values(**named, since_us=now, **what)
+            connection.execute(made.on_conflict_do_update(index_elements=known, set_=what))
 
-    def forgive(self, version: str) -> None:
+    def forgive(self, key: Key) -> None:
         """It works again, or somebody says that it is to be tried again at once."""
         with self.engine.begin() as connection:
-            _forgive(connection, version)
+            connection.execute(sa.delete(adapter_faults).where(self._fault(key)))
 
     # -- inside ----------------------------------------------------------------
+
+    def _fault(self, key: Key) -> sa.ColumnElement[bool]:
+        same = _same(adapter_faults, key)
+        return sa.and_(same, adapter_faults.c.base_model == self._base_model)
 
     def _read(self) -> Any:
         return self.engine.execution_options(read_only=True).begin()
@@ -183,9 +216,12 @@ class Registry:
         same = (adapters.c.tenant == adapter_versions.c.tenant) & (
             adapters.c.adapter_id == adapter_versions.c.adapter_id
         )
-        joined = adapter_versions.outerjoin(adapters, same).outerjoin(
-            adapter_faults, adapter_faults.c.version == adapter_versions.c.version
+        key = ("tenant", "adapter_id", "version")
+        failed = sa.and_(
+            *(adapter_faults.c[name] == adapter_versions.c[name] for name in key),
+            adapter_faults.c.base_model == self._base_model,
         )
+        joined = adapter_versions.outerjoin(adapters, same).outerjoin(adapter_faults, failed)
         query = (
             sa.select(
                 adapter_versions,
@@ -203,35 +239,6 @@ class Registry:
         )
         with self._read() as connection:
             return [_registered(row) for row in connection.execute(query)]
-
-
-def bound(
-    connection: sa.Connection, wanted: Iterable[tuple[str, str]]
-) -> Mapping[tuple[str, str], str]:
-    """The versions that names stand for now, by (tenant, adapter_id); unknown ones are left out."""
-    pairs = set(wanted)
-    if not pairs:
-        return {}
-    ids = sorted({adapter_id for _, adapter_id in pairs})
-    tenants = {tenant for tenant, _ in pairs} | {SHARED}
-    found: dict[tuple[str, str], str] = {}
-    for start in range(0, len(ids), 500):
-        query = sa.select(adapters.c.tenant, adapters.c.adapter_id, adapters.c.version).where(
-            adapters.c.adapter_id.in_(ids[start : start + 500]), adapters.c.tenant.in_(tenants)
-        )
-        found |= {(row.tenant, row.adapter_id): row.version for row in connection.execute(query)}
-    return {
-        pair: version
-        for pair in pairs
-        if (version := found.get(pair) or found.get((SHARED, pair[1]))) is not None
-    }
-
-
-def _open(connection: sa.Connection) -> list[dict[str, str]]:
-    query = sa.select(jobs.c.adapter_versions).where(
-        jobs.c.state.in_(("queued", "running")), jobs.c.adapter_versions.is_not(None)
-    )
-    return [versions for versions in connection.scalars(query) if versions]
 
 
 def _registered(row: Any) -> Registered:
@@ -262,8 +269,11 @@ def _versioned(tenant: str, adapter_id: str) -> sa.ColumnElement[bool]:
     return sa.and_(adapter_versions.c.tenant == tenant, adapter_versions.c.adapter_id == adapter_id)
 
 
-def _forgive(connection: sa.Connection, version: str) -> None:
-    connection.execute(sa.delete(adapter_faults).where(adapter_faults.c.version == version))
+def _same(table: sa.Table, key: Key) -> sa.ColumnElement[bool]:
+    tenant, adapter_id, version = key
+    return sa.and_(
+        table.c.tenant == tenant, table.c.adapter_id == adapter_id, table.c.version == version
+    )
 
 
 def _now(connection: sa.Connection) -> int:

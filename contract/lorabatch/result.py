@@ -1,7 +1,8 @@
 """The result: what a job ended as, and the usage it is billed for.
 
-Token counts are of the base model's tokenizer. `output_tokens` counts every token generated,
-the end token and those of a stop string included; `text` leaves those two out.
+Token counts are of the base model's tokenizer, or of an adapter's that adds tokens. `output_tokens`
+counts every token generated, the end token and those of a stop string included; `text` leaves those
+two out.
 Times are UTC microseconds since 1970.
 """
 

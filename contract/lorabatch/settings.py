@@ -87,7 +87,9 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(
         default=True, description="compute a beginning that prompts share only once"
     )
-    adapter_slots: int = Field(default=8, ge=1, le=4096, description="adapters on the device")
+    adapter_slots: int = Field(
+        default=0, ge=0, le=4096, description="adapters on the device; 0: max_seqs, of a GPU 8"
+    )
     max_adapter_rank: int = Field(default=64, ge=1, le=1024, description="largest rank allowed")
     adapter_rank_rows: int = Field(default=0, ge=0, description="of a GPU; 0: largest in each slot")
     adapter_cache_bytes: int = Field(
@@ -98,15 +100,13 @@ class Settings(BaseSettings):
         description="folder of registered local adapters, the same for all workers; unset: in home",
     )
     adapter_disk_bytes: int = Field(
-        default=20 << 30,
-        ge=1 << 20,
-        description="disk cache of fetched adapters, in the data folder",
+        default=20 << 30, ge=1 << 20, description="disk cache of fetched adapters"
     )
     adapter_max_bytes: int = Field(
         default=16 << 30, ge=1, description="an adapter whose files are larger is refused"
     )
     adapter_fetch_timeout_s: float = Field(
-        default=600.0, gt=0, description="time for fetching one adapter, all attempts together"
+        default=300.0, gt=0, description="time for fetching one adapter, all attempts together"
     )
     adapter_fetch_attempts: int = Field(
         default=4, ge=1, le=100, description="attempts at a source that does not answer"

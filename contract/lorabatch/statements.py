@@ -81,12 +81,18 @@ def same_request(job: Job, request_hash: str, known: dict[tuple[str, str], Any])
             f"job {job.job_id!r}: this id is taken by a job of another tenant or key; "
             "leave job_id out or give a new one"
         )
-    if row.request_hash != request_hash:
+    if row.request_hash not in (request_hash, _earlier_hash(job)):
         raise IdempotencyConflict(
             f"job {job.job_id!r}: idempotency key {job.key!r} of tenant {job.tenant!r} belongs to "
             f"job {row.job_id!r}, which asks for something else; use a new key"
         )
     return str(row.job_id)
+
+
+def _earlier_hash(job: Job) -> str:
+    """Of rows from before sampling fields that were left out stayed out."""
+    whole = job.sampling_params.model_dump(mode="json", exclude_none=True)
+    return job.request_hash({**job.body(), "sampling_params": whole})
 
 
 def lease(

@@ -145,7 +145,10 @@ adapter_versions = sa.Table(
 adapter_faults = sa.Table(
     "adapter_faults",
     metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("adapter_id", sa.String(128), primary_key=True),
     sa.Column("version", sa.String(64), primary_key=True),
+    sa.Column("base_model", sa.String(255), primary_key=True, comment="of the workers it failed"),
     sa.Column("code", sa.String(64), nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("failures", sa.Integer, nullable=False),

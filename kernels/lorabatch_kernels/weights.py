@@ -7,7 +7,7 @@ behind the other, exactly as many elements as these have: A, the transpose of B,
 the rows that are left: a sum over in_features reads memory in order, whatever the rank.
 
 An `Arena` holds all layers of an adapter: one piece of memory, given back as a whole when nothing
-refers to it any more, pinned for a GPU.
+refers to it any more, pinned for a GPU (then torch's allocator keeps it for the next one).
 
 Raises ValueError for shapes that do not fit together. Does not cover: checking values.
 """

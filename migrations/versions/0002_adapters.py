@@ -47,13 +47,20 @@ def upgrade() -> None:
     )
     op.create_table(
         "adapter_faults",
+        sa.Column("tenant", sa.String(length=64), nullable=False),
+        sa.Column("adapter_id", sa.String(length=128), nullable=False),
         sa.Column("version", sa.String(length=64), nullable=False),
+        sa.Column(
+            "base_model", sa.String(length=255), nullable=False, comment="of the workers it failed"
+        ),
         sa.Column("code", sa.String(length=64), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("failures", sa.Integer(), nullable=False),
         sa.Column("since_us", sa.BigInteger(), nullable=False),
         sa.Column("retry_us", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("version", name="pk_adapter_faults"),
+        sa.PrimaryKeyConstraint(
+            "tenant", "adapter_id", "version", "base_model", name="pk_adapter_faults"
+        ),
     )
     op.add_column(
         "jobs",

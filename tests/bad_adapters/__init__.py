@@ -10,8 +10,9 @@ from tests.bad_adapters.good import TARGET, Q, V, good_tensors, key, write
 from tests.bad_adapters.making import Bad
 from tests.bad_adapters.settings import SETTINGS_ROWS
 from tests.bad_adapters.templates import TEMPLATES_ROWS
+from tests.bad_adapters.tokens import TOKENS_ROWS
 from tests.bad_adapters.weights import WEIGHTS_ROWS
 
 __all__ = ["BAD", "TARGET", "Bad", "Q", "V", "good_tensors", "key", "write"]
 
-BAD: list[Bad] = [*SETTINGS_ROWS, *WEIGHTS_ROWS, *ENDS_ROWS, *TEMPLATES_ROWS]
+BAD: list[Bad] = [*SETTINGS_ROWS, *WEIGHTS_ROWS, *ENDS_ROWS, *TOKENS_ROWS, *TEMPLATES_ROWS]

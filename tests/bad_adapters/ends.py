@@ -24,9 +24,8 @@ def tokens(what: str, ids: Any, rows: int, *words: str) -> Bad:
 ENDS_ROWS: list[Bad] = [
     tokens("trained rows of no token", [], 0, "empty", "0..8"),
     tokens("trained rows of tokens that are not named", None, 2, "empty"),
-    tokens("a trained token beyond the vocabulary", [3, 9], 2, "token 9", "0..8"),
     tokens("a trained token below zero", [-1], 1, "token -1"),
-    tokens("a trained token of 2^70", [1 << 70], 1, "token 1180591620717411303424"),
+    tokens("a trained token of 2^70", [1 << 70], 1, "token 1180591620717411303424", "at most"),
     tokens("a trained token twice", [3, 3], 2, "twice"),
     tokens("fewer trained rows than tokens", [3, 4, 5], 2, "[2, 32]", "[3, 32]"),
     tokens("trained tokens that are no numbers", ["a"], 1, "wanted a list of tokens"),
@@ -46,8 +45,8 @@ ENDS_ROWS: list[Bad] = [
     Bad(
         "LoRA of another vocabulary",
         with_tensors({**LORA, A: torch.ones(4, 10)}),
-        InvalidAdapter,
-        (A, "[4, 10]", "[4, 9]"),
+        UnsupportedAdapter,
+        ("for 10 tokens", "has 9", "no row of model.embed_tokens for token 9"),
     ),
     Bad(
         "LoRA of the embedding with too high a rank",
@@ -59,10 +58,16 @@ ENDS_ROWS: list[Bad] = [
         (A, "rank 9", "allowed 8", "LORABATCH_MAX_ADAPTER_RANK"),
     ),
     Bad(
-        "an embedding with added tokens",
+        "an embedding with added tokens, and no head",
         with_tensors({f"{EMBEDDING}.weight": torch.ones(12, WIDTH)}),
         UnsupportedAdapter,
-        (f"{EMBEDDING}.weight", "[12, 32]", "[9, 32]", "added tokens"),
+        ("for 12 tokens", "has 9", "no row of lm_head for token 9", "save_embedding_layers"),
+    ),
+    Bad(
+        "an embedding of another width",
+        with_tensors({f"{EMBEDDING}.weight": torch.ones(VOCABULARY, 5)}),
+        UnsupportedAdapter,
+        (f"{EMBEDDING}.weight", "[9, 5]", "[9, 32]"),
     ),
     Bad(
         "an embedding that is not finite",
@@ -77,10 +82,16 @@ ENDS_ROWS: list[Bad] = [
         (f"{EMBEDDING}.base_layer.weight", "not the base model's weight"),
     ),
     Bad(
-        "the embedding of a larger base",
-        with_tensors({f"{EMBEDDING}.base_layer.weight": torch.ones(12, WIDTH)}),
+        "the head of another base",
+        with_tensors({f"{PREFIX}lm_head.base_layer.weight": torch.zeros(VOCABULARY, WIDTH)}),
         UnsupportedAdapter,
-        (f"{EMBEDDING}.base_layer.weight", "[12, 32]", "[9, 32]"),
+        ("lm_head.base_layer.weight", "not the base model's weight"),
+    ),
+    Bad(
+        "the embedding of a wider base",
+        with_tensors({f"{EMBEDDING}.base_layer.weight": torch.ones(VOCABULARY, 33)}),
+        UnsupportedAdapter,
+        (f"{EMBEDDING}.base_layer.weight", "[9, 33]", "[9, 32]"),
     ),
     Bad(
         "LoRA of a head that is no linear layer",

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorabatch_worker.adapters.base_tokenizer import BaseTokenizer
 from lorabatch_worker.adapters.vocabulary import Ends
 from lorabatch_worker.adapters.weights import AdapterTarget
+from tests.added_tokens import word_tokenizer
 
 WIDTH, NARROW, RANK, VOCABULARY = 32, 16, 4, 9
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -42,6 +44,7 @@ TARGET = AdapterTarget(
     dtype=torch.float32,
     layer=lambda name: Layer(*TARGET.shapes[name]),
     ends=Ends("model.embed_tokens", "lm_head", True, torch.ones(VOCABULARY, WIDTH)),
+    tokenizer=BaseTokenizer(lambda: word_tokenizer(VOCABULARY)),
 )
 CONFIG: dict[str, Any] = {
     "peft_type": "LORA",

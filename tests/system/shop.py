@@ -1,8 +1,9 @@
-"""Worker processes around the fake runner, plain Celery clients, and the oracle."""
+"""Worker processes around the fake runner or the engine, plain Celery clients, and the oracle."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from lorabatch.tables import job_attempts, jobs, results, usage_events
 from lorabatch_worker.sweeper import task_id_of
 
 TESTS = Path(__file__).parents[1]
+WORKER = "from lorabatch_worker.main import main; main()"
 FAST = {
     "LORABATCH_MAX_SEQS": "8",
     "LORABATCH_LEASE_S": "2",
@@ -87,6 +89,28 @@ class Worker:
 
     def wait(self, timeout_s: float = 60.0) -> int:
         return self.process.wait(timeout_s)
+
+
+class RealWorker(Worker):
+    """One with the real engine."""
+
+    command = (sys.executable, "-c", WORKER)
+
+
+def model_settings(model: Path) -> dict[str, str]:
+    """Of a worker that runs a tiny model, with a Hub that is dead."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    return {
+        "LORABATCH_BASE_MODEL": str(model),
+        "LORABATCH_BASE_MODEL_ALIASES": "acme/tiny",
+        "LORABATCH_DTYPE": "float32",
+        "LORABATCH_THREADS": "1",
+        "LORABATCH_ADAPTER_FETCH_ATTEMPTS": "2",
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
 class Shop:

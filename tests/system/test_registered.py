@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,13 +13,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from shop import Shop, Worker, wait_until
+from shop import RealWorker, Shop, model_settings, wait_until
 
 from lorabatch import Job, MergedAdapters, Result
 from lorabatch.registry import Registered, Registry
 
 COMMAND = "from lorabatch_producer.cli import main; main()"
-WORKER = "from lorabatch_worker.main import main; main()"
 
 
 class Registering(Shop):
@@ -28,19 +26,8 @@ class Registering(Shop):
 
     def __init__(self, home: Path, model: Path) -> None:
         super().__init__(home)
-        with socket.socket() as closed:
-            closed.bind(("127.0.0.1", 0))
-            port = closed.getsockname()[1]
-        self.env |= {
-            "LORABATCH_BASE_MODEL": str(model),
-            "LORABATCH_BASE_MODEL_ALIASES": "acme/tiny",
-            "LORABATCH_DTYPE": "float32",
-            "LORABATCH_THREADS": "1",
-            "LORABATCH_ADAPTER_FETCH_ATTEMPTS": "2",
-            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-            "NO_PROXY": "127.0.0.1",
-        }
-        self.registry = Registry(self.ledger.engine)
+        self.env |= model_settings(model)
+        self.registry = Registry(self.ledger.engine, str(model))
 
     def adapters(self, *given: object, code: int = 0) -> str:
         """`lorabatch adapters`: what it said."""
@@ -69,10 +56,6 @@ class Registering(Shop):
         found = wait_until(job_id, lambda: self.ledger.results([job_id]), 60.0)
         assert isinstance(found[job_id], Result)
         return found[job_id]
-
-
-class RealWorker(Worker):
-    command = (sys.executable, "-c", WORKER)
 
 
 @pytest.fixture(scope="module")

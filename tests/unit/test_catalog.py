@@ -163,7 +163,7 @@ def test_configured_folders_lie_in_the_roots(
     monkeypatch.setenv("LORABATCH_ADAPTER_ROOTS", str(tmp_path / "allowed"))
     found = catalog(home, f"a={tmp_path}/mine")
     assert where(found, "dropped") == home / "adapters" / "dropped"
-    with pytest.raises(InvalidAdapter, match="adapter 'a': .*in none of LORABATCH_ADAPTER_ROOTS"):
+    with pytest.raises(InvalidAdapter, match="adapter 'a': .*outside LORABATCH_ADAPTER_ROOTS"):
         where(found, "a")
 
 

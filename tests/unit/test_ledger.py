@@ -252,3 +252,17 @@ def test_many_threads_claim_each_job_once(ledger: Ledger) -> None:
     for thread in threads:
         thread.join()
     assert len(claimed) == len(set(claimed)) == 200
+
+
+def test_a_request_of_before_sampling_fields_stayed_out_is_known(ledger: Ledger) -> None:
+    job = Job(prompt="hi", idempotency_key="k", sampling_params={"max_new_tokens": 4})
+    ledger.accept([job])
+    whole = job.sampling_params.model_dump(mode="json", exclude_none=True)
+    earlier = job.request_hash({**job.body(), "sampling_params": whole})
+    with ledger.engine.begin() as connection:
+        connection.execute(sa.update(jobs).values(request_hash=earlier))
+    again = job.model_copy(update={"job_id": "another"})
+    assert ledger.accept([again]) == {"another": job.job_id}
+    other = Job(prompt="hi", idempotency_key="k", sampling_params={"max_new_tokens": 5})
+    with pytest.raises(IdempotencyConflict):
+        ledger.accept([other])

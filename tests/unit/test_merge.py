@@ -19,6 +19,7 @@ from lorabatch_kernels.weights import Arena
 from lorabatch_worker.adapters.defaults import GenerationDefaults
 from lorabatch_worker.adapters.merge import kept_at_random, merge
 from lorabatch_worker.adapters.weights import Adapter, AdapterTarget, read_adapter
+from tests.added_tokens import word_tokenizer
 from tests.models import (
     assert_same_logits,
     eager,
@@ -273,6 +274,12 @@ def test_what_cannot_be_merged_is_named(name: str, adapters: list[Adapter], tmp_
         merge("merged/1", [adapters[0], other], spec)
     assert str(caught.value).startswith(f"merged/1: adapter '{name}' has {has}")
     assert "cannot be merged; leave it out" in str(caught.value)
+
+
+def test_added_tokens_are_named(adapters: list[Adapter]) -> None:
+    other = replace(adapters[1], tokenizer=word_tokenizer(3))
+    with pytest.raises(UnsupportedAdapter, match="adapter 'two' has tokens of its own"):
+        merge("m", [adapters[0], other], spec_of("linear", ids=("one", "two")))
 
 
 def test_unequal_ranks_are_named(adapters: list[Adapter], tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ ROWS: dict[str, dict[str, Any]] = {
         "batch": 8,
         "by_context": {"128": {"prefill_us_a_token": 400.0, "decode_us_a_token": 1500.0}},
     },
+    "many": {
+        "slots": 32,
+        "requests": 9,
+        "of_few": {"8 equal": 1.0, "8 zipf": 1.0, "1000 zipf": 0.9, "1000 even": 0.8},
+    },
     "end_to_end": {"engine": "real", "jobs": 9, "engine_to_service": 0.9, "seconds": SECONDS},
 }
 
@@ -63,6 +68,7 @@ def test_every_question_with_rows_gets_a_picture_that_tells_its_conditions(tmp_p
         "breakdown-2-x-test-cpu.svg",
         "context-2-x-test-cpu.svg",
         "service-2-x-test-cpu.svg",
+        "many-2-x-test-cpu.svg",
     ]
     for path in made:
         drawn = path.read_text()

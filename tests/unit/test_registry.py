@@ -91,10 +91,10 @@ def test_a_removed_name_is_unknown_and_what_is_queued_still_runs(
     assert registry.find("default", "a") is None
     assert registry.find("default", "a", ONE) is not None
     assert bound_to(ledger, "a") == {}
-    assert registry.unused() == []
+    assert registry.prune() == []
     ledger.cancel([job.job_id])
-    (unused,) = registry.unused()
-    registry.forget(unused)
+    assert registry.prune([(SHARED, "b")]) == []
+    assert [e.version for e in registry.prune([(SHARED, "a")])] == [ONE]
     assert registry.versions(SHARED, "a") == []
 
 
@@ -125,29 +125,49 @@ def test_what_failed_is_set_aside_for_longer_each_time(
     registry.add(entry("a"))
     waits = []
     for failures in range(1, 9):
-        registry.set_aside(ONE, "invalid_adapter", "NaN")
+        for _ in range(3):  # of three jobs: one failure
+            registry.set_aside((SHARED, "a", ONE), "invalid_adapter", "NaN\x00")
         found = registry.find("default", "a")
         assert found is not None
         assert found.fault is not None
         assert (found.fault.failures, found.fault.due) == (failures, False)
         with database.begin() as connection:
             row = connection.execute(sa.select(adapter_faults)).one()
+            connection.execute(sa.update(adapter_faults).values(retry_us=0))
         waits.append((found.fault.retry_us - row.since_us) / 1e6)
     assert [round(wait / 60) for wait in waits] == [1, 2, 4, 8, 16, 32, 60, 60]
-    with database.begin() as connection:
-        connection.execute(sa.update(adapter_faults).values(retry_us=0))
+    assert row.reason == "NaN\ufffd"
     found = registry.find("default", "a")
     assert found is not None
     assert found.fault is not None
     assert found.fault.due
 
 
+def test_one_tenant_s_failure_is_nobody_else_s(registry: Registry) -> None:
+    for tenant in (SHARED, "acme"):
+        registry.add(entry("a", ONE, tenant))
+    registry.set_aside(("acme", "a", ONE), "invalid_adapter", "NaN")
+    faults = {e.tenant: e.fault is not None for e in registry.names()}
+    assert faults == {SHARED: False, "acme": True}
+
+
+def test_other_tenants_jobs_of_the_same_name_do_not_count(
+    registry: Registry, ledger: Ledger
+) -> None:
+    for tenant, version in ((SHARED, ONE), ("acme", TWO), ("umbrella", THREE)):
+        registry.add(entry("a", version, tenant))
+    jobs = [Job(prompt="-", adapter_id="a", tenant=t) for t in ("x", "y", "acme", "umbrella")]
+    ledger.accept(jobs)
+    assert registry.remove("acme", "a") == 1
+    assert registry.remove(SHARED, "a") == 2
+
+
 @pytest.mark.parametrize("how", ["by hand", "by registering it again"])
 def test_it_is_forgiven(how: str, registry: Registry) -> None:
     registry.add(entry("a"))
-    registry.set_aside(ONE, "invalid_adapter", "NaN")
+    registry.set_aside((SHARED, "a", ONE), "invalid_adapter", "NaN")
     if how == "by hand":
-        registry.forgive(ONE)
+        registry.forgive((SHARED, "a", ONE))
     else:
         registry.add(entry("a"))
     found = registry.find("default", "a")
@@ -164,7 +184,7 @@ def test_many_may_register_at_once(registry: Registry) -> None:
         try:
             for version in (ONE, TWO, THREE):
                 registry.add(entry(f"a{n % 2}", version))
-                registry.set_aside(version, "code", "reason")
+                registry.set_aside((SHARED, f"a{n % 2}", version), "code", "reason")
         except Exception as error:  # noqa: BLE001 - shown below
             failed.append(error)
 

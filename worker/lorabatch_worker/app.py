@@ -80,7 +80,8 @@ def _generate(**job: Any) -> None:
 def _build_engine(settings: Settings) -> Runner:
     from lorabatch_worker.engine import build_engine
 
-    return build_engine(settings, Registry(connect(settings.resolved_database_url)))
+    database = connect(settings.resolved_database_url)
+    return build_engine(settings, Registry(database, settings.base_model))
 
 
 def __getattr__(name: str) -> Any:

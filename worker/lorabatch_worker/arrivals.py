@@ -124,11 +124,11 @@ class Arrivals:
 
     def _adapter_is_here(self, claims: list[Claim], adapter: Adapter) -> None:
         """What an adapter's own template takes must hold up neither this thread nor other jobs."""
-        if adapter.chat_template is None:
-            self._prepare(claims, adapter)
-            return
-        with contextlib.suppress(RuntimeError):  # the engine stops: the jobs are handed back
-            self._rendering.submit(self._prepare, claims, adapter)
+        chats = [c for c in claims if adapter.chat_template and c.job.messages is not None]
+        self._prepare([c for c in claims if c not in chats] if chats else claims, adapter)
+        if chats:
+            with contextlib.suppress(RuntimeError):  # the engine stops: the jobs are handed back
+                self._rendering.submit(self._prepare, chats, adapter)
 
     def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
         for claim in claims:

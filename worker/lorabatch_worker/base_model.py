@@ -15,6 +15,7 @@ import torch
 
 from lorabatch.errors import SettingsError, UnsupportedModel
 from lorabatch.settings import Settings, is_path
+from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.bundled import bundled_checkpoint, find_gguf
 from lorabatch_worker.threads import compute_with
 
@@ -35,6 +36,11 @@ class BaseModel:
     dtype: torch.dtype
     eos_ids: frozenset[int]
     max_context_tokens: int
+
+    def tokenizer_for(self, adapter: Adapter | None) -> Any:
+        """Its own, or that of an adapter that adds tokens."""
+        own = adapter.tokenizer if adapter else None
+        return self.tokenizer if own is None else own
 
 
 def load_base_model(settings: Settings) -> BaseModel:

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as List
-from concurrent.futures import Future
 
 import torch
 
@@ -44,6 +43,7 @@ from lorabatch_worker.threads import compute_with
 __all__ = ["Engine", "build_engine"]
 
 IDLE_WAIT_S = 0.5
+GPU_SLOTS = 8  # unless told otherwise: each takes memory for the largest rank, or part of a pool
 
 
 def build_engine(settings: Settings, registry: Registry | None = None) -> Engine:
@@ -52,12 +52,14 @@ def build_engine(settings: Settings, registry: Registry | None = None) -> Engine
     base = load_base_model(settings)
     shape = Shape.of(base.model)  # before its layers are replaced
     on_cpu = base.device.type == "cpu"
+    # A CPU's slots take no memory of their own: every sequence may have another adapter.
+    slots = settings.adapter_slots or (settings.max_seqs if on_cpu else GPU_SLOTS)
     pool_rows = None if on_cpu else settings.adapter_rank_rows or None
     runner = ModelRunner(
         base,
         settings.kv_cache_tokens,
         settings.block_size,
-        settings.adapter_slots,
+        slots,
         settings.max_adapter_rank,
         settings.max_seqs,
         settings.prefix_cache,
@@ -67,7 +69,7 @@ def build_engine(settings: Settings, registry: Registry | None = None) -> Engine
     store = AdapterStore(AdapterCatalog(settings, registry), target, settings.adapter_cache_bytes)
     scheduler = Scheduler(
         runner.blocks,
-        AdapterSlots(runner.sites, settings.adapter_slots, pool_rows, runner.changed_ends),
+        AdapterSlots(runner.sites, slots, pool_rows, runner.changed_ends),
         settings.max_seqs,
         settings.max_step_tokens,
         settings.age_cap_s,
@@ -110,7 +112,6 @@ class Engine:
         self.overlaps = base.device.type != "cpu"
         self._ended: list[tuple[Sequence, str | None]] = []  # with the reason, not reported yet
         self.arrivals = Arrivals(self._prepare, store, base.name, self._report)
-        self._warming: dict[Wanted, Future[Adapter]] = {}
         self._stopping = False
         self._deadline_s = float("inf")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -178,12 +179,7 @@ class Engine:
         self.arrivals.withdraw(job_ids, None)
 
     def warm(self, wanted: Wanted) -> str:
-        future = self._warming.pop(wanted, None) or self.store.request(wanted)
-        if not future.done():
-            self._warming[wanted] = future
-            return "loading"
-        error = future.exception()
-        return "loaded" if error is None else str(error)
+        return self.store.warm(wanted)
 
     def drain(self, timeout_s: float) -> list[Claim]:
         self._deadline_s = time.monotonic() + timeout_s
@@ -282,7 +278,7 @@ class Engine:
 
     @torch.inference_mode()
     def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Draw:
-        return Draw(logits, sequences)
+        return Draw(logits, sequences, self.runner.vocabulary)
 
     def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
         """Nothing in the step can be trusted: its jobs fail, the engine goes on."""

@@ -78,6 +78,7 @@ class ModelRunner:
         attend = register(self.cache, name)
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         wanted = eager_logits(base, block_size)
+        self.vocabulary: int = wanted.shape[-1]
         tied = is_tied(self.model)
         self.layers = attach_sites(
             self.model, self.context, adapter_slots, max_adapter_rank, pool_rows
@@ -106,15 +107,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> Tensor:
-        """Compute a plan's chunks: logits [n, vocabulary] of the n chunks that sample. They hold
-        until the next call; on a GPU they may still be in the making."""
+        """Compute a plan's chunks: logits [n, vocabulary] of the n chunks that sample, wider where
+        an adapter among them has added tokens. They hold until the next call; on a GPU they may
+        still be in the making."""
         self.cache.apply(self.blocks.take_changes())
-        if self.graphs is not None and not any(map(self._changes_ends, chunks)):
+        changed = any(map(self._changes_ends, chunks))
+        if self.graphs is not None and not changed:
             logits = self.graphs.run(chunks)
             if logits is not None:
                 return logits
         rows = self.cache.row_blocks > 0
-        return self._compute(build_step(chunks, self.blocks.block_size, self.device, rows))
+        step = build_step(chunks, self.blocks.block_size, self.device, rows)
+        if not changed:
+            return self._compute(step)
+        step = self.changed_ends.enter(step)
+        return self.changed_ends.leave(step, self._compute(step), self.vocabulary)
 
     def _changes_ends(self, chunk: Chunk) -> bool:
         return self.changed_ends.changes(chunk.sequence.slot)

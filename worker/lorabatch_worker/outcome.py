@@ -28,7 +28,7 @@ def finished(sequence: Sequence, base: BaseModel, reason: str | None = None) -> 
     job = sequence.claim.job
     text = None
     if reason is None:
-        text = decode(base.tokenizer, sequence.output)
+        text = decode(base.tokenizer_for(sequence.adapter), sequence.output)
         if sequence.finish_reason == "stop_sequence":
             text = trim(text, sequence.params.stop)
     error = None if reason is None else _ended(reason)

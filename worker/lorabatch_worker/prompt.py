@@ -2,9 +2,9 @@
 
 Messages are rendered by the adapter's own chat template, in a process of its own and under bounds
 (adapters/render.py), else by the base model's. A plain prompt is tokenized as it is, with the
-tokenizer's own special tokens. Sampling parameters that the job leaves out are the adapter's, if it
-ships some; its end tokens come beside the base model's. Raises InvalidJob, InvalidAdapter,
-PromptTooLong. Thread-safe.
+tokenizer's own special tokens. The tokenizer is the base model's, or that of an adapter that adds
+tokens. Sampling parameters that the job leaves out are the adapter's, if it ships some; its end
+tokens come beside the base model's. Raises InvalidJob, InvalidAdapter, PromptTooLong. Thread-safe.
 """
 
 from __future__ import annotations
@@ -44,9 +44,11 @@ class Preparer:
         own = adapter.chat_template if adapter else None
         rendered = None
         if job.messages is not None and own:
-            rendered = self._render_own(job, own)  # which may take seconds: not under the lock
+            # Which may take seconds: not under the lock.
+            rendered = self._render_own(job, own, adapter)
+        tokenizer = self._base.tokenizer_for(adapter)
         with self._lock:
-            ids = self._tokens(job, rendered)
+            ids = _tokens(job, rendered, tokenizer)
         longest = self._base.max_context_tokens
         defaults = adapter.defaults if adapter else None
         params = job.sampling_params
@@ -62,47 +64,46 @@ class Preparer:
         end_ids = frozenset[int]()
         if defaults is not None:
             with self._lock:
-                end_ids = _end_ids(self._base.tokenizer, defaults, job.sampling_params)
-        watch = StopWatch(self._base.tokenizer, params.stop) if params.stop else None
+                end_ids = _end_ids(tokenizer, defaults, job.sampling_params)
+        watch = StopWatch(tokenizer, params.stop) if params.stop else None
         return Sequence(claim, ids, adapter, watch, effective=params, end_ids=end_ids)
 
-    def _tokens(self, job: Job, rendered: str | None) -> list[int]:
-        tokenizer = self._base.tokenizer
-        if job.messages is None:
-            ids = tokenizer(job.prompt)["input_ids"]
-        else:
-            text = self._render(job) if rendered is None else rendered
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise InvalidJob(f"job {job.job_id!r}: the prompt has no tokens; give it some text")
-        return list(ids)
-
-    def _render_own(self, job: Job, template: str) -> str:
+    def _render_own(self, job: Job, template: str, adapter: Adapter | None) -> str:
         with self._lock:
-            special = self._base.tokenizer.special_tokens_map
+            special = self._base.tokenizer_for(adapter).special_tokens_map
         messages = [m.model_dump() for m in job.messages or ()]
         return self._renderer.render(job.job_id, template, messages, special)
 
-    def _render(self, job: Job) -> str:
-        """By the base model's template, which is the operator's."""
-        if not self._base.tokenizer.chat_template:
-            raise InvalidJob(
-                f"job {job.job_id!r}: has messages, but neither the adapter nor the base model has "
-                "a chat template; send a prompt"
-            )
-        messages = [m.model_dump() for m in job.messages or ()]
-        try:
-            return str(
-                self._base.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise InvalidJob(f"job {job.job_id!r}: the chat template is broken: {error}") from None
-        except Exception as error:  # noqa: BLE001 - a template can raise anything, 1/0 included
-            raise InvalidJob(
-                f"job {job.job_id!r}: the chat template refuses these messages: {error}"
-            ) from None
+
+def _tokens(job: Job, rendered: str | None, tokenizer: Any) -> list[int]:
+    if job.messages is None:
+        ids = tokenizer(job.prompt)["input_ids"]
+    else:
+        text = _render(job, tokenizer) if rendered is None else rendered
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InvalidJob(f"job {job.job_id!r}: the prompt has no tokens; give it some text")
+    return list(ids)
+
+
+def _render(job: Job, tokenizer: Any) -> str:
+    """By the base model's template, which is the operator's."""
+    if not tokenizer.chat_template:
+        raise InvalidJob(
+            f"job {job.job_id!r}: has messages, but neither the adapter nor the base model has "
+            "a chat template; send a prompt"
+        )
+    messages = [m.model_dump() for m in job.messages or ()]
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise InvalidJob(f"job {job.job_id!r}: the chat template is broken: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a template can raise anything, 1/0 included
+        raise InvalidJob(
+            f"job {job.job_id!r}: the chat template refuses these messages: {error}"
+        ) from None
 
 
 def _end_ids(tokenizer: Any, defaults: GenerationDefaults, given: SamplingParams) -> frozenset[int]:

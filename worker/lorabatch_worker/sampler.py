@@ -3,6 +3,8 @@
 The random number of a row is a hash of (seed, position), and the token is found by inverting
 the distribution at it, so a job's tokens do not depend on its row, its batch or the device's
 random state. Logits are taken in float32. Order: penalties, temperature, top_k, top_p, min_p.
+Rows whose adapters add tokens are drawn apart from the others, so that nobody's tokens depend on
+how wide the others' logits are.
 
 Nothing here waits for a GPU but `Draw.wait`: what the rows want goes there in one copy, made while
 it still computes the logits, and the tokens come back in another.
@@ -30,14 +32,12 @@ UNSOUND = -1
 class Draw:
     """Next tokens of a batch, on their way to the host."""
 
-    def __init__(self, logits: Tensor, sequences: List[Sequence]) -> None:
-        """Changes `logits`, where they are float32."""
-        wishes = _Wishes(sequences, logits.device)
-        if wishes.none and can_argmax(logits):
-            tokens = argmax(logits)  # which says -1 itself
-        else:
-            sound = logits.amax(dim=-1).isfinite()
-            tokens = torch.where(sound, _choose(logits, wishes), UNSOUND)
+    def __init__(
+        self, logits: Tensor, sequences: List[Sequence], vocabulary: int | None = None
+    ) -> None:
+        """Changes `logits`, where they are float32. `vocabulary`: of the base model, if they may be
+        wider."""
+        tokens = _drawn(logits, sequences, vocabulary or logits.shape[1])
         self._came: torch.cuda.Event | None = None
         self._tokens = tokens
         if tokens.device.type == "cuda":
@@ -63,6 +63,29 @@ def sample(logits: Tensor, sequences: List[Sequence]) -> list[int]:
     """One token id a row, of logits that are sound."""
     wishes = _Wishes(sequences, logits.device)
     return [int(t) for t in _choose(logits, wishes).tolist()]
+
+
+def _drawn(logits: Tensor, sequences: List[Sequence], vocabulary: int) -> Tensor:
+    """[rows], each of as many columns as there are tokens for it."""
+    widths = [s.vocabulary or vocabulary for s in sequences]
+    if set(widths) <= {logits.shape[1]}:
+        return _sound(logits, sequences)
+    tokens = torch.empty(len(widths), dtype=torch.int64, device=logits.device)
+    for width in set(widths):
+        rows = [row for row, own in enumerate(widths) if own == width]
+        at = torch.tensor(rows, device=logits.device)
+        part = logits[at, :width].contiguous()
+        tokens[at] = _sound(part, [sequences[row] for row in rows])
+    return tokens
+
+
+def _sound(logits: Tensor, sequences: List[Sequence]) -> Tensor:
+    """[rows]; UNSOUND where the logits hold NaN or infinity."""
+    wishes = _Wishes(sequences, logits.device)
+    if wishes.none and can_argmax(logits):
+        return argmax(logits)  # which says -1 itself
+    sound = logits.amax(dim=-1).isfinite()
+    return torch.where(sound, _choose(logits, wishes), UNSOUND)
 
 
 def _choose(logits: Tensor, wishes: _Wishes) -> Tensor:

@@ -1,7 +1,8 @@
 """One job inside the engine: its tokens, how far they are computed, and where its KV lies.
 
-Token ids are the base model's. `computed` counts tokens whose keys and values are in the
-cache; a sequence is in prefill while more than its last token is missing there.
+Token ids are the base model's, and those that the adapter adds. `computed` counts tokens whose keys
+and values are in the cache; a sequence is in prefill while more than its last token is missing
+there.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ class Sequence:
     @property
     def adapter_version(self) -> str | None:
         return self.adapter.version if self.adapter else None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Token ids that there are, where its adapter has not as many as the base model."""
+        return self.adapter.vocabulary_size if self.adapter else None
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids of positions [start, end)."""

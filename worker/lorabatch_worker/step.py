@@ -59,6 +59,7 @@ class Step:
     spans and row_spans: of a cache that has rows; paged: of any other.
     sample_map: the step map of the sampled tokens; None where all tokens are.
     padded: some tokens may be of no sequence; they are stored nowhere and attend to nothing.
+    adapter_ids [T]: input_ids with the tokens that adapters add, where there are any (ends.py).
     """
 
     input_ids: Tensor
@@ -70,6 +71,7 @@ class Step:
     paged: PagedSpans | None = None
     sample_map: StepMap | None = None
     padded: bool = False
+    adapter_ids: Tensor | None = None
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """Made once a step, for all layers."""
 

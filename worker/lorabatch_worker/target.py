@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from lorabatch.settings import Settings
 from lorabatch_worker.adapters.affine import BaseLayer
+from lorabatch_worker.adapters.base_tokenizer import BaseTokenizer
+from lorabatch_worker.adapters.tokenizer import TOKENS
 from lorabatch_worker.adapters.vocabulary import Ends
 from lorabatch_worker.adapters.weights import AdapterTarget
 from lorabatch_worker.base_model import BaseModel, load_base_model
@@ -51,6 +54,7 @@ def target_of(
         dtype=base.dtype,
         layer=layer,
         ends=ends,
+        tokenizer=BaseTokenizer(lambda: _tokenizer(base.folder), base.folder / TOKENS),
         pinned=base.device.type == "cuda",
     )
 
@@ -64,6 +68,12 @@ def load_target(settings: Settings) -> AdapterTarget:
         return _Linear(model.get_submodule(name))
 
     return target_of(settings, base, Shape.of(model), layer, ends_of(model, is_tied(model)))
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 class _Linear:

@@ -6,15 +6,15 @@ first asks for it. So ask before you set, in every thread that computes.
 
 from __future__ import annotations
 
-import contextlib
 import os
+import sys
 import threading
 
 import torch
 
 __all__ = ["compute_beside", "compute_with"]
 
-NICE = 10
+NICE = 15
 
 
 def compute_with(threads: int) -> None:
@@ -27,5 +27,5 @@ def compute_beside() -> None:
     """From now on this thread computes alone, and only what the engine's threads leave it: on Linux
     each thread has a niceness of its own."""
     compute_with(1)
-    with contextlib.suppress(OSError):
+    if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,9 @@ def test_pins_and_what_was_set_aside(run: Run, mine: Path, settings: Settings) -
     run("unpin", "sql")
     engine = open_database(settings)
     (entry,) = Registry(engine).names()
-    Registry(engine).set_aside(entry.version, "invalid_adapter", "adapter 'sql': NaN")
+    Registry(engine, os.environ["LORABATCH_BASE_MODEL"]).set_aside(
+        entry.key, "invalid_adapter", "adapter 'sql': NaN"
+    )
     engine.dispose()
     assert "set aside until" in run("list")
     assert "failed 1 times: adapter 'sql': NaN" in run("show", "sql")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,13 +30,15 @@ from lorabatch.settings import Settings
 from lorabatch_worker.adapters.disk_cache import DiskCache
 from lorabatch_worker.adapters.sources import Fetcher
 from lorabatch_worker.adapters.wanted import Wanted
-from lorabatch_worker.adapters.weights import CONFIG
+from lorabatch_worker.adapters.weights import CONFIG, FILES
 from lorabatch_worker.retry import Stopped, until_it_works
 
 __all__ = ["AdapterCatalog", "Entry"]
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
+
+PINNED_FOR_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Entry:
     version: str | None = None
     tenant: str = SHARED
     fault: Fault | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """As the registry's; without a version it is this worker's own."""
+        return self.tenant, self.adapter_id, self.version or ""
 
     @property
     def in_place(self) -> bool:
@@ -64,6 +72,7 @@ class AdapterCatalog:
         # Now, so that a folder that goes away later is not looked for on the Hub.
         self._sources = {source.name: source.where for source in settings.adapters}
         self._fetched: dict[str, str] = {}  # versions of configured names
+        self._pinned: tuple[float, set[str]] = -PINNED_FOR_S, set()
         self.stop = threading.Event()
 
     def configured(self) -> list[str]:
@@ -78,7 +87,12 @@ class AdapterCatalog:
         return [entry for entry in self._ask(lambda r: r.names()) or () if entry.pinned]
 
     def pinned_versions(self) -> set[str]:
-        return {entry.version for entry in self.pinned()}
+        """As they were a moment ago: asked for whenever room is made."""
+        asked_s, found = self._pinned
+        if time.monotonic() > asked_s + PINNED_FOR_S:
+            found = self._ask(lambda registry: registry.pinned_versions()) or set()
+            self._pinned = time.monotonic(), found
+        return found
 
     def find(self, wanted: Wanted) -> Entry:
         """What the name stands for to this tenant."""
@@ -112,19 +126,17 @@ class AdapterCatalog:
             except LoraBatchError as error:
                 if self.stop.is_set():
                     raise Stopped(entry.adapter_id) from None
-                raise type(error)(f"adapter {entry.adapter_id!r}: {error}") from None
+                # Jobs' owners are told of no paths here.
+                said = str(error).replace(str(self._settings.home), "the data folder")
+                raise type(error)(f"adapter {entry.adapter_id!r}: {said}") from None
             yield folder
 
     def set_aside(self, entry: Entry, error: LoraBatchError) -> None:
-        """Let nobody try this version again for a while."""
-        version = entry.version
-        if version is not None:
-            self._ask(lambda registry: registry.set_aside(version, error.code, str(error)))
+        """Let no worker try this version again for a while."""
+        self._ask(lambda registry: registry.set_aside(entry.key, error.code, str(error)))
 
     def forgive(self, entry: Entry) -> None:
-        version = entry.version
-        if version is not None:
-            self._ask(lambda registry: registry.forgive(version))
+        self._ask(lambda registry: registry.forgive(entry.key))
 
     def close(self) -> None:
         """End every wait."""
@@ -141,21 +153,25 @@ class AdapterCatalog:
             if entry.in_place:
                 self._check_roots(folder)
             return folder
-        for _ in range(2):  # what was fetched may be evicted before it is held
+        for fetched in (False, True, True):  # what was fetched may be evicted before it is held
+            if fetched:
+                self._fetch(entry)
             version = entry.version or self._fetched.get(entry.adapter_id)
             found = version and held.enter_context(self._disk.hold(version))
             if found:
                 return found
-            self._fetch(entry)
         raise AdapterUnavailable(
             "others needed its room in the disk cache at once; raise LORABATCH_ADAPTER_DISK_BYTES"
         )
 
     def _check_roots(self, folder: Path) -> None:
         """As Fetcher does for what it copies."""
-        roots = self._settings.adapter_roots
-        if roots and not any(folder.resolve().is_relative_to(r) for r in (*roots, self._root)):
-            raise InvalidAdapter(f"{folder} lies in none of LORABATCH_ADAPTER_ROOTS")
+        roots = [root for root in (*self._settings.adapter_roots, self._root) if root.exists()]
+        paths = [path.resolve() for path in (folder, *(folder / name for name in FILES))]
+        if self._settings.adapter_roots and not any(
+            all(path.is_relative_to(root.resolve()) for path in paths) for root in roots
+        ):
+            raise InvalidAdapter("its folder or a file of it is outside LORABATCH_ADAPTER_ROOTS")
 
     def _fetch(self, entry: Entry) -> None:
         try:

@@ -4,7 +4,7 @@ From generation_config.json as transformers writes it, and `eos_token` of tokeni
 in transformers, without `do_sample` the text is greedy whatever `temperature` says, and with it
 temperature is 1.0 and top_k 50 unless the file has its own. A null is a field left out; fields
 that are not listed here are not read. Lengths are in tokens. Raises InvalidAdapter. Not covered:
-whether `eos_token` is a token of the base model, which prompt.py asks its tokenizer.
+whether `eos_token` is a token, which prompt.py asks the tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from lorabatch.errors import InvalidAdapter, explain, shown
 from lorabatch.job import SamplingParams
-from lorabatch_worker.adapters.template import TOKENIZER, read_object
+from lorabatch_worker.adapters.template import TOKENIZER, is_unicode, read_object
 
 __all__ = ["GENERATION", "GenerationDefaults", "read_defaults"]
 
@@ -49,7 +49,7 @@ class GenerationDefaults:
 
 
 def read_defaults(folder: Path, vocabulary: int | None) -> GenerationDefaults | None:
-    """Of the adapter in this folder, None if it has none. `vocabulary`: token ids of the model."""
+    """Of the adapter in this folder, None if it has none. `vocabulary`: token ids of it."""
     raw = read_object(folder / GENERATION)
     found = GenerationDefaults(
         _params(raw), _end_ids(raw.get("eos_token_id"), vocabulary), _end_token(folder)
@@ -85,7 +85,7 @@ def _end_ids(value: object, vocabulary: int | None) -> frozenset[int]:
     found = set[int]()
     for token in value if isinstance(value, list) else [value]:
         if type(token) is not int or token < 0 or (vocabulary and token >= vocabulary):
-            limit = f" below {vocabulary}, which the base model has" if vocabulary else ""
+            limit = f" below {vocabulary}, which it has rows for" if vocabulary else ""
             raise InvalidAdapter(
                 f"{GENERATION}: eos_token_id holds {shown(token)}, wanted token ids from 0{limit}"
             )
@@ -98,12 +98,8 @@ def _end_token(folder: Path) -> str | None:
     text = value.get("content") if isinstance(value, dict) else value
     if value is None:
         return None
-    if not isinstance(text, str) or not _is_unicode(text):
+    if not isinstance(text, str) or not is_unicode(text):
         raise InvalidAdapter(
             f"{TOKENIZER}: eos_token is {shown(value)}, wanted a text or an object with its content"
         )
     return text
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)

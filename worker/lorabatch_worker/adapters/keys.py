@@ -23,7 +23,10 @@ KEY = re.compile(
     r"(?P<lora_B_bias>lora_B(?:\.\w+)?\.bias)|"
     r"(?P<lora_magnitude_vector>lora_magnitude_vector(?:\.\w+)?)|"
     r"(?P<bias>(?:base_layer\.)?bias)|"
-    r"(?P<base_weight>base_layer\.weight)|"  # the base's own, which PEFT writes of both ends
+    # The base's own, which PEFT writes of both ends; and, beside the weight, what it wraps.
+    r"(?P<base_weight>(?:token_adapter\.)?base_layer\.weight)|"
+    r"(?P<original_weight>original_module\.weight)|"
+    r"(?P<saved_weight>modules_to_save(?:\.\w+)?\.weight)|"
     r"(?P<lora_embedding_A>lora_embedding_A(?:\.\w+)?)|"
     r"(?P<lora_embedding_B>lora_embedding_B(?:\.\w+)?)|"
     r"(?P<trainable_tokens_delta>token_adapter\.trainable_tokens_delta(?:\.\w+)?)|"
@@ -31,7 +34,7 @@ KEY = re.compile(
 )
 Found = dict[str, dict[str, str]]
 SITE = {"lora_A", "lora_B", "lora_B_bias", "lora_magnitude_vector", "bias", "base_weight"}
-END = {"weight", "trainable_tokens_delta", "base_weight"}
+END = {"weight", "trainable_tokens_delta", "base_weight", "original_weight", "saved_weight"}
 EMBEDDING = END | {"lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"}
 SHOWN_KEYS = 3
 
@@ -90,17 +93,16 @@ def check_saved(found: Found, config: AdapterConfig) -> None:
         raise InvalidAdapter("trainable_token_indices, but the file has no trainable_tokens_delta")
 
 
-def divide(found: Found, ends: Ends | None) -> tuple[Found, Found]:
-    """What is of the model's two ends, but LoRA of the head, and the rest."""
-    at_ends: Found = {}
+def divide(found: Found, ends: Ends | None, resized: bool) -> Found:
+    """What is of linear layers and not of the model's two ends; LoRA of the head is, unless it is
+    for another number of tokens."""
     sites: Found = {}
     for module, keys in found.items():
-        of_end = keys if ends and module == ends.embedding else {p for p in keys if p in END}
-        for into, own in ((at_ends, True), (sites, False)):
-            some = {part: key for part, key in keys.items() if (part in of_end) is own}
-            if some:
-                into[module] = some
-    return at_ends, sites
+        whole = ends and (module == ends.embedding or (resized and module == ends.head))
+        some = {} if whole else {part: key for part, key in keys.items() if part not in END}
+        if some:
+            sites[module] = some
+    return sites
 
 
 def _parts_of(module: str, layers: Collection[str], ends: Ends | None) -> set[str]:

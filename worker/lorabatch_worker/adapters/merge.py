@@ -64,6 +64,8 @@ def _check_mergeable(name: str, adapter_id: str, adapter: Adapter) -> None:
     has = f"DoRA, lora_bias or bias on {where}" if where is not None else ""
     if adapter.vocabulary is not None:
         has = "an embedding or output head of its own, or LoRA of the embedding"
+    elif adapter.tokenizer is not None:
+        has = "tokens of its own"
     if has:
         raise UnsupportedAdapter(
             f"{name}: adapter {adapter_id!r} has {has}, which cannot be merged; leave it "

@@ -32,6 +32,7 @@ BOUND_S = 5.0
 START_S = 120.0  # it imports transformers without torch: 0.8 s on two idle cores
 MEMORY_BYTES = 1 << 30
 RETRY_S = 60.0
+SLOW_PART = 5  # of the bound: over which a template counts as slow
 REMEMBERED = 256  # templates that ran over
 CHILD = Path(__file__).with_name("render_child.py")
 # No secret of the worker's lies where a template that got out of the sandbox could read it.
@@ -105,6 +106,7 @@ class TemplateRenderer:
     def _answer(self, job_id: str, line: bytes) -> dict[str, Any]:
         for _ in range(2):  # it may have died for a reason of its own, while it was idle
             child = self._started(job_id)
+            started_s = time.monotonic()
             try:
                 answer: dict[str, Any] = json.loads(child.ask(line, self.bound_s))
             except TimeoutError:
@@ -115,7 +117,7 @@ class TemplateRenderer:
                 continue
             if answer["worn"]:
                 self._end()
-            return answer
+            return {**answer, "took_s": time.monotonic() - started_s}
         return {"kind": "died"}
 
     def _started(self, job_id: str) -> _Child:
@@ -147,8 +149,11 @@ class TemplateRenderer:
 
     def _note(self, template: str, answer: Mapping[str, Any]) -> None:
         times = self._overrun.pop(template, (0,))[0]
-        if answer["kind"] in ("time", "memory", "died"):
-            seen = (times + 1, time.monotonic(), self._what(answer))
+        took_s = answer.get("took_s", 0.0)
+        slow = took_s > self.bound_s / SLOW_PART  # other adapters' templates wait meanwhile
+        if slow or answer["kind"] in ("time", "memory", "died"):
+            what = f"took {took_s:.1f} s" if slow else self._what(answer)
+            seen = (times + 1, time.monotonic(), what)
             self._overrun[template] = seen
             if len(self._overrun) > REMEMBERED:
                 del self._overrun[next(iter(self._overrun))]  # the one that was seen longest ago

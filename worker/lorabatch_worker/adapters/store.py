@@ -1,31 +1,30 @@
 """Adapters in host memory: loaded on threads of their own, kept least recently used.
 
-Nothing here is called from the engine's step loop but `Future.result` of what is done. One adapter
-that is slow to come delays nobody else's jobs. A local folder whose files changed is read anew and
-gets a new version; sequences keep the adapter object they were given. An adapter that could not be
-used is set aside (setbacks.py): its jobs fail at once until it is tried again. Merges are kept like
-adapters, as long as what they were made of is wanted in the same versions.
+Nothing that the engine's step loop calls here waits: `Future.result` of what is done, `set_aside`.
+One adapter that is slow to come delays nobody else's jobs. A local folder whose files changed is
+read anew and gets a new version; sequences keep the adapter object they were given. An adapter that
+could not be used is set aside (setbacks.py): its jobs fail at once until it is tried again. Merges
+are kept like adapters, as long as what they were made of is wanted in the same versions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
-from collections.abc import Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
-from lorabatch.errors import AdapterUnavailable, InvalidAdapter, LoraBatchError
+from lorabatch.errors import InvalidAdapter, LoraBatchError
 from lorabatch_worker.adapters.catalog import AdapterCatalog, Entry
-from lorabatch_worker.adapters.merge import merge
-from lorabatch_worker.adapters.setbacks import Setbacks
+from lorabatch_worker.adapters.host_cache import HostCache, Key, Origin, Signature, signature_of
+from lorabatch_worker.adapters.merge import merge, merged_version
+from lorabatch_worker.adapters.setbacks import Setbacks, check_fault
 from lorabatch_worker.adapters.wanted import Wanted, WantedMerge
 from lorabatch_worker.adapters.weights import (
-    FILES,
     Adapter,
     AdapterTarget,
     read_adapter,
@@ -39,23 +38,17 @@ __all__ = ["AdapterStore"]
 log = structlog.get_logger(__name__)
 
 LOADERS, FETCHERS = 8, 32
-Signature = tuple[tuple[str, int, int], ...]
-Key = str | tuple[str, str] | WantedMerge  # a version, (tenant, name) of what has none, a merge
+READS = 3
+PRELOAD_S = 5.0
+LOADING = "loading"
 
 
-@dataclass(frozen=True)
-class _Held:
-    """An adapter in memory. `signature`: of the files of a folder that may change."""
+class _Refused(Exception):
+    """An adapter's files hold what cannot be used; that is noted already."""
 
-    adapter: Adapter
-    entry: Entry | None
-    signature: Signature | None = None
-
-    @property
-    def is_current(self) -> bool:
-        if self.signature is None or self.entry is None:
-            return True
-        return _signature(Path(self.entry.location.place)) == self.signature
+    def __init__(self, error: InvalidAdapter) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class AdapterStore:
@@ -64,10 +57,10 @@ class AdapterStore:
     def __init__(self, catalog: AdapterCatalog, target: AdapterTarget, capacity_bytes: int) -> None:
         self.catalog = catalog
         self._target = target
-        self._capacity = capacity_bytes
-        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        self._memory = HostCache(capacity_bytes, catalog.pinned_versions)
         self._loading: dict[Wanted | WantedMerge, Future[Adapter]] = {}
-        self._setbacks = Setbacks(catalog)
+        self._warmed: dict[Wanted, str] = {}
+        self._setbacks = Setbacks()
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # one at a time: the engine's threads need the cores
         self._pool = ThreadPoolExecutor(LOADERS, "adapter-load", initializer=compute_beside)
@@ -85,8 +78,27 @@ class AdapterStore:
             if future is None:
                 future = self._loading[wanted] = Future()
                 future.add_done_callback(lambda _: self._loading.pop(wanted, None))
-                self._pool.submit(self._answer, wanted, future)
+                try:
+                    self._pool.submit(self._answer, wanted, future)
+                except RuntimeError as error:  # no more threads, or the worker stops
+                    self._fail(future, error)
             return future
+
+    def warm(self, wanted: Wanted) -> str:
+        """Load it ahead of its jobs: "loaded", "loading", or why not, which is said once."""
+        said = self._warmed.pop(wanted, None)
+        if said is None:
+            self._warmed[wanted] = LOADING
+
+            def tell(future: Future[Adapter]) -> None:
+                error = None if future.cancelled() else future.exception()
+                self._warmed[wanted] = "loaded" if error is None else str(error)
+
+            self.request(wanted).add_done_callback(tell)
+            said = self._warmed.pop(wanted)
+        if said == LOADING:
+            self._warmed.setdefault(wanted, LOADING)
+        return said
 
     def preload(self) -> None:
         """Load what is configured and what is pinned, one after the other, as far as memory goes;
@@ -94,27 +106,25 @@ class AdapterStore:
         self._pool.submit(self._preload)
 
     def set_aside(self, adapter: Adapter, reason: str) -> None:
-        """It was loaded and did harm: forget it, and let nobody try it again for a while."""
-        with self._lock:
-            keys = [k for k, held in self._held.items() if held.adapter.version == adapter.version]
-            gone = [self._held.pop(key) for key in keys]
-        error = InvalidAdapter(f"adapter {adapter.adapter_id!r}: {reason}")
-        with contextlib.suppress(RuntimeError):  # the worker stops
-            for held in gone:
-                if held.entry is not None:
-                    self._pool.submit(self._setbacks.note, held.entry, held.signature, error)
+        """It was loaded and did harm: forget it, and let nobody try it again for a while. Waits for
+        nothing."""
+        origin = self._memory.drop(adapter)
+        entry, error = origin.entry, InvalidAdapter(f"adapter {adapter.adapter_id!r}: {reason}")
+        key = origin.key if entry is None else entry.key
+        self._setbacks.note(key, origin.signature, str(error))
+        if entry is not None and entry.version is not None:
+            with contextlib.suppress(RuntimeError):  # the worker stops
+                self._pool.submit(self._tell, entry, error)
 
     @property
     def loaded(self) -> list[str]:
         """Names in host memory, least recently used first."""
-        with self._lock:
-            return [held.adapter.adapter_id for held in self._held.values()]
+        return self._memory.names
 
     @property
     def nbytes(self) -> int:
         """Of the adapters in host memory."""
-        with self._lock:
-            return self._nbytes()
+        return self._memory.nbytes
 
     def close(self) -> None:
         self.catalog.close()
@@ -128,12 +138,13 @@ class AdapterStore:
     def _answer(self, wanted: Wanted | WantedMerge, future: Future[Adapter]) -> None:
         """On a thread that fetches if need be: those of a dead source are then all that wait."""
         try:
-            if self._at_hand(wanted):
-                self._resolve(wanted, future)
-            else:
+            if not self._at_hand(wanted):
                 self._fetching.submit(self._resolve, wanted, future)
+                return
         except Exception as error:  # noqa: BLE001 - who waits must be told
             self._fail(future, error)
+            return
+        self._resolve(wanted, future)
 
     def _resolve(self, wanted: Wanted | WantedMerge, future: Future[Adapter]) -> None:
         if not future.set_running_or_notify_cancel():
@@ -146,8 +157,15 @@ class AdapterStore:
             future.set_result(adapter)
 
     def _fail(self, future: Future[Adapter], error: Exception) -> None:
+        """If the worker stops, that is why, and the jobs are handed back."""
+        stopped = Stopped("load an adapter") if self.catalog.stop.is_set() else error
         if future.set_running_or_notify_cancel():
-            future.set_exception(error)
+            future.set_exception(stopped)
+
+    def _tell(self, entry: Entry, error: InvalidAdapter) -> None:
+        self.catalog.set_aside(entry, error)
+        # The registry has it now, and somebody may say otherwise there.
+        self._setbacks.forget(entry.key)
 
     def _at_hand(self, wanted: Wanted | WantedMerge) -> bool:
         parts = wanted.parts if isinstance(wanted, WantedMerge) else (wanted,)
@@ -158,51 +176,84 @@ class AdapterStore:
         if known is not None:
             return known
         if isinstance(wanted, WantedMerge):
-            # Under their names in this merge: a version may be registered under several.
-            parts = [replace(self._load(p), adapter_id=p.adapter_id) for p in wanted.parts]
-            with self._reading:
-                merged = merge(wanted.adapter_id, parts, wanted.spec)
-            self._keep(wanted, _Held(merged, None))
-            return merged
+            return self._merge(wanted)
         entry = self.catalog.find(wanted)
         key = _key(entry, wanted)
-        known = self._at(key)
+        known = self._memory.get(key)
         return known if known is not None else self._read(key, entry)
 
+    def _merge(self, wanted: WantedMerge) -> Adapter:
+        self._setbacks.check(wanted)
+        # Under their names in this merge: a version may be registered under several.
+        parts = [replace(self._load(p), adapter_id=p.adapter_id) for p in wanted.parts]
+        try:
+            with self._reading:
+                merged = merge(wanted.adapter_id, parts, wanted.spec)
+        except InvalidAdapter as error:
+            self._setbacks.note(wanted, None, str(error))
+            raise
+        self._memory.put(merged, Origin(wanted))
+        return merged
+
     def _read(self, key: Key, entry: Entry) -> Adapter:
-        signature = _signature(Path(entry.location.place)) if entry.in_place else None
-        self._setbacks.check(entry, signature)
+        signature = signature_of(Path(entry.location.place)) if entry.in_place else None
+        check_fault(entry)
+        self._setbacks.check(entry.key, signature)
         try:
             with self.catalog.hold(entry) as folder:
-                if entry.in_place:
-                    signature = _signature(folder)
-                version = version_of(folder)  # reads all of a slow disk, which others need not wait
-                _check_version(version, entry)
-                with self._reading:
-                    known = self._at(key)  # loaded while this waited for its turn
-                    if known is not None:
-                        return known
-                    adapter = read_adapter(entry.adapter_id, folder, self._target, version)
-        except (InvalidAdapter, AdapterUnavailable) as error:
-            self._setbacks.note(entry, signature, error)
+                for _ in range(READS):  # again, while somebody writes into a local folder
+                    signature = signature_of(folder) if entry.in_place else None
+                    adapter = self._read_from(folder, key, entry, signature)
+                    if not entry.in_place or signature_of(folder) == signature:
+                        break
+        except _Refused as refused:
+            raise refused.error from None
+        except Stopped:
             raise
-        self._keep(key, _Held(adapter, entry, signature))
-        self._setbacks.forget(entry)
+        except Exception as error:  # of its place or of this machine: other workers may have it
+            what = str(error) if isinstance(error, LoraBatchError) else type(error).__name__
+            self._setbacks.note(entry.key, signature, what)
+            raise
+        self._memory.put(adapter, Origin(key, entry, signature))
+        self._setbacks.forget(entry.key)
+        if entry.fault is not None:
+            self.catalog.forgive(entry)
         return adapter
+
+    def _read_from(
+        self, folder: Path, key: Key, entry: Entry, signature: Signature | None
+    ) -> Adapter:
+        version = version_of(folder)  # reads all of a slow disk, which others need not wait for
+        if entry.version not in (None, version):
+            raise InvalidAdapter(
+                f"adapter {entry.adapter_id!r}: its files are of version {version[:12]} now, "
+                f"wanted {str(entry.version)[:12]}; register it anew"
+            )
+        with self._reading:
+            known = self._memory.get(key)  # loaded while this waited for its turn
+            if known is not None:
+                return known
+            try:
+                return read_adapter(entry.adapter_id, folder, self._target, version)
+            except InvalidAdapter as error:
+                wrong = error
+        if entry.version is None:
+            self._setbacks.note(entry.key, signature, str(wrong))
+        else:
+            self.catalog.set_aside(entry, wrong)
+        raise _Refused(wrong)
 
     def _preload(self) -> None:
         pinned = [Wanted(e.tenant, e.adapter_id, e.version) for e in self.catalog.pinned()]
         for wanted in pinned + [Wanted("", name) for name in self.catalog.configured()]:
-            if self.nbytes >= self._capacity or self.catalog.stop.is_set():
+            if self.nbytes >= self._memory.capacity_bytes or self.catalog.stop.is_set():
                 return
-            try:
-                self._load(wanted)
-            except Stopped:
-                return
-            except LoraBatchError as error:
-                log.warning("adapter refused", adapter_id=wanted.adapter_id, reason=str(error))
-            except Exception:
-                log.exception("adapter not loaded", adapter_id=wanted.adapter_id)
+            with contextlib.suppress(FutureTimeout):  # the next ones need not wait for it
+                error = self.request(wanted).exception(PRELOAD_S)
+                if isinstance(error, LoraBatchError):
+                    log.warning("adapter refused", adapter_id=wanted.adapter_id, reason=str(error))
+                elif error is not None and not isinstance(error, Stopped):
+                    log.error("adapter not loaded", adapter_id=wanted.adapter_id, exc_info=error)
 
     # -- what is in memory -------------------------------------------------------
 
@@ -210,68 +261,16 @@ class AdapterStore:
         """The adapter if it is in memory and its files are as they were."""
         if isinstance(wanted, Wanted):
             if wanted.version is not None:
-                return self._at(wanted.version)
-            return self._at(("", wanted.adapter_id))
-        return self._at(wanted) if all(p.version or self._known(p) for p in wanted.parts) else None
-
-    def _at(self, key: Key) -> Adapter | None:
-        with self._lock:
-            held = self._held.get(key)
-        if held is None or not held.is_current:
-            return None
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-        return held.adapter
-
-    def _keep(self, key: Key, held: _Held) -> None:
-        full = self.nbytes + held.adapter.nbytes > self._capacity
-        pinned = self.catalog.pinned_versions() if full else set()
-        with self._lock:
-            before = self._held.get(key)
-            self._held[key] = held
-            self._held.move_to_end(key)
-            if before is not None:  # its files changed, and merges were made of them
-                for stale in [k for k in self._held if isinstance(k, WantedMerge)]:
-                    if any(_key_of(part) == key for part in stale.parts):
-                        del self._held[stale]
-            self._evict({key, *pinned})
-
-    def _evict(self, stay: Set[Key]) -> None:
-        over = self._nbytes() - self._capacity
-        for key in list(self._held):
-            if over <= 0:
-                return
-            if key not in stay:
-                over -= self._held.pop(key).adapter.nbytes
-
-    def _nbytes(self) -> int:
-        return sum(held.adapter.nbytes for held in self._held.values())
-
-
-def _check_version(version: str, entry: Entry) -> None:
-    if entry.version not in (None, version):
-        raise InvalidAdapter(
-            f"adapter {entry.adapter_id!r}: its files are of version {version[:12]} now, "
-            f"wanted {str(entry.version)[:12]}; register it anew"
-        )
+                return self._memory.get(wanted.version)
+            return self._memory.get(("", wanted.adapter_id))
+        merged = self._memory.get(wanted)
+        if merged is None or all(part.version for part in wanted.parts):
+            return merged
+        parts = [self._known(part) for part in wanted.parts]  # of names that may mean others now
+        current = [part for part in parts if part is not None]
+        same = len(current) == len(parts) and merged_version(current, wanted.spec) == merged.version
+        return merged if same else None
 
 
 def _key(entry: Entry, wanted: Wanted) -> Key:
     return entry.version or ("", wanted.adapter_id)
-
-
-def _key_of(wanted: Wanted) -> Key:
-    return wanted.version or ("", wanted.adapter_id)
-
-
-def _signature(folder: Path) -> Signature:
-    """What changes when the files do: name, size and time of each."""
-    found = []
-    for name in FILES:
-        try:
-            stat = (folder / name).stat()
-        except OSError:
-            continue
-        found.append((name, stat.st_size, stat.st_mtime_ns))
-    return tuple(found)

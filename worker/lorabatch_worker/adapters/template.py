@@ -11,7 +11,7 @@ from typing import Any
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter, shown
 
-__all__ = ["TEMPLATE", "TOKENIZER", "read_object", "read_template"]
+__all__ = ["TEMPLATE", "TOKENIZER", "is_unicode", "read_object", "read_template"]
 
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 MAX_TEMPLATE_BYTES = 1 << 18
@@ -51,3 +51,8 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InvalidAdapter(f"{path.name} is not a valid JSON object")
     return found
+
+
+def is_unicode(text: str) -> bool:
+    """JSON can name halves of characters, which no tokenizer takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

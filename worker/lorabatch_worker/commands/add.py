@@ -25,8 +25,10 @@ from lorabatch_worker.commands.check import (
     EXIT_REFUSED,
     adapter_target,
     described,
+    need_worker,
     settings_for,
 )
+from lorabatch_worker.commands.registry import one_line
 
 if TYPE_CHECKING:
     from lorabatch_worker.adapters.weights import Adapter
@@ -46,6 +48,7 @@ def add(
 ) -> None:
     """Register an adapter, or another version under a name that there is already. What is queued
     keeps the version that it was accepted for."""
+    need_worker()
     settings = settings_for(base_model, max_adapter_rank)
     whose = _checked_names(name, tenant)
     try:
@@ -53,12 +56,14 @@ def add(
     except ValueError as error:
         typer.secho(f"lorabatch: {error}", err=True)
         raise typer.Exit(2) from None
-    registry = Registry(open_database(settings))
+    registry = Registry(open_database(settings), settings.base_model)
     try:
         with tempfile.TemporaryDirectory(prefix="adapter-", dir=_made(settings.home)) as scratch:
-            entry, adapter = _fetched(settings, name, whose, location, Path(scratch), unchecked)
+            entry, adapter = _fetched(
+                settings, registry, name, whose, location, Path(scratch), unchecked
+            )
     except InvalidAdapter as error:
-        typer.echo(f"refused: {error}")
+        typer.echo(one_line(f"refused: {error}"))
         raise typer.Exit(EXIT_REFUSED) from None
     is_new = registry.add(entry)
     registry.engine.dispose()
@@ -68,7 +73,13 @@ def add(
 
 
 def _fetched(
-    settings: Settings, name: str, tenant: str, location: Location, scratch: Path, unchecked: bool
+    settings: Settings,
+    registry: Registry,
+    name: str,
+    tenant: str,
+    location: Location,
+    scratch: Path,
+    unchecked: bool,
 ) -> tuple[Registered, Adapter | None]:
     """The adapter's files where workers find them, and what is in them."""
     from lorabatch_worker.adapters.disk_cache import DiskCache
@@ -91,7 +102,8 @@ def _fetched(
             shutil.copyfile(file, folder / file.name)
 
     nbytes = sum(file.stat().st_size for file in scratch.iterdir())
-    _, kept = DiskCache(_made(root), room).put(version, fill, f"{tenant}/{name}/{version}")
+    cache = DiskCache(_made(root), room, registry.pinned_versions)
+    _, kept = cache.put(version, fill, f"{tenant}/{name}/{version}")
     entry = Registered(
         tenant=tenant,
         adapter_id=name,

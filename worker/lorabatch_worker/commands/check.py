@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from lorabatch.errors import InvalidAdapter
 from lorabatch.settings import Settings
+from lorabatch_worker.commands.registry import one_line
 
 if TYPE_CHECKING:
     from lorabatch_worker.adapters.weights import Adapter, AdapterTarget
@@ -33,7 +35,7 @@ def check(
         try:
             adapter = read_adapter(folder.resolve().name, folder, target)
         except InvalidAdapter as error:
-            typer.echo(f"refused: {error}")
+            typer.echo(one_line(f"refused: {error}"))
             refused += 1
         else:
             typer.echo(f"fits {settings.base_model}: {described(adapter)}")
@@ -42,22 +44,24 @@ def check(
 
 
 def settings_for(base_model: str | None, max_adapter_rank: int | None) -> Settings:
-    given = {"base_model": base_model, "max_adapter_rank": max_adapter_rank}
+    # On a CPU: a worker may need the GPU's memory.
+    given = {"base_model": base_model, "max_adapter_rank": max_adapter_rank, "device": "cpu"}
     return Settings.load(**{name: v for name, v in given.items() if v is not None})
 
 
 def adapter_target(settings: Settings) -> AdapterTarget:
     """What adapters must fit. Loads the base model, without an engine."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        typer.secho(
-            "lorabatch: adapters are checked with pip install 'lorabatch[worker]'", err=True
-        )
-        raise typer.Exit(2) from None
+    need_worker()
     from lorabatch_worker.target import load_target
 
     return load_target(settings)
+
+
+def need_worker() -> None:
+    """Exit where what reads adapters is not installed."""
+    if find_spec("torch") is None or find_spec("safetensors") is None:
+        typer.secho("lorabatch: adapters are read with pip install 'lorabatch[worker]'", err=True)
+        raise typer.Exit(2)
 
 
 def described(adapter: Adapter) -> str:

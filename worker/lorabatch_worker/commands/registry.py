@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,12 +33,17 @@ WIDTH = 200
 COLUMNS = ("adapter", "tenant", "version", "rank", "MB", "checked against", "since", "state")
 
 
+def one_line(text: str) -> str:
+    """Nothing in it can act on the terminal: names of tensors and paths are whoever's."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 @contextlib.contextmanager
 def opened() -> Iterator[tuple[Settings, Registry]]:
     settings = Settings.load()
     engine = open_database(settings)
     try:
-        yield settings, Registry(engine)
+        yield settings, Registry(engine, settings.base_model)
     finally:
         engine.dispose()
 
@@ -54,17 +60,12 @@ def show_all(
 def show(name: Name, tenant: Tenant = None, as_json: Json = False) -> None:
     """Every version of one adapter, newest first, with what is wrong with it."""
     with opened() as (_, registry):
-        versions = registry.versions(tenant or SHARED, name)
-    if not versions:
-        raise UnknownAdapter(
-            f"adapter {name!r}: not registered for {tenant or 'everybody'}; "
-            "see `lorabatch adapters list`"
-        )
+        versions = _versions(registry, name, tenant)
     _print(versions, as_json)
     for entry in [] if as_json else versions:
         typer.echo(f"{entry.version}  {entry.location}")
         if entry.fault is not None:
-            typer.echo(f"  failed {entry.fault.failures} times: {entry.fault.reason}")
+            typer.echo(one_line(f"  failed {entry.fault.failures} times: {entry.fault.reason}"))
 
 
 def remove(name: Name, tenant: Tenant = None) -> None:
@@ -80,7 +81,8 @@ def pin(name: Name, tenant: Tenant = None) -> None:
     """Let workers load it when they start, and keep it in memory and on disk."""
     with opened() as (_, registry):
         registry.pin(tenant or SHARED, name, True)
-    typer.echo(f"pinned: {name}; `lorabatch adapters warm {name}` loads it now")
+    whose = f" --tenant {tenant}" if tenant else ""
+    typer.echo(f"pinned: {name}; `lorabatch adapters warm {name}{whose}` loads it now")
 
 
 def unpin(name: Name, tenant: Tenant = None) -> None:
@@ -93,9 +95,10 @@ def unpin(name: Name, tenant: Tenant = None) -> None:
 def retry(name: Name, tenant: Tenant = None) -> None:
     """Let an adapter that was set aside be tried again at once."""
     with opened() as (_, registry):
-        faulty = [e for e in registry.versions(tenant or SHARED, name) if e.fault is not None]
+        versions = _versions(registry, name, tenant)
+        faulty = [entry for entry in versions if entry.fault is not None]
         for entry in faulty:
-            registry.forgive(entry.version)
+            registry.forgive(entry.key)
     typer.echo(f"to be tried again: {len(faulty)} versions of {name}")
 
 
@@ -105,20 +108,32 @@ def prune() -> None:
         typer.echo(f"deleted: {_prune(settings, registry)} versions")
 
 
+def _versions(registry: Registry, name: str, tenant: str | None) -> list[Registered]:
+    versions = registry.versions(tenant or SHARED, name)
+    if not versions:
+        raise UnknownAdapter(
+            f"adapter {name!r}: not registered for {tenant or 'everybody'}; "
+            "see `lorabatch adapters list`"
+        )
+    return versions
+
+
 def _prune(
-    settings: Settings, registry: Registry, names: Sequence[tuple[str, str]] | None = None
+    settings: Settings, registry: Registry, names: Collection[tuple[str, str]] | None = None
 ) -> int:
     """Of these names, or of all: how many went."""
-    unused = registry.unused()
-    chosen = [e for e in unused if names is None or (e.tenant, e.adapter_id) in names]
-    for entry in chosen:
-        registry.forget(entry)
+    gone = registry.prune(names)
     needed = {entry.location for entry in registry.everything()}
-    for entry in chosen:
+    store = settings.adapter_store_folder
+    for entry in gone:
         folder = Path(entry.location)
-        if folder.parent == settings.adapter_store_folder and entry.location not in needed:
-            shutil.rmtree(folder, ignore_errors=True)
-    return len(chosen)
+        if folder.parent == store and entry.location not in needed and folder.is_dir():
+            # Out of sight at once: who registers the same files again must not find half of them.
+            trash = store / ".trash"
+            trash.mkdir(exist_ok=True)
+            last = folder.rename(trash / f"{folder.name}-{uuid.uuid4().hex}")
+            shutil.rmtree(last, ignore_errors=True)
+    return len(gone)
 
 
 def _print(entries: Sequence[Registered], as_json: bool) -> None:

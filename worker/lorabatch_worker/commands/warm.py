@@ -32,7 +32,7 @@ def warm(
     try:
         while True:
             said = _ask(app, arguments)
-            if not any(LOADING in answer for answer in said.values()):
+            if LOADING not in said.values():
                 break
             if time.monotonic() > deadline_s:
                 raise WaitTimeout(f"adapter {name!r}: not loaded after {timeout_s:.0f} s: {said}")
