@@ -6,8 +6,8 @@
 comes, makes 4 tokens and goes: in `warm` rounds its adapter is in host memory, in `cold` ones its
 files are on disk only, and are read, checked and laid out while the others go on. Step times are
 the engine's, of the steps between the first arrival and the end of the last one's job; rounds take
-turns, now the one first, now the other, because texts grow and steps with them. `p99_ratio` is that
-of cold over that of warm, median over the rounds; `job_ms` is how long the 20 jobs took on average.
+turns, each with a new crowd, because texts grow and steps with them. `p99_ratio` is that of cold
+over that of warm, median over the rounds; `job_ms` is how long the 20 jobs took on average.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorabatch.ledger import Claim, Outcome
 from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_worker.bundled import bundled_checkpoint
 
-STEPS_BETWEEN, SHORT_TOKENS = 12, 4
+STEPS_BETWEEN, SHORT_TOKENS, LONG_TOKENS = 12, 4, 3900
 
 
 class Clocked:
@@ -116,25 +116,27 @@ def main() -> None:
         versions=versions,
         adapter_slots=32,
         adapter_cache_bytes=16 << 30,
-        max_context_tokens=8192,
-        kv_cache_tokens=args.running * 8192,
+        max_context_tokens=4096,
+        kv_cache_tokens=(args.running + 8) * 4096,
         prefix_cache=False,
         dtype=args.dtype,
     )
     clocked = Clocked(ours, versions)
     warm = names[8 : 8 + args.arrivals]
     load_once(ours, versions, names[: 8 + args.arrivals])
-    for i, request in enumerate(plain):
-        clocked.submit(Request(request.ids, names[i % 8]), 7_900)
-    clocked.wait_steps(60)
+    crowd = [Request(request.ids, names[i % 8]) for i, request in enumerate(plain)]
     short = plain[0].ids[:64]
     found: dict[str, list[tuple[list[float], float]]] = {"warm": [], "cold": []}
     for i in range(args.rounds):
         first = 8 + args.arrivals * (i + 1)
         pair = [("warm", warm), ("cold", names[first : first + args.arrivals])]
-        for kind, chosen in pair[:: 1 if i % 2 else -1]:  # texts grow, and steps with them
+        for kind, chosen in pair[:: 1 if i % 2 else -1]:
+            running = [clocked.submit(request, LONG_TOKENS) for request in crowd]
+            clocked.wait_steps(40)
             found[kind].append(clocked.round([Request(short, name) for name in chosen]))
-            clocked.wait_steps(20)
+            for job_id in running:  # texts grow, and steps with them: every round begins anew
+                ours.engine.abort(job_id, "cancelled")
+            clocked.wait(running)
     pairs = list(zip(found["cold"], found["warm"], strict=True))
     record(
         "cold",

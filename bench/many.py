@@ -43,11 +43,12 @@ def registered(paths: list[Path], home: Path) -> tuple[Registry, dict[str, str]]
     known = {entry.adapter_id: entry.version for entry in registry.names()}
     for path in paths:
         if path.name not in known:
-            known[path.name] = version_of(path)
-            entry = Registered(
-                SHARED, path.name, known[path.name], str(path), None, None, 0, created_us=0
-            )
-            registry.add(entry)
+            version = known[path.name] = version_of(path)
+            store = home / "adapter-store"  # as `lorabatch adapters add` has it, but for the copy
+            store.mkdir(exist_ok=True)
+            (store / version).symlink_to(path)
+            where = str(store / version)
+            registry.add(Registered(SHARED, path.name, version, where, None, None, 0, created_us=0))
     return registry, known
 
 

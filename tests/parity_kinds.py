@@ -40,7 +40,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"r": 8},
     "rsLoRA": {"r": 3, "use_rslora": True},
     "rank_pattern, alpha_pattern": {"rank_pattern": {"1": 2}, "alpha_pattern": {"0": 20}},
-    "layers_to_transform": {"r": 5, "layers_to_transform": [1]},
+    "layers_to_transform": {
+        "r": 5,
+        "layers_to_transform": [1],
+        "target_modules": ["q_proj", "qkv_proj", "c_attn"],
+    },
     "DoRA": {"r": 5, "use_dora": True},
     "DoRA, rsLoRA": {"r": 2, "use_dora": True, "use_rslora": True},
     "bias": {"r": 4, "bias": "lora_only"},

@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["compute_beside", "compute_with"]
 
-NICE = 15
+NICE = 12
 
 
 def compute_with(threads: int) -> None:

@@ -223,7 +223,9 @@ class AdapterStore:
     def _read_from(
         self, folder: Path, key: Key, entry: Entry, signature: Signature | None
     ) -> Adapter:
-        version = version_of(folder)  # reads all of a slow disk, which others need not wait for
+        # A folder that is named by its version was checked when it was put there. Otherwise all of
+        # it is read here, on however slow a disk, which others need not wait for.
+        version = folder.name if folder.name == entry.version else version_of(folder)
         if entry.version not in (None, version):
             raise InvalidAdapter(
                 f"adapter {entry.adapter_id!r}: its files are of version {version[:12]} now, "
