@@ -30,10 +30,14 @@ def many(rows: Sequence[Row]) -> Figure:
                 axis.plot(*zip(*points, strict=True), color=colour, marker=mark, label=label)
         axis.axvline(row.number("slots"), color=GREY, linestyle=":", label="slots")
         axis.axhline(1.0, color=GREY, linewidth=0.8)
+        counts = sorted({int(name.partition(" ")[0]) for name in found})
         axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
         axis.set_ylim(0, 1.25)
         axis.set_xlabel("adapters to draw from")
         axis.set_ylabel("throughput, 8 adapters that fit = 1")
-        axis.set_title(f"{SHORT.get(str(row['dtype']), row['dtype'])}, {row['requests']} requests")
+        room = f"{row.number('host_bytes') / 2**30:.0f} GiB for adapters in memory"
+        axis.set_title(f"{SHORT.get(str(row['dtype']), row['dtype'])}, {room}")
         axis.legend(loc="lower left")
     return figure

@@ -46,7 +46,7 @@ CONDITIONS = {
     "context": ("dtype", "batch", "adapters"),
     "prefix": ("dtype", "jobs", "prefix_tokens", "adapters"),
     "end_to_end": ("dtype", "jobs", "engine"),
-    "many": ("dtype", "slots", "requests"),
+    "many": ("dtype", "slots", "host_bytes"),
 }
 """What two rows of a question must agree in for the later one to replace the other."""
 

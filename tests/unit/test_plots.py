@@ -41,7 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "many": {
         "slots": 32,
-        "requests": 9,
+        "host_bytes": 1 << 30,
         "of_few": {"8 equal": 1.0, "8 zipf": 1.0, "1000 zipf": 0.9, "1000 even": 0.8},
     },
     "end_to_end": {"engine": "real", "jobs": 9, "engine_to_service": 0.9, "seconds": SECONDS},
