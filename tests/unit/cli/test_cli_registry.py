@@ -52,6 +52,14 @@ def test_what_is_added_is_listed_and_its_files_are_kept(
     assert str(entry["version"])[:12] in run("list")
 
 
+def test_a_folder_needs_no_dot_before_it(
+    run: Run, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(mine, mine.parent / "some" / "where" / "sql", dirs_exist_ok=True)
+    monkeypatch.chdir(mine.parent)
+    assert run("add", "sql", "some/where/sql").startswith("registered: sql")
+
+
 def test_another_version_under_the_same_name(run: Run, mine: Path) -> None:
     run("add", "sql", mine)
     assert run("add", "sql", mine).startswith("registered already: sql")

@@ -52,7 +52,8 @@ def add(
     settings = settings_for(base_model, max_adapter_rank)
     whose = _checked_names(name, tenant)
     try:
-        location = Location.parse(source)
+        here = Path(source).is_dir()  # as LORABATCH_ADAPTERS takes it, with or without ./
+        location = Location.parse(str(Path(source).resolve()) if here else source)
     except ValueError as error:
         typer.secho(f"lorabatch: {error}", err=True)
         raise typer.Exit(2) from None
