@@ -15,6 +15,7 @@ from lorabatch.tables import usage_events
 from tests.broker_desk import BrokerDesk
 from tests.desk import WAIT_S, Desk, start
 from tests.ended_jobs import JOBS, ended
+from tests.hub_server import HubServer, serve
 from tests.models import bundled_folder
 from tests.scheduling import LAYOUT
 
@@ -84,3 +85,15 @@ def filled(ledger: Ledger) -> Ledger:
             query = sa.update(usage_events).where(usage_events.c.job_id == job_id)
             connection.execute(query.values(occurred_us=micros))
     return ledger
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with serve(tmp_path, monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Path:
+    """Where a source brings an adapter's files."""
+    return tmp_path / "into"

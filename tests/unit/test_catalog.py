@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 
 from lorabatch import Settings
@@ -107,23 +106,6 @@ def test_a_folder_that_went_away_is_unavailable_and_never_looked_for_elsewhere(
 
 
 # -- the Hub ------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub of one adapter at two revisions."""
-    write(tmp_path / "repo" / "main")
-    write(tmp_path / "repo" / "v1", {"lora_alpha": 4})
-    server = HubServer(tmp_path / "repo" / "main", tmp_path / "repo" / "v1")
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield server
-    server.close()
 
 
 def scale_of(folder: Path) -> float:
@@ -246,13 +228,13 @@ def test_a_tenant_is_not_told_of_another_s(home: Path, tmp_path: Path, registry:
 def test_a_registered_one_of_the_hub_is_fetched_once_and_must_be_that_version(
     hub: HubServer, home: Path, tmp_path: Path, registry: Registry
 ) -> None:
-    version = register(registry, "sql", tmp_path / "repo" / "v1", f"hub:acme/sql@{OLD}")
+    version = register(registry, "sql", tmp_path / "v1", f"hub:acme/sql@{OLD}")
     found = catalog(home, registry=registry)
     first = where(found, "sql", version=version)
     assert first == home / "adapter-cache" / version
     asked = len(hub.asked)
     assert where(catalog(home, registry=registry), "sql", version=version) == first
     assert len(hub.asked) == asked
-    register(registry, "other", tmp_path / "repo" / "main", f"hub:acme/sql@{OLD}")
+    register(registry, "other", tmp_path / "main", f"hub:acme/sql@{OLD}")
     with pytest.raises(InvalidAdapter, match="adapter 'other': its files are of version"):
         where(found, "other")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -23,21 +22,8 @@ from tests.hub_server import (
     HubServer,
     content,
     fetcher,
-    serve,
     wanted,
 )
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with serve(tmp_path, monkeypatch) as server:
-        yield server
-
-
-@pytest.fixture
-def into(tmp_path: Path) -> Path:
-    return tmp_path / "into"
-
 
 # -- what comes ---------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -26,21 +25,9 @@ from tests.hub_server import (
     ask,
     content,
     fetcher,
-    serve,
     sibling,
     wanted,
 )
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    with serve(tmp_path, monkeypatch) as server:
-        yield server
-
-
-@pytest.fixture
-def into(tmp_path: Path) -> Path:
-    return tmp_path / "into"
 
 
 def test_what_was_cut_goes_on_from_there(hub: HubServer, home: Path, into: Path) -> None:

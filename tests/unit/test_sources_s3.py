@@ -86,11 +86,6 @@ def proxy(
     made.close()
 
 
-@pytest.fixture
-def into(tmp_path: Path) -> Path:
-    return tmp_path / "into"
-
-
 def fetcher(home: Path, **more: Any) -> Fetcher:
     return Fetcher(Settings.load(home=home, **more))
 
