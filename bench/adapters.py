@@ -25,7 +25,7 @@ from bench.throughput import in_turns
 from bench.workload import Request, make_requests, write_adapters
 from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_worker.bundled import bundled_checkpoint
-from lorabatch_worker.engine import cores
+from lorabatch_worker.threads import cores
 
 LEAST_REQUESTS = 16
 

@@ -31,8 +31,8 @@ from lorabatch.embedded import ensure_valkey, stop_valkey
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_producer import Producer
+from lorabatch_worker.build import build_engine
 from lorabatch_worker.bundled import bundled_checkpoint
-from lorabatch_worker.engine import build_engine
 
 NEW_TOKENS = 8
 SUBJECTS = "moon tea bridge honey chess winter map glass salt clock".split()

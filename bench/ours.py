@@ -13,7 +13,7 @@ from lorabatch import Job, Settings
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.registry import Registry
 from lorabatch_worker.adapters.weights import Adapter
-from lorabatch_worker.engine import build_engine
+from lorabatch_worker.build import build_engine
 from lorabatch_worker.sequence import Sequence as EngineSequence
 
 HOME = Path(__file__).parents[1] / ".lorabatch"

@@ -26,7 +26,7 @@ from bench.record import record
 from bench.workload import make_requests, write_adapters
 from lorabatch.settings import DEFAULT_BASE_MODEL
 from lorabatch_worker.bundled import bundled_checkpoint
-from lorabatch_worker.engine import cores
+from lorabatch_worker.threads import cores
 
 PEERS = ("peft", "vllm", "llamacpp")
 PAUSE_S = 1.0

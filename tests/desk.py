@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from lorabatch import Job, Result, Settings
-from lorabatch.ledger import Outcome
-from lorabatch_worker.engine import Engine, build_engine
+from lorabatch.ledger import Claim, Outcome
+from lorabatch_worker.build import build_engine
+from lorabatch_worker.engine import Engine
 from tests.models import ROOT, bundled_folder, claim, quiet_peft
 
 WAIT_S = 120.0
@@ -55,13 +57,18 @@ class Desk:
         self.engine = engine
         self.started: list[str] = []
         self.outcomes: list[Outcome] = []
+        self.postponed: list[str] = []
         self._changed = threading.Condition()
-        engine.start(self._on_started, self._on_finished)
+        engine.start(self._on_started, self._on_finished, self._on_postponed)
 
     def _on_started(self, job_ids: Sequence[str]) -> None:
         with self._changed:
             self.started.extend(job_ids)
             self._changed.notify_all()
+
+    def _on_postponed(self, claims: Sequence[Claim], until: Future[Any]) -> None:
+        with self._changed:
+            self.postponed += [claim.job.job_id for claim in claims]
 
     def _on_finished(self, outcomes: Sequence[Outcome]) -> None:
         with self._changed:

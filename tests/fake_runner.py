@@ -14,13 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorabatch import Job, Result, Settings, Usage
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
 from lorabatch_worker.adapters.wanted import Wanted
+from lorabatch_worker.runner import Postpone
 
 
 def fake_text(job: Job) -> str:
@@ -70,13 +73,24 @@ class FakeRunner:
         self,
         on_started: Callable[[Sequence[str]], None],
         on_finished: Callable[[Sequence[Outcome]], None],
+        on_postponed: Postpone | None = None,
     ) -> None:
         self._on_started, self._on_finished = on_started, on_finished
+        self._on_postponed = on_postponed
         self._thread.start()
 
     def submit(self, claims: Sequence[Claim]) -> None:
         with self._lock:
             self._waiting.extend(claims)
+
+    def postpone(self, until: Future[Any]) -> list[str]:
+        """What waits, as if its adapters were being fetched: the job ids."""
+        with self._lock:
+            claims = list(self._waiting)
+            self._waiting.clear()
+        assert self._on_postponed is not None
+        self._on_postponed(claims, until)
+        return [claim.job.job_id for claim in claims]
 
     def warm(self, wanted: Wanted) -> str:
         return "loaded"

@@ -66,6 +66,9 @@ class HubServer(ThreadingHTTPServer):
         """Of each request for a file, in order."""
         return [span for path, span in self.asked if path.endswith(f"/{name}")]
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who asked has gone: a worker that was stopped."""
+
     def close(self) -> None:
         self.hang.set()
         self.trickle = False

@@ -198,8 +198,8 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="*", help="only these (default: all)")
     parser.add_argument("--home", type=Path, default=ROOT / ".lorabatch")
     args = parser.parse_args()
+    from lorabatch_worker.build import build_engine
     from lorabatch_worker.bundled import bundled_checkpoint
-    from lorabatch_worker.engine import build_engine
 
     warnings.simplefilter("ignore")
     folder = bundled_checkpoint(BASE_ID, args.home)

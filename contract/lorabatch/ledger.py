@@ -203,20 +203,23 @@ class Ledger:
                 )
         return lost, cancelled
 
-    def release(self, claims: Sequence[Claim]) -> None:
-        """Hand jobs back unrun, as queued; one whose lease was lost is left alone."""
+    def release(self, claims: Sequence[Claim], as_sent: bool = False) -> None:
+        """Hand jobs back unrun, as queued; one whose lease was lost is left alone. `as_sent`: their
+        message is taken to be sent now, by who goes on to do that."""
         with self.engine.begin() as connection:
             rows = _by_id(locked(connection, [claim.job.job_id for claim in claims]))
             held = [rows[c.job.job_id] for c in claims if stands(rows.get(c.job.job_id), c)]
             if not held:
                 return
+            now = self._now(connection)
+            sent = {"sent_us": now} if as_sent else {}
             connection.execute(
                 sa.update(jobs)
                 .where(jobs.c.job_id == sa.bindparam("id"))
-                .values(state="queued", lease_owner=None, lease_expires_us=None),
+                .values(state="queued", lease_owner=None, lease_expires_us=None, **sent),
                 [{"id": row.job_id} for row in held],
             )
-            end_attempts(connection, [(row, "released") for row in held], self._now(connection))
+            end_attempts(connection, [(row, "released") for row in held], now)
 
     def record(self, outcomes: Sequence[Outcome], starts: Sequence[Start] = ()) -> set[str]:
         """Write results, usage and final states in one transaction: the job ids written.

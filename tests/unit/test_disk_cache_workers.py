@@ -161,3 +161,21 @@ def test_a_crash_leaves_nothing_visible_and_is_gone_on_from(root: Path) -> None:
     version, folder = DiskCache(root, 2500).put(None, rest, "key")
     assert kept(root) == {version}
     assert (folder / WEIGHTS).read_text() == "half and the other half"
+
+
+def test_nobody_waits_for_ever_for_one_who_fetches(root: Path) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        inside.set()
+        assert go_on.wait(WAIT_S)
+        fill_with_a(folder)
+
+    first = threading.Thread(target=lambda: DiskCache(root, SIZE).put(None, slow, "key"))
+    first.start()
+    assert inside.wait(WAIT_S)
+    with pytest.raises(AdapterUnavailable, match=r"for 0\.1 s without an end"):
+        DiskCache(root, SIZE, wait_s=0.1).put(None, fill_with_a, "key")
+    go_on.set()
+    first.join(WAIT_S)
+    assert len(kept(root)) == 1

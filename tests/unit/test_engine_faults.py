@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabatch import Job
+from lorabatch_worker.adapters.wanted import Wanted
 from tests.bad_adapters import write
-from tests.desk import Desk, job, leave_nothing, long, start
+from tests.desk import WAIT_S, Desk, job, leave_nothing, long, start
 
 
 def test_what_cannot_run_fails_alone(desk: Desk, tmp_path: Path) -> None:
@@ -100,6 +101,34 @@ def test_a_step_that_raises_fails_its_jobs_and_the_engine_goes_on(
         assert "secret" not in result.error.message
     assert own.run(job("after", adapter="all"))["after"].state == "succeeded"
     assert sorted(own.reported()) == ["after", "neighbour", "poison"]
+    leave_nothing(own.engine)
+
+
+def test_an_adapter_that_the_device_has_no_room_for_fails_its_jobs_alone(
+    own: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.engine.store.request(Wanted("", "all")).result(WAIT_S)  # as the engine does at its start
+    slots = own.engine.scheduler.slots
+    load = slots._load
+
+    def no_room(adapter: Any, resident: Any) -> None:
+        if adapter.adapter_id == "all":
+            raise torch.OutOfMemoryError("secret detail")
+        load(adapter, resident)
+
+    monkeypatch.setattr(slots, "_load", no_room)
+    names = {"large-0": "all", "large-1": "all", "small": "attention", "base": None}
+    results = own.run(*(job(name, adapter=adapter) for name, adapter in names.items()))
+    assert {results[name].state for name in ("small", "base")} == {"succeeded"}
+    for name in ("large-0", "large-1"):
+        error = results[name].error
+        assert error is not None
+        assert "'all'" in error.message
+        assert "OutOfMemoryError" in error.message
+        assert "secret" not in error.message
+    again = own.run(job("again", adapter="all"))["again"].error
+    assert again is not None
+    assert "tried again" in again.message, "not before some time has passed"
     leave_nothing(own.engine)
 
 

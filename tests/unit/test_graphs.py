@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorabatch import Job
-from lorabatch_worker import attention
-from lorabatch_worker import engine as engine_module
+from lorabatch_worker import attention, build
 from lorabatch_worker import graphs as graphs_module
 from lorabatch_worker.graphs import CudaCapture, bucket_sizes
 from lorabatch_worker.model_runner import ModelRunner
@@ -229,7 +228,7 @@ def start(
             runner = partial(ModelRunner, capture=None if recorded else broken)
         elif recorded:
             runner = partial(ModelRunner, rows=False, capture=Recorder())
-        monkeypatch.setattr(engine_module, "ModelRunner", runner)
+        monkeypatch.setattr(build, "ModelRunner", runner)
         desks.append(Desk(engine_for(tiny_folder, home, adapters=adapters, **fields)))
         return desks[-1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from lorabatch import Job, Ledger, Result, Settings
 from lorabatch.ledger import Message, Start
 from lorabatch.queue import make_app, send
 from lorabatch.tables import jobs
+from lorabatch_worker import postponed
 from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.intake import Intake, IntakeParts
 from lorabatch_worker.leases import Leases
 from lorabatch_worker.live import LiveJobs
+from lorabatch_worker.postponed import Postponed
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.pulse import Pulse
 from lorabatch_worker.recorder import Recorder
@@ -51,6 +54,7 @@ class Bench:
         )
         app: Any = SimpleNamespace(backend=backend)
         self.publisher = Publisher(app, lambda call: call())
+        self.postponed = Postponed(app, "q", ledger, self.live, lambda call: call())
         self.recorder = Recorder(ledger, self.live, self.publisher, settings.in_hand)
         self.pulse = Pulse(runner, settings.lease_s)
         self.leases = Leases(settings, ledger, self.live, runner, self.pulse)
@@ -68,8 +72,8 @@ class Bench:
         )
 
     def start(self) -> None:
-        self.runner.start(self._started, self.recorder.put)
-        for part in (self.publisher, self.recorder, self.leases, self.intake):
+        self.runner.start(self._started, self.recorder.put, self.postponed.put)
+        for part in (self.publisher, self.recorder, self.leases, self.intake, self.postponed):
             part.start()
 
     def _started(self, job_ids: Sequence[str]) -> None:
@@ -86,6 +90,7 @@ class Bench:
         self.leases.close()
         self.runner.drain(0)
         self.recorder.abandon()
+        self.postponed.close()
         self.publisher.close()
         wait_until(lambda: not (self.intake.running or self.recorder.running))
 
@@ -264,9 +269,38 @@ def test_the_sweeper_sends_what_is_nowhere_and_nothing_else(
     for name in ("given_out", "crashed"):
         broker.hset("unacked", name, b'[%s, "", "q"]' % broker.rpop(settings.queue))
     send(app, settings.queue, [messages["queued"]])
-    sweeper = Sweeper(app, now, ledger, live)
+    sweeper = Sweeper(app, now, ledger, [live.ids])
     assert sweeper.sweep() == 2
     assert sweeper.sweep() == 0
     sent = {task_id_of(raw) for raw in broker.lrange(settings.queue, 0, -1)}
     assert sent == {"queued", "nowhere", "crashed"}
     app.close()
+
+
+def test_what_is_postponed_is_acknowledged_and_sent_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(
+        postponed, "send", lambda app, queue, messages: sent.extend(m.job_id for m in messages)
+    )
+    bench.runner.slots = 0  # all wait
+    bench.start()
+    acknowledged: list[str] = []
+    for name in ("pointer", "alias", "limited"):
+        delivery = Delivery(name, lambda _: None, kwargs={"prompt": "x", "idempotency_key": name})
+        if name != "limited":
+            delivery.on_postponed = lambda name=name: acknowledged.append(name)  # type: ignore[misc]
+        bench.intake.put(delivery)
+    bench.ledger.accept([Job(job_id="other", prompt="x", idempotency_key="alias")])
+    wait_until(lambda: bench.ledger.counts() == {"running": 3})
+    until: Future[None] = Future()
+    assert len(bench.runner.postpone(until)) == 3
+    wait_until(lambda: bench.ledger.counts() == {"queued": 3})
+    wait_until(lambda: bench.live.counts() == {"live": 0, "held": 2})
+    assert acknowledged == ["pointer"], "the others say more than a pointer would"
+    assert bench.postponed.ids() == {"pointer", "other", "limited"}
+    assert not bench.ledger.nowhere(5.0)
+    until.set_result(None)
+    wait_until(lambda: not bench.postponed.ids())
+    assert sorted(sent) == ["limited", "other", "pointer"]

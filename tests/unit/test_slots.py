@@ -97,6 +97,30 @@ def test_one_in_use_is_never_taken(sites: dict[str, LoraSite]) -> None:
     assert torch.equal(sites["q"].rows(users[2].slot)[0], b.sites["q"].a)
 
 
+@pytest.mark.parametrize("pool_rows", [None, 6])
+def test_one_that_cannot_be_loaded_leaves_its_place(
+    pool_rows: int | None, sites: dict[str, LoraSite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if pool_rows is not None:
+        sites = {n: site(1, 4, pool_rows, False) for n in SITES}
+    slots = AdapterSlots(sites, 1, pool_rows)
+    fits, large = adapter("fits", {"q": 4}), adapter("large", {"q": 4})
+    kind = type(sites["q"])
+    put = kind.put
+
+    def no_room(self: Any, slot: int, weights: Any, *rest: Any) -> None:
+        if weights is large.sites["q"]:
+            raise MemoryError
+        put(self, slot, weights, *rest)
+
+    monkeypatch.setattr(kind, "put", no_room)
+    for user in (sequence(large), sequence(large)):
+        with pytest.raises(MemoryError):
+            slots.acquire(user)
+        assert (user.slot, slots.resident, slots.users) == (-1, 0, 0)
+    assert use(slots, fits) == 0
+
+
 def test_a_smaller_adapter_leaves_nothing_of_a_bigger_one(sites: dict[str, LoraSite]) -> None:
     slots = AdapterSlots(sites, 1)
     use(slots, adapter("big", {"q": 4, "v": 4, "up": 2}))

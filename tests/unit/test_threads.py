@@ -11,7 +11,7 @@ import torch
 
 from lorabatch import Job
 from lorabatch_worker.scheduler import Chunk
-from lorabatch_worker.threads import compute_with
+from lorabatch_worker.threads import Daemons, compute_with
 from tests.desk import WAIT_S, Desk, engine_for
 
 
@@ -64,3 +64,38 @@ def test_the_engine_computes_with_its_threads_after_adapters_were_loaded(
     assert set(counts) == {3}
     assert set(loads) == {1}
     assert desk.engine.drain(WAIT_S) == []
+
+
+def test_daemons_run_what_they_are_given_until_they_are_closed() -> None:
+    pool = Daemons(2, "test")
+    hang, seen = threading.Event(), threading.Semaphore(0)
+    pool.submit(lambda: seen.release() if hang.wait(WAIT_S) else None)
+    for _ in range(3):
+        pool.submit(seen.release)
+    for _ in range(3):
+        assert seen.acquire(timeout=WAIT_S), "one that hangs leaves the other"
+    assert not seen.acquire(blocking=False)
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(seen.release)
+    hang.set()
+    assert seen.acquire(timeout=WAIT_S)
+
+
+def test_what_has_not_begun_when_daemons_are_closed_never_does() -> None:
+    pool = Daemons(1, "test")
+    begun, hang, ran = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        hang.wait(WAIT_S)
+
+    pool.submit(slow)
+    pool.submit(ran.set)
+    assert begun.wait(WAIT_S)
+    pool.close()
+    hang.set()
+    for thread in threading.enumerate():
+        if thread.name == "test-0":
+            thread.join(WAIT_S)
+    assert not ran.is_set()

@@ -78,7 +78,7 @@ def _generate(**job: Any) -> None:
 
 
 def _build_engine(settings: Settings) -> Runner:
-    from lorabatch_worker.engine import build_engine
+    from lorabatch_worker.build import build_engine
 
     database = connect(settings.resolved_database_url)
     return build_engine(settings, Registry(database, settings.base_model))

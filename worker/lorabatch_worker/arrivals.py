@@ -2,7 +2,9 @@
 
 They are prepared on the adapter store's threads; the engine's thread takes what is ready before
 each step, with the aborts of what it has already. A job that cannot be prepared ends as a failed
-outcome with a code of the error tree. All methods may be called from any thread.
+outcome with a code of the error tree. No more than `room` jobs wait here for adapters that are
+being fetched: the newest beyond that are postponed, or those of a dead source would be all that
+this worker has. All methods may be called from any thread.
 """
 
 from __future__ import annotations
@@ -14,17 +16,24 @@ from collections.abc import Callable
 from collections.abc import Sequence as List
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
-from lorabatch_worker.adapters.store import AdapterStore
+from lorabatch_worker.adapters.store import AdapterStore, Loading
 from lorabatch_worker.adapters.wanted import Wanted, WantedMerge, wanted_by
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.outcome import aborted, explained, failed
 from lorabatch_worker.retry import Stopped
+from lorabatch_worker.runner import Postpone
 from lorabatch_worker.sequence import Sequence
 
 __all__ = ["Arrivals"]
+
+
+class _Preparing(NamedTuple):
+    claim: Claim
+    adapter: Loading | None
 
 
 class Arrivals:
@@ -36,14 +45,18 @@ class Arrivals:
         store: AdapterStore,
         base_model: str,
         report: Callable[[List[Outcome]], None],
+        room: int,
     ) -> None:
-        self.preparing: dict[str, Claim] = {}
+        """`room`: how many may wait for fetches once there is a `postpone`."""
+        self.postpone: Postpone | None = None
+        self.preparing: dict[str, _Preparing] = {}
         self.ready: list[Sequence] = []
         self._aborts: dict[str, str | None] = {}  # job id -> reason; None: without an outcome
         self._sequence_of = prepare
         self._store = store
         self._base_model = base_model
         self._report = report
+        self._room = room
         self._rendering = ThreadPoolExecutor(1, "render")
         self._changed = threading.Condition()
         self._woken = False
@@ -54,16 +67,17 @@ class Arrivals:
 
     def submit(self, claims: List[Claim]) -> None:
         by_adapter: dict[Wanted | WantedMerge | None, list[Claim]] = defaultdict(list)
-        with self._changed:
-            for claim in claims:
-                self.preparing[claim.job.job_id] = claim
-                by_adapter[wanted_by(claim)].append(claim)
+        for claim in claims:
+            by_adapter[wanted_by(claim)].append(claim)
         for wanted, group in by_adapter.items():
-            if wanted is None:
+            adapter = None if wanted is None else self._store.request(wanted)
+            with self._changed:
+                self.preparing.update((c.job.job_id, _Preparing(c, adapter)) for c in group)
+            if adapter is None:
                 self._prepare(group, None)
             else:
-                future = self._store.request(wanted)
-                future.add_done_callback(partial(self._adapter_came, group))
+                adapter.add_done_callback(partial(self._adapter_came, group))
+        self._keep_room()
 
     def withdraw(self, job_ids: List[str], reason: str | None) -> None:
         """End what is still here now, and the rest before the next step. Without a reason, nothing
@@ -72,7 +86,8 @@ class Arrivals:
         with self._changed:
             ready = {s.job_id: s for s in self.ready}
             for job_id in job_ids:
-                claim = self.preparing.pop(job_id, None)
+                preparing = self.preparing.pop(job_id, None)
+                claim = preparing and preparing.claim
                 if job_id in ready:
                     self.ready.remove(ready[job_id])
                     claim = ready[job_id].claim
@@ -86,6 +101,7 @@ class Arrivals:
 
     def take(self) -> tuple[list[Sequence], dict[str, str | None]]:
         """What is ready to run, and the aborts of what had been taken before."""
+        self._keep_room()
         with self._changed:
             ready, self.ready = self.ready, []
             aborts, self._aborts = self._aborts, {}
@@ -106,9 +122,23 @@ class Arrivals:
         """What is left, by job. An adapter that comes after this reports nothing."""
         self._rendering.shutdown(wait=False, cancel_futures=True)
         with self._changed:
-            left = {s.job_id: s.claim for s in self.ready} | self.preparing
+            left = {s.job_id: s.claim for s in self.ready}
+            left |= {job_id: one.claim for job_id, one in self.preparing.items()}
             self.ready, self.preparing = [], {}
         return left
+
+    def _keep_room(self) -> None:
+        if self.postpone is None or len(self.preparing) <= self._room:
+            return
+        surplus: dict[Loading, list[Claim]] = defaultdict(list)
+        with self._changed:
+            waiting = [one for one in self.preparing.values() if _is_fetched(one.adapter)]
+            for claim, adapter in waiting[self._room :]:
+                del self.preparing[claim.job.job_id]
+                assert adapter is not None
+                surplus[adapter].append(claim)
+        for adapter, claims in surplus.items():
+            self.postpone(claims, adapter)
 
     # -- on the store's threads ----------------------------------------------
 
@@ -124,6 +154,8 @@ class Arrivals:
 
     def _adapter_is_here(self, claims: list[Claim], adapter: Adapter) -> None:
         """What an adapter's own template takes must hold up neither this thread nor other jobs."""
+        with self._changed:
+            claims = [claim for claim in claims if self._has(claim)]
         chats = [c for c in claims if adapter.chat_template and c.job.messages is not None]
         self._prepare([c for c in claims if c not in chats] if chats else claims, adapter)
         if chats:
@@ -139,15 +171,24 @@ class Arrivals:
                 self._fail([claim], explained(error, what))
                 continue
             with self._changed:
-                if self.preparing.get(claim.job.job_id) is claim:
+                if self._has(claim):
                     del self.preparing[claim.job.job_id]
                     self.ready.append(sequence)
                     self._changed.notify()
 
     def _fail(self, claims: list[Claim], info: ErrorInfo) -> None:
         with self._changed:
-            mine = [c for c in claims if self.preparing.get(c.job.job_id) is c]
+            mine = [claim for claim in claims if self._has(claim)]
             for claim in mine:
                 del self.preparing[claim.job.job_id]
         if mine:
             self._report([failed(c, info, self._base_model) for c in mine])
+
+    def _has(self, claim: Claim) -> bool:
+        """Whether it is still to be prepared: it may have been withdrawn, or come again."""
+        preparing = self.preparing.get(claim.job.job_id)
+        return preparing is not None and preparing.claim is claim
+
+
+def _is_fetched(adapter: Loading | None) -> bool:
+    return adapter is not None and adapter.fetching and not adapter.done()

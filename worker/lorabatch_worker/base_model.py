@@ -26,7 +26,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded causal language model, its tokenizer and the token ids that end a text."""
+    """A loaded causal language model, its tokenizer and the token ids that end a text. A job may
+    have `max_context_tokens`, the model has `positions` (None: any number)."""
 
     name: str
     folder: Path
@@ -36,6 +37,7 @@ class BaseModel:
     dtype: torch.dtype
     eos_ids: frozenset[int]
     max_context_tokens: int
+    positions: int | None = None
 
     def tokenizer_for(self, adapter: Adapter | None) -> Any:
         """Its own, or that of an adapter that adds tokens."""
@@ -76,7 +78,8 @@ def load_base_model(settings: Settings) -> BaseModel:
             f"{type(model).__name__} needs ({lacking}); wanted a complete causal language model"
         )
     model = model.to(device).eval().requires_grad_(False)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = min(settings.max_context_tokens, positions or settings.max_context_tokens)
     return BaseModel(
         name=settings.base_model,
         folder=folder,
@@ -85,7 +88,8 @@ def load_base_model(settings: Settings) -> BaseModel:
         device=device,
         dtype=dtype,
         eos_ids=_eos_ids(model, tokenizer),
-        max_context_tokens=min(settings.max_context_tokens, longest or settings.max_context_tokens),
+        max_context_tokens=longest,
+        positions=positions,
     )
 
 

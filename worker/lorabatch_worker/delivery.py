@@ -26,12 +26,15 @@ WORKFLOW_FIELDS = ("callbacks", "errbacks", "chain", "chord")
 
 @dataclass(eq=False)
 class Delivery:
-    """A message and what to do at its end. `on_started` and `on_ended` run on the hub's thread;
-    `on_ended` acknowledges, so it may only be called once the ledger has the outcome."""
+    """A message and what to do at its end. What is `on_` runs on the hub's thread. `on_ended`
+    acknowledges, so it may only be called once the ledger has the outcome; `on_postponed` does,
+    too, once the ledger has the job as queued, and is None where a pointer to the job's row would
+    not say all that the message says."""
 
     task_id: str
     on_ended: Callable[[Result], None]
     on_started: Callable[[], None] = lambda: None
+    on_postponed: Callable[[], None] | None = None
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     publish: bool = True

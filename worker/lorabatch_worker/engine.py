@@ -11,7 +11,6 @@ and reports the outcomes of what ended in the step before.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,70 +19,24 @@ from collections.abc import Sequence as List
 import torch
 
 from lorabatch.ledger import Claim, Outcome
-from lorabatch.registry import Registry
-from lorabatch.settings import Settings
 from lorabatch_kernels import native
-from lorabatch_worker.adapters.catalog import AdapterCatalog
-from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.adapters.store import AdapterStore
 from lorabatch_worker.adapters.wanted import Wanted
 from lorabatch_worker.adapters.weights import Adapter
-from lorabatch_worker.allocator import keep_freed_memory
 from lorabatch_worker.arrivals import Arrivals
-from lorabatch_worker.base_model import BaseModel, load_base_model
+from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.outcome import explained, failed, finished
 from lorabatch_worker.prompt import Preparer
+from lorabatch_worker.runner import Postpone
 from lorabatch_worker.sampler import UNSOUND, Draw
 from lorabatch_worker.scheduler import Chunk, Scheduler
 from lorabatch_worker.sequence import Sequence
-from lorabatch_worker.target import Shape, target_of
 from lorabatch_worker.threads import compute_with
 
-__all__ = ["Engine", "build_engine"]
+__all__ = ["Engine"]
 
 IDLE_WAIT_S = 0.5
-GPU_SLOTS = 8  # unless told otherwise: each takes memory for the largest rank, or part of a pool
-
-
-def build_engine(settings: Settings, registry: Registry | None = None) -> Engine:
-    """Load the base model and make an engine of it. Takes seconds. Without a registry it knows the
-    configured adapters only."""
-    base = load_base_model(settings)
-    shape = Shape.of(base.model)  # before its layers are replaced
-    on_cpu = base.device.type == "cpu"
-    # A CPU's slots take no memory of their own: every sequence may have another adapter.
-    slots = settings.adapter_slots or (settings.max_seqs if on_cpu else GPU_SLOTS)
-    pool_rows = None if on_cpu else settings.adapter_rank_rows or None
-    runner = ModelRunner(
-        base,
-        settings.kv_cache_tokens,
-        settings.block_size,
-        slots,
-        settings.max_adapter_rank,
-        settings.max_seqs,
-        settings.prefix_cache,
-        pool_rows=pool_rows,
-    )
-    target = target_of(settings, base, shape, runner.layers.__getitem__, runner.ends)
-    store = AdapterStore(AdapterCatalog(settings, registry), target, settings.adapter_cache_bytes)
-    scheduler = Scheduler(
-        runner.blocks,
-        AdapterSlots(runner.sites, slots, pool_rows, runner.changed_ends),
-        settings.max_seqs,
-        settings.max_step_tokens,
-        settings.age_cap_s,
-    )
-    if on_cpu:
-        keep_freed_memory()
-    return Engine(base, runner, scheduler, store, settings.threads or cores())
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Engine:
@@ -96,7 +49,9 @@ class Engine:
         scheduler: Scheduler,
         store: AdapterStore,
         threads: int = 1,
+        fetch_room: int = 16,
     ) -> None:
+        """`fetch_room`: jobs that may wait here for adapters that are being fetched."""
         self.threads = threads
         self.base = base
         self.runner = runner
@@ -111,7 +66,7 @@ class Engine:
         self._progress_s = time.monotonic()
         self.overlaps = base.device.type != "cpu"
         self._ended: list[tuple[Sequence, str | None]] = []  # with the reason, not reported yet
-        self.arrivals = Arrivals(self._prepare, store, base.name, self._report)
+        self.arrivals = Arrivals(self._prepare, store, base.name, self._report, fetch_room)
         self._stopping = False
         self._deadline_s = float("inf")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -164,8 +119,10 @@ class Engine:
         self,
         on_started: Callable[[List[str]], None],
         on_finished: Callable[[List[Outcome]], None],
+        on_postponed: Postpone | None = None,
     ) -> None:
         self._on_started, self._on_finished = on_started, on_finished
+        self.arrivals.postpone = on_postponed
         self._thread.start()
         self.store.preload()
 
@@ -215,6 +172,8 @@ class Engine:
             chunks, admitted = self.scheduler.plan(admit=not self._stopping)
             if admitted:
                 self._on_started([s.job_id for s in admitted])
+            if self.scheduler.refused:
+                self._fail_refused()
             self._progressed()
             if not chunks:
                 self._report_ended()
@@ -224,6 +183,16 @@ class Engine:
                 self._step(chunks)
             except Exception as error:  # noqa: BLE001 - a batch must not take the worker along
                 self._step_failed(chunks, error)
+
+    def _fail_refused(self) -> None:
+        refused, self.scheduler.refused = self.scheduler.refused, []
+        for adapter, error in {s.adapter: error for s, error in refused}.items():
+            assert adapter is not None
+            why = "it could not be put on the device"
+            self.store.set_aside(adapter, f"{why} ({type(error).__name__})", here_only=True)
+            info = explained(error, f"adapter {adapter.adapter_id!r}: {why}")
+            claims = [s.claim for s, _ in refused if s.adapter is adapter]
+            self._on_finished([failed(claim, info, self.base.name) for claim in claims])
 
     def _progressed(self) -> None:
         self._progress_s = time.monotonic()

@@ -23,7 +23,7 @@ from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated
 from celery import signals
 from celery.concurrency.base import BasePool, apply_target
-from celery.exceptions import WorkerShutdown
+from celery.exceptions import Retry, WorkerShutdown
 from celery.worker import state as worker_state
 
 from lorabatch.errors import LoraBatchError
@@ -109,6 +109,10 @@ class EnginePool(BasePool):
             on_started=lambda: accept_callback(task_id, time.monotonic()),
             on_ended=lambda result: _tell(result, callback, error_callback),
         )
+        if not (limits or request.get("expires")):
+            delivery.on_postponed = lambda: error_callback(
+                _info(Retry("its adapter is on its way"))
+            )
         return self._take(delivery)
 
     def refuse(

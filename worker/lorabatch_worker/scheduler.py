@@ -53,6 +53,8 @@ class Scheduler:
         self.age_cap_s = age_cap_s
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}  # in order of admission
+        self.refused: list[tuple[Sequence, Exception]] = []
+        """Out of both: their adapter could not be put into a slot."""
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -105,7 +107,7 @@ class Scheduler:
         for sequence in sorted(self.waiting.values(), key=lambda s: self._order(s, old)):
             if budget <= 0 or len(self.running) >= self.max_seqs:
                 break
-            if sequence.adapter_version in closed:
+            if sequence.adapter_version in closed or sequence.job_id not in self.waiting:
                 continue
             if not loads and not self.slots.is_resident(sequence.adapter):
                 continue
@@ -117,7 +119,12 @@ class Scheduler:
                 if aged:
                     break
                 continue
-            if not self.slots.acquire(sequence):
+            try:
+                acquired = self.slots.acquire(sequence)
+            except Exception as error:  # noqa: BLE001 - whatever a device raises, others go on
+                self._refuse(sequence, error)
+                continue
+            if not acquired:
                 if aged:
                     closed |= self._soonest_way_in(sequence)
                     loads = False
@@ -130,6 +137,13 @@ class Scheduler:
                 admitted.append(sequence)
             budget -= _take(sequence, budget, prefill)
         return admitted
+
+    def _refuse(self, sequence: Sequence, error: Exception) -> None:
+        """All of the same adapter: none of them is running."""
+        version = sequence.adapter_version
+        for other in [s for s in self.waiting.values() if s.adapter_version == version]:
+            del self.waiting[other.job_id]
+            self.refused.append((other, error))
 
     def _order(self, sequence: Sequence, old: float) -> tuple[int, bool, bool, float]:
         aged = sequence.waiting_since_s < old

@@ -1,7 +1,7 @@
 """The service: everything between the Celery pool and the engine, started and stopped together.
 
-Threads: intake, recorder, publisher, leases, sweeper, and the runner's own. Stopping goes
-along the same road as a job: take nothing more, let the engine drain, record what ended,
+Threads: intake, recorder, publisher, postponed, leases, sweeper, and the runner's own. Stopping
+goes along the same road as a job: take nothing more, let the engine drain, record what ended,
 release the rest (so that another worker can claim it at once), publish. Raises LoraBatchError
 when database, broker or engine are not ready; what fails while stopping is logged, because
 leases and the visibility timeout bring such jobs back.
@@ -29,6 +29,7 @@ from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.intake import Intake, IntakeParts
 from lorabatch_worker.leases import Leases
 from lorabatch_worker.live import LiveJobs
+from lorabatch_worker.postponed import Postponed
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.pulse import Pulse
 from lorabatch_worker.recorder import Recorder
@@ -72,7 +73,9 @@ class Service:
         self.recorder = Recorder(self.ledger, self.live, self.publisher, settings.in_hand)
         revoked = worker_state.revoked.__contains__
         self.leases = Leases(settings, self.ledger, self.live, self.runner, self.pulse, revoked)
-        self.sweeper = Sweeper(app, settings, self.ledger, self.live)
+        self.postponed = Postponed(app, settings.queue, self.ledger, self.live, post)
+        in_hand = (self.live.ids, self.postponed.ids)
+        self.sweeper = Sweeper(app, settings, self.ledger, in_hand)
         self.intake = Intake(
             IntakeParts(
                 settings=settings,
@@ -88,8 +91,9 @@ class Service:
         )
 
     def start(self) -> None:
-        self.runner.start(self._started, self.recorder.put)
-        for part in (self.publisher, self.recorder, self.leases, self.intake, self.sweeper):
+        self.runner.start(self._started, self.recorder.put, self.postponed.put)
+        parts = (self.publisher, self.recorder, self.postponed, self.leases)
+        for part in (*parts, self.intake, self.sweeper):
             part.start()
 
     def take(self, delivery: Delivery) -> None:
@@ -117,11 +121,13 @@ class Service:
         drain = threading.Thread(target=self._drain, args=(drain_s,), name="drain", daemon=True)
         drain.start()
         pump(drain.is_alive, drain_s + SETTLE_S, hurry=True)
+        self.postponed.close()
         self.recorder.close()
         pump(lambda: self.recorder.running, SETTLE_S)
         self.recorder.abandon()
         self._release()
         self.leases.close()
+        pump(lambda: self.postponed.running, SETTLE_S)
         self.publisher.close()
         pump(lambda: self.publisher.running, SETTLE_S)
         self._engine.dispose()

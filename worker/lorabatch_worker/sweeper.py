@@ -14,7 +14,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import structlog
@@ -24,7 +24,6 @@ from lorabatch.errors import QueueNotReady
 from lorabatch.ledger import Ledger, Message
 from lorabatch.queue import send
 from lorabatch.settings import Settings
-from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.retry import reason
 
 __all__ = ["Sweeper", "task_id_of"]
@@ -38,11 +37,18 @@ SCAN_MAX = 50_000
 class Sweeper:
     """A thread; every worker runs one, and two that send the same job do no harm."""
 
-    def __init__(self, app: Celery, settings: Settings, ledger: Ledger, live: LiveJobs) -> None:
+    def __init__(
+        self,
+        app: Celery,
+        settings: Settings,
+        ledger: Ledger,
+        in_hand: Sequence[Callable[[], set[str]]],
+    ) -> None:
+        """`in_hand`: ids of the jobs that this worker has, or will send again itself."""
         self._app = app
         self._settings = settings
         self._ledger = ledger
-        self._live = live
+        self._in_hand = in_hand
         self._sent_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
@@ -65,7 +71,7 @@ class Sweeper:
         after_s = self._settings.resend_after_s
         now_s = time.monotonic()
         self._sent_s = {i: s for i, s in self._sent_s.items() if now_s - s < after_s}
-        mine = self._live.ids() | self._sent_s.keys()
+        mine = self._sent_s.keys() | set().union(*(ids() for ids in self._in_hand))
         missing = [m for m in self._ledger.nowhere(after_s) if m.job_id not in mine]
         if not missing:
             return 0

@@ -56,6 +56,8 @@ def target_of(
         ends=ends,
         tokenizer=BaseTokenizer(lambda: _tokenizer(base.folder), base.folder / TOKENS),
         pinned=base.device.type == "cuda",
+        max_context_tokens=base.max_context_tokens,
+        positions=base.positions,
     )
 
 

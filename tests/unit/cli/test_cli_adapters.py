@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,3 +58,17 @@ def test_an_adapter_that_changes_nothing_is_said_to(
     save_file(idle, tmp_path / "adapter_model.safetensors")
     (line,) = check(tmp_path)
     assert "WARNING: it changes nothing" in line
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [(128, "a job here may have 512"), (1024, "the base model for 512"), (512, ""), (10**30, "")],
+)
+def test_an_adapter_for_texts_of_another_length_is_said_to_be(
+    length: int, words: str, check: Check, tiny_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapters["all"], tmp_path / "long"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": length}))
+    (line,) = check(folder)
+    assert words in line
+    assert ("WARNING: it says that it is meant for texts of" in line) == bool(words)

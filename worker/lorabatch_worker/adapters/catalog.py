@@ -199,7 +199,13 @@ class AdapterCatalog:
     def _disk(self) -> DiskCache:
         settings = self._settings
         root = settings.home / "adapter-cache"
-        return DiskCache(root, settings.adapter_disk_bytes, self.pinned_versions, self.stop)
+        return DiskCache(
+            root,
+            settings.adapter_disk_bytes,
+            self.pinned_versions,
+            self.stop,
+            settings.adapter_fetch_timeout_s,
+        )
 
     def _in_root(self, adapter_id: str) -> Path | None:
         folder = (self._root / adapter_id).resolve()

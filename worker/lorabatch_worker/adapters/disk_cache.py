@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -39,7 +40,8 @@ VERSION = re.compile("[0-9a-f]{64}")
 
 
 class DiskCache:
-    """Safe for many threads and processes. `pinned` gives versions that stay; `stop` ends waits."""
+    """Safe for many threads and processes. `pinned` gives versions that stay; `stop` ends waits
+    for others, and so does `wait_s`."""
 
     def __init__(
         self,
@@ -47,11 +49,13 @@ class DiskCache:
         capacity_bytes: int,
         pinned: Callable[[], set[str]] = set,
         stop: threading.Event | None = None,
+        wait_s: float = math.inf,
     ) -> None:
         self._root = root
         self._capacity = capacity_bytes
         self._pinned = pinned
         self._stop = stop or threading.Event()
+        self._wait_s = wait_s
         self._partial, self._trash = root / ".partial", root / ".trash"
         self._places, self._lock = root / ".places", root / ".lock"
         for folder in (self._partial, self._trash, self._places):
@@ -186,7 +190,8 @@ class DiskCache:
     @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
         """Only one thread of one process at a time runs the block; the kernel frees it of the dead.
-        Unlike `lorabatch.embedded.file_lock` the wait ends when the worker stops."""
+        Unlike `lorabatch.embedded.file_lock` the wait ends."""
+        end_s = time.monotonic() + self._wait_s
         while True:
             with path.open("ab") as file:
                 if _taken(file.fileno()) and _is_at(file.fileno(), path):
@@ -195,6 +200,10 @@ class DiskCache:
                     return
             if self._stop.wait(LOCK_POLL_S):
                 raise AdapterUnavailable(f"{path.stem}: the worker stops")
+            if time.monotonic() > end_s:
+                raise AdapterUnavailable(
+                    f"others have been fetching it for {self._wait_s:g} s without an end"
+                )
 
 
 def _taken(number: int) -> bool:

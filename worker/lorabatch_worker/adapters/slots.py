@@ -62,7 +62,7 @@ class AdapterSlots:
 
     def acquire(self, sequence: Sequence) -> bool:
         """Give the sequence its adapter's slot, loading it if need be. False: no room beside those
-        in use."""
+        in use. What stops the loading, say too little memory, is raised and leaves nothing."""
         adapter = sequence.adapter
         if adapter is None:
             return True
@@ -71,8 +71,12 @@ class AdapterSlots:
             if not self._fits(adapter.rank_rows):
                 return False
             resident = self._make_room(adapter)
-            self._load(adapter, resident)
             self._resident[adapter.version] = self._by_slot[resident.slot] = resident
+            try:
+                self._load(adapter, resident)
+            except Exception:
+                self._evict(adapter.version)
+                raise
         self._resident.move_to_end(adapter.version)
         resident.users += 1
         sequence.slot = resident.slot

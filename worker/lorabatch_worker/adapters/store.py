@@ -31,13 +31,14 @@ from lorabatch_worker.adapters.weights import (
     version_of,
 )
 from lorabatch_worker.retry import Stopped
-from lorabatch_worker.threads import compute_beside
+from lorabatch_worker.threads import Daemons, compute_beside
 
-__all__ = ["AdapterStore"]
+__all__ = ["AdapterStore", "Loading"]
 
 log = structlog.get_logger(__name__)
 
-LOADERS, FETCHERS = 8, 32
+LOADERS = 8
+FETCHERS = 16  # of each kind of source: a dead one takes its own threads
 READS = 3
 PRELOAD_S = 5.0
 LOADING = "loading"
@@ -51,6 +52,12 @@ class _Refused(Exception):
         self.error = error
 
 
+class Loading(Future[Adapter]):
+    """An adapter that is here or comes. `fetching`: over a network, which may take minutes."""
+
+    fetching = False
+
+
 class AdapterStore:
     """Loads each adapter once, however many jobs ask for it at the same time."""
 
@@ -58,25 +65,25 @@ class AdapterStore:
         self.catalog = catalog
         self._target = target
         self._memory = HostCache(capacity_bytes, catalog.pinned_versions)
-        self._loading: dict[Wanted | WantedMerge, Future[Adapter]] = {}
+        self._loading: dict[Wanted | WantedMerge, Loading] = {}
         self._warmed: dict[Wanted, str] = {}
         self._setbacks = Setbacks()
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # one at a time: the engine's threads need the cores
         self._pool = ThreadPoolExecutor(LOADERS, "adapter-load", initializer=compute_beside)
-        self._fetching = ThreadPoolExecutor(FETCHERS, "adapter-fetch", initializer=compute_beside)
+        self._fetchers = {kind: Daemons(FETCHERS, f"fetch-{kind}") for kind in ("hub", "s3")}
 
-    def request(self, wanted: Wanted | WantedMerge) -> Future[Adapter]:
+    def request(self, wanted: Wanted | WantedMerge) -> Loading:
         """The adapter, now or when it is loaded; its failure is the future's exception."""
         known = self._known(wanted)
         if known is not None:  # at once: all threads may be busy with slow ones
-            ready: Future[Adapter] = Future()
+            ready = Loading()
             ready.set_result(known)
             return ready
         with self._lock:
             future = self._loading.get(wanted)
             if future is None:
-                future = self._loading[wanted] = Future()
+                future = self._loading[wanted] = Loading()
                 future.add_done_callback(lambda _: self._loading.pop(wanted, None))
                 try:
                     self._pool.submit(self._answer, wanted, future)
@@ -105,14 +112,14 @@ class AdapterStore:
         log what cannot be used."""
         self._pool.submit(self._preload)
 
-    def set_aside(self, adapter: Adapter, reason: str) -> None:
-        """It was loaded and did harm: forget it, and let nobody try it again for a while. Waits for
-        nothing."""
+    def set_aside(self, adapter: Adapter, reason: str, here_only: bool = False) -> None:
+        """It was loaded and did harm: forget it, and let nobody try it again for a while, nor other
+        workers. Waits for nothing."""
         origin = self._memory.drop(adapter)
         entry, error = origin.entry, InvalidAdapter(f"adapter {adapter.adapter_id!r}: {reason}")
         key = origin.key if entry is None else entry.key
         self._setbacks.note(key, origin.signature, str(error))
-        if entry is not None and entry.version is not None:
+        if not here_only and entry is not None and entry.version is not None:
             with contextlib.suppress(RuntimeError):  # the worker stops
                 self._pool.submit(self._tell, entry, error)
 
@@ -128,18 +135,21 @@ class AdapterStore:
 
     def close(self) -> None:
         self.catalog.close()
-        for pool in (self._pool, self._fetching):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for fetchers in self._fetchers.values():
+            fetchers.close()
         for future in list(self._loading.values()):
             future.cancel()
 
     # -- on the store's threads --------------------------------------------------
 
-    def _answer(self, wanted: Wanted | WantedMerge, future: Future[Adapter]) -> None:
+    def _answer(self, wanted: Wanted | WantedMerge, future: Loading) -> None:
         """On a thread that fetches if need be: those of a dead source are then all that wait."""
         try:
-            if not self._at_hand(wanted):
-                self._fetching.submit(self._resolve, wanted, future)
+            source = self._to_fetch_from(wanted)
+            if source is not None:
+                future.fetching = True
+                self._fetchers[source].submit(lambda: self._resolve(wanted, future))
                 return
         except Exception as error:  # noqa: BLE001 - who waits must be told
             self._fail(future, error)
@@ -167,9 +177,11 @@ class AdapterStore:
         # The registry has it now, and somebody may say otherwise there.
         self._setbacks.forget(entry.key)
 
-    def _at_hand(self, wanted: Wanted | WantedMerge) -> bool:
+    def _to_fetch_from(self, wanted: Wanted | WantedMerge) -> str | None:
+        """The kind of source, the first one of a merge; None if all of it is on this machine."""
         parts = wanted.parts if isinstance(wanted, WantedMerge) else (wanted,)
-        return all(self._known(p) or self.catalog.at_hand(self.catalog.find(p)) for p in parts)
+        entries = (self.catalog.find(part) for part in parts if not self._known(part))
+        return next((e.location.kind for e in entries if not self.catalog.at_hand(e)), None)
 
     def _load(self, wanted: Wanted | WantedMerge) -> Adapter:
         known = self._known(wanted)  # loaded while this waited for its thread

@@ -11,11 +11,12 @@ from typing import Any
 
 from lorabatch.errors import InvalidAdapter, UnsupportedAdapter, shown
 
-__all__ = ["TEMPLATE", "TOKENIZER", "is_unicode", "read_object", "read_template"]
+__all__ = ["TEMPLATE", "TOKENIZER", "is_unicode", "read_length", "read_object", "read_template"]
 
 TEMPLATE, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
 MAX_TEMPLATE_BYTES = 1 << 18
 MAX_OBJECT_BYTES = 1 << 25
+NO_LENGTH = 10**9  # transformers writes some 1e30 where there is none
 
 
 def read_template(folder: Path) -> str | None:
@@ -34,6 +35,18 @@ def read_template(folder: Path) -> str | None:
     if template is not None and len(template) > MAX_TEMPLATE_BYTES:
         raise InvalidAdapter(f"{TOKENIZER}: chat_template is over {MAX_TEMPLATE_BYTES} characters")
     return template
+
+
+def read_length(folder: Path) -> int | None:
+    """Tokens of the longest text that the adapter in this folder is meant for, if it says so."""
+    length = read_object(folder / TOKENIZER).get("model_max_length")
+    if length is None or (type(length) in (int, float) and length >= NO_LENGTH):
+        return None
+    if type(length) is not int or length < 1:
+        raise InvalidAdapter(
+            f"{TOKENIZER}: model_max_length is {shown(length)}, wanted a number of tokens"
+        )
+    return length
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 class AdapterTarget:
     """What an adapter must fit: the base model's names, layers, tokens and limits. `layer` gives a
     layer of `shapes` by name. `pinned`: it will be copied to a GPU, which then need not be waited
-    for."""
+    for. `max_context_tokens` and `positions` are BaseModel's."""
 
     base_names: frozenset[str]
     shapes: Mapping[str, tuple[int, int]]
@@ -48,6 +48,8 @@ class AdapterTarget:
     ends: Ends | None = None
     pinned: bool = False
     tokenizer: BaseTokenizer | None = None
+    max_context_tokens: int | None = None
+    positions: int | None = None
 
 
 def read_tensors(

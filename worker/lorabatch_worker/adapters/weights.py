@@ -17,7 +17,7 @@ from lorabatch_kernels import LoraWeights
 from lorabatch_worker.adapters.base_tokenizer import tokenizer_bytes
 from lorabatch_worker.adapters.config import AdapterConfig, read_config
 from lorabatch_worker.adapters.defaults import GENERATION, GenerationDefaults, read_defaults
-from lorabatch_worker.adapters.template import TEMPLATE, TOKENIZER, read_template
+from lorabatch_worker.adapters.template import TEMPLATE, TOKENIZER, read_length, read_template
 from lorabatch_worker.adapters.tensors import AdapterTarget, read_tensors
 from lorabatch_worker.adapters.tokenizer import TOKENS, read_tokenizer
 from lorabatch_worker.adapters.vocabulary import VocabularyChange
@@ -31,7 +31,8 @@ FILES = (CONFIG, WEIGHTS, TEMPLATE, TOKENIZER, GENERATION, TOKENS)
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A checked adapter in host memory. `version` is the sha256 of its files; `tokenizer` is the
-    base model's with the tokens that this adapter adds, None if it adds none."""
+    base model's with the tokens that this adapter adds, None if it adds none. `max_length`: tokens
+    of the longest text that it says it is meant for."""
 
     adapter_id: str
     version: str
@@ -40,6 +41,7 @@ class Adapter:
     vocabulary: VocabularyChange | None = None
     defaults: GenerationDefaults | None = None
     tokenizer: Any | None = None
+    max_length: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -77,9 +79,10 @@ def read_adapter(
         size = vocabulary.size if vocabulary and vocabulary.size else base_size
         tokenizer = read_tokenizer(folder, target.tokenizer, size, base_size)
         defaults = read_defaults(folder, size)
+        length = read_length(folder)
     except InvalidAdapter as error:
         raise type(error)(f"adapter {adapter_id!r}: {error}") from None
-    return Adapter(adapter_id, version, sites, template, vocabulary, defaults, tokenizer)
+    return Adapter(adapter_id, version, sites, template, vocabulary, defaults, tokenizer, length)
 
 
 def _check_base(config: AdapterConfig, target: AdapterTarget) -> None:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -29,9 +29,6 @@ from lorabatch_worker.commands.check import (
     settings_for,
 )
 from lorabatch_worker.commands.registry import one_line
-
-if TYPE_CHECKING:
-    from lorabatch_worker.adapters.weights import Adapter
 
 __all__ = ["add"]
 
@@ -60,7 +57,7 @@ def add(
     registry = Registry(open_database(settings), settings.base_model)
     try:
         with tempfile.TemporaryDirectory(prefix="adapter-", dir=_made(settings.home)) as scratch:
-            entry, adapter = _fetched(
+            entry, verdict = _fetched(
                 settings, registry, name, whose, location, Path(scratch), unchecked
             )
     except InvalidAdapter as error:
@@ -69,8 +66,7 @@ def add(
     is_new = registry.add(entry)
     registry.engine.dispose()
     state = "registered" if is_new else "registered already"
-    detail = f"version {entry.version[:12]}" if adapter is None else described(adapter)
-    typer.echo(f"{state}: {name} for {whose or 'everybody'}: {detail}")
+    typer.echo(f"{state}: {name} for {whose or 'everybody'}: {verdict}")
 
 
 def _fetched(
@@ -81,8 +77,8 @@ def _fetched(
     location: Location,
     scratch: Path,
     unchecked: bool,
-) -> tuple[Registered, Adapter | None]:
-    """The adapter's files where workers find them, and what is in them."""
+) -> tuple[Registered, str]:
+    """The adapter's files where workers find them, and a line on what is in them."""
     from lorabatch_worker.adapters.disk_cache import DiskCache
     from lorabatch_worker.adapters.sources import Fetcher
     from lorabatch_worker.adapters.weights import read_adapter, version_of
@@ -91,12 +87,15 @@ def _fetched(
     location = fetcher.pin(location, tenant)
     fetcher.fetch(location, tenant, scratch)
     adapter = None
+    version = version_of(scratch)
+    verdict = f"version {version[:12]}"
     if not unchecked:
-        adapter = read_adapter(name, scratch, adapter_target(settings))
+        target = adapter_target(settings)
+        adapter = read_adapter(name, scratch, target, version)
+        verdict = described(adapter, target)
     local = location.kind == "folder"
     root = settings.adapter_store_folder if local else settings.home / "adapter-cache"
     room = sys.maxsize if local else settings.adapter_disk_bytes
-    version = version_of(scratch)
 
     def fill(folder: Path) -> None:
         for file in scratch.iterdir():
@@ -115,7 +114,7 @@ def _fetched(
         nbytes=nbytes,
         created_us=0,
     )
-    return entry, adapter
+    return entry, verdict
 
 
 def _checked_names(name: str, tenant: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +39,7 @@ def check(
             typer.echo(one_line(f"refused: {error}"))
             refused += 1
         else:
-            typer.echo(f"fits {settings.base_model}: {described(adapter)}")
+            typer.echo(f"fits {settings.base_model}: {described(adapter, target)}")
     if refused:
         raise typer.Exit(EXIT_REFUSED)
 
@@ -64,8 +65,8 @@ def need_worker() -> None:
         raise typer.Exit(2)
 
 
-def described(adapter: Adapter) -> str:
-    """One line: what it changes, of what rank, its size and its version."""
+def described(adapter: Adapter, target: AdapterTarget) -> str:
+    """One line: what it changes, of what rank, its size and its version, and what to beware of."""
     layers = Counter(name.rpartition(".")[2] for name in adapter.sites)
     ranks = sorted({site.a.shape[0] for site in adapter.sites.values()})
     parts = [f"adapter {adapter.adapter_id!r}"]
@@ -78,8 +79,22 @@ def described(adapter: Adapter) -> str:
         parts.append("its own chat template")
     parts.append(f"{adapter.nbytes / 1e6:.1f} MB here")
     parts.append(f"version {adapter.version[:12]}")
+    return "; ".join([*parts, *(f"WARNING: {warning}" for warning in _warnings(adapter, target))])
+
+
+def _warnings(adapter: Adapter, target: AdapterTarget) -> Iterator[str]:
     if not adapter.vocabulary and not any(
         site.affine or bool(site.b.any()) for site in adapter.sites.values()
     ):
-        parts.append("WARNING: it changes nothing, every lora_B is zero")
-    return "; ".join(parts)
+        yield "it changes nothing, every lora_B is zero"
+    length, positions, longest = adapter.max_length, target.positions, target.max_context_tokens
+    if length and positions and length > positions:
+        yield (
+            f"it says that it is meant for texts of {length:,} tokens, the base model for "
+            f"{positions:,}: one that was trained with longer positions gives other text here"
+        )
+    elif length and longest and length < longest:
+        yield (
+            f"it says that it is meant for texts of {length:,} tokens, and a job here may have "
+            f"{longest:,} (LORABATCH_MAX_CONTEXT_TOKENS)"
+        )
