@@ -158,7 +158,7 @@ def test_times_are_those_of_the_run_not_of_the_transaction(ledger: Ledger) -> No
     ended = Outcome(claim, outcome(claim).result, at_s=now_s - 10)
     ledger.record([ended], [Start(claim, at_s=now_s - 30)])
     (event,) = rows(ledger, usage_events)
-    assert event.run_us == pytest.approx(20e6, abs=2e3)
+    assert event.run_us == pytest.approx(20e6, abs=1e6)
     assert event.queue_us == pytest.approx(30e6, rel=0.2)
     assert event.recorded_us - event.occurred_us == pytest.approx(10e6, rel=0.2)
     (row,) = rows(ledger, jobs)
