@@ -50,6 +50,7 @@ def worker_of(settings: Settings, log: Path) -> subprocess.Popen[bytes]:
         LORABATCH_RESEND_AFTER_S="3",
         LORABATCH_MAX_SEQS="16",
         LORABATCH_MAX_ATTEMPTS="1000",  # this asks about exactly once, not about poison
+        LORABATCH_MAX_CRASHES="1000",
     )
 
 

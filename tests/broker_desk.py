@@ -9,8 +9,7 @@ from kombu import Connection, Queue
 from kombu.asynchronous import Hub
 
 from lorabatch import Settings
-from lorabatch.ledger import Message
-from lorabatch.queue import make_app, send
+from lorabatch.queue import TASK_NAME, make_app
 from lorabatch_worker.transport import Transport
 
 __all__ = ["INDEX", "UNACKED", "BrokerDesk"]
@@ -45,7 +44,8 @@ class BrokerDesk:
         consumer.consume()
 
     def send(self, *names: str, queue: str = "lorabatch") -> None:
-        send(self.app, queue, [Message(name, "acme", None) for name in names])
+        for name in names:
+            self.app.send_task(TASK_NAME, task_id=name, queue=queue)
 
     def run(self, rounds: int = 12) -> list[str]:
         """Let the loop go round; the ids that came meanwhile."""

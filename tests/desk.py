@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ class Desk:
             self.started.extend(job_ids)
             self._changed.notify_all()
 
-    def _on_postponed(self, claims: Sequence[Claim], until: Future[Any]) -> None:
+    def _on_postponed(self, claims: Sequence[Claim]) -> None:
         with self._changed:
             self.postponed += [claim.job.job_id for claim in claims]
 

@@ -2,19 +2,20 @@
 
 Every job takes max_new_tokens steps of FAKE_STEP_S. Its text is adapter and prompt hash, so that
 an output that got swapped with another job's shows. A prompt that starts with "fail" fails.
-FAKE_HANG names a file: while it exists the engine makes no step. FAKE_RUNS names a file that
-gets the id of every job that starts to run.
+A prompt that starts with "poison" ends the process, by kill -9, when it runs. FAKE_HANG names a
+file: while it exists the engine makes no step. FAKE_RUNS names a file that gets the id of every job
+that starts to run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,13 @@ class FakeRunner:
         with self._lock:
             self._waiting.extend(claims)
 
-    def postpone(self, until: Future[Any]) -> list[str]:
-        """What waits, as if its adapters were being fetched: the job ids."""
+    def postpone(self) -> None:
+        """What waits, as if its adapters were being fetched."""
         with self._lock:
             claims = list(self._waiting)
             self._waiting.clear()
         assert self._on_postponed is not None
-        self._on_postponed(claims, until)
-        return [claim.job.job_id for claim in claims]
+        self._on_postponed(claims)
 
     def warm(self, wanted: Wanted) -> str:
         return "loaded"
@@ -134,6 +134,9 @@ class FakeRunner:
     def _admit(self) -> list[str]:
         started = []
         while self._waiting and len(self._running) < self.slots and not self._draining:
+            alone = self._waiting[0].suspect or any(r.claim.suspect for r in self._running.values())
+            if alone and self._running:
+                break
             claim = self._waiting.popleft()
             job_id = claim.job.job_id
             assert job_id not in self._running, f"{job_id} runs twice at once"
@@ -152,6 +155,8 @@ class FakeRunner:
             self._waiting.remove(claim)
             ended.append(self._outcome(claim, self._aborts.pop(claim.job.job_id)))
         for job_id, running in list(self._running.items()):
+            if (running.claim.job.prompt or "").startswith("poison"):
+                os.kill(os.getpid(), signal.SIGKILL)
             running.left -= 1
             code = self._aborts.pop(job_id, None)
             if code is None and (running.claim.job.prompt or "").startswith("fail"):
@@ -207,6 +212,18 @@ def main() -> int:
     @app.task(name="tests.add")
     def add(x: int, y: int) -> int:
         return x + y
+
+    @app.task(name="tests.keep")
+    def keep(*args: Any) -> list[Any]:
+        return list(args)
+
+    @app.task(name="tests.warned")
+    def warned(task_id: str) -> str:
+        return task_id
+
+    @app.task(name="tests.noted")
+    def noted(request: Any, error: Exception, traceback: Any) -> None:
+        app.backend.mark_as_done(f"noted-{request.id}", str(error))
 
     return run_worker(app, settings, without_mingle=True)
 

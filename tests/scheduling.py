@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,11 +61,22 @@ def scheduler(
     age_cap_s: float = 5.0,
     rows: bool | None = None,
     pool_rows: int | None = None,
+    weights: Mapping[str, float] | None = None,
+    quantum: int | None = None,
 ) -> Scheduler:
+    """`weights` of tenants, 1.0 of all others."""
     manager: BlockManager = PagedBlocks(1 + blocks, BLOCK)
     if LAYOUT["rows"] if rows is None else rows:
         manager = RowBlocks(max_seqs, blocks, blocks, BLOCK)
-    return Scheduler(manager, AdapterSlots({}, slots, pool_rows), max_seqs, step_tokens, age_cap_s)
+    return Scheduler(
+        manager,
+        AdapterSlots({}, slots, pool_rows),
+        max_seqs,
+        step_tokens,
+        age_cap_s,
+        weight_of=lambda tenant: (weights or {}).get(tenant, 1.0),
+        quantum_tokens=quantum,
+    )
 
 
 def play(s: Scheduler, chunks: list[Chunk]) -> list[Sequence]:

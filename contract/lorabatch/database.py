@@ -28,6 +28,10 @@ from lorabatch.settings import Settings
 __all__ = ["check_schema", "connect", "now_us", "open_database", "upgrade"]
 
 
+# How soon a server that went without a word is missed: in seconds, tcp_user_timeout in ms.
+SERVER_LOST = {"connect_timeout": 10, "tcp_user_timeout": 20_000, "keepalives_idle": 30}
+
+
 class now_us(sa.sql.expression.FunctionElement[int]):
     """The database's clock as BIGINT microseconds UTC (SQLite: to the millisecond)."""
 
@@ -49,7 +53,7 @@ def _now_postgresql(element: now_us, compiler: SQLCompiler, **kw: Any) -> str:
 def connect(url: str) -> sa.Engine:
     """An engine whose transactions are safe for many writers. Opens nothing yet."""
     if not url.startswith("sqlite"):
-        return sa.create_engine(url, pool_pre_ping=True)
+        return sa.create_engine(url, pool_pre_ping=True, connect_args=SERVER_LOST)
     engine = sa.create_engine(url, connect_args={"timeout": 30.0})
     sa.event.listen(engine, "connect", _sqlite_connect)
     sa.event.listen(engine, "begin", _sqlite_begin)

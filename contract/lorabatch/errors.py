@@ -10,12 +10,14 @@
     │   │   └── UnsupportedAdapter   valid PEFT, but not (yet) something we compute right
     │   ├── AdapterSetAside      the adapter failed before and is not tried again yet
     │   ├── AttemptsExhausted    the job was started too often without an outcome
+    │   ├── DeadlinePassed       the job had not ended by its `done_by`
     │   └── EngineFault          the engine failed while it ran this job
     ├── AdapterUnavailable       the adapter's source did not answer in time
     ├── IdempotencyConflict      same tenant and key, another request
     ├── UnsupportedModel         the base model is one that the engine would get wrong
     ├── DatabaseNotReady         not reachable, or its schema is not at this version
     ├── QueueNotReady            the broker is not reachable or would lose messages
+    ├── QueueFull                as many jobs wait as may: none was accepted, come again
     ├── JobNotFound              no job of that id
     ├── JobFailed                raised to who waits: the job ended as failed
     ├── JobCancelled             raised to who waits: the job was cancelled
@@ -36,6 +38,7 @@ __all__ = [
     "AdapterUnavailable",
     "AttemptsExhausted",
     "DatabaseNotReady",
+    "DeadlinePassed",
     "EngineFault",
     "IdempotencyConflict",
     "InvalidAdapter",
@@ -46,6 +49,7 @@ __all__ = [
     "JobNotFound",
     "LoraBatchError",
     "PromptTooLong",
+    "QueueFull",
     "QueueNotReady",
     "SettingsError",
     "UnknownAdapter",
@@ -100,6 +104,10 @@ class AttemptsExhausted(JobError):
     code = "attempts_exhausted"
 
 
+class DeadlinePassed(JobError):
+    code = "deadline_passed"
+
+
 class EngineFault(JobError):
     code = "engine_fault"
 
@@ -118,6 +126,10 @@ class UnsupportedModel(LoraBatchError):
 
 class DatabaseNotReady(LoraBatchError):
     code = "database_not_ready"
+
+
+class QueueFull(LoraBatchError):
+    code = "queue_full"
 
 
 class QueueNotReady(LoraBatchError):

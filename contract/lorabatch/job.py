@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import Annotated, Any, Final, Literal, Self
 from uuid import uuid4
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
+    AwareDatetime,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -27,73 +24,45 @@ from pydantic import (
 )
 
 from lorabatch.errors import InvalidJob, explain, shown
+from lorabatch.fields import (
+    MERGED,
+    AdapterName,
+    Identifier,
+    Model,
+    Stop,
+    Text,
+    Weight,
+    is_identifier,
+    storable,
+)
 
-__all__ = ["SCHEMA_VERSION", "ChatMessage", "Job", "MergedAdapters", "SamplingParams"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "ChatMessage",
+    "Job",
+    "MergedAdapters",
+    "SamplingParams",
+    "is_identifier",
+]
 
 SCHEMA_VERSION: Final = 1
-MAX_PROMPT_CHARS = 4_000_000
 MAX_SEED = 2**63 - 1
-ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$"
-ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$"
-MERGED: Final = "merged"  # the owner in the names of merges
-
-
-def _identifier(text: str) -> str:
-    if not re.fullmatch(ID_PATTERN, text):
-        raise ValueError("wanted letters, digits and _ . : @ -, the first one a letter or digit")
-    return text
-
-
-def _adapter_name(text: str) -> str:
-    if not re.fullmatch(ADAPTER_PATTERN, text):
-        raise ValueError("wanted NAME or OWNER/NAME of letters, digits and _ . -, no path")
-    if text.startswith(f"{MERGED}/"):
-        raise ValueError(f"the owner {MERGED!r} stands for merges; use merged_adapters to have one")
-    return text
-
-
-Identifier = Annotated[
-    str, StringConstraints(min_length=1, max_length=64), AfterValidator(_identifier)
-]
-AdapterName = Annotated[
-    str, StringConstraints(min_length=1, max_length=128), AfterValidator(_adapter_name)
-]
-
-
-def _storable(text: str) -> str:
-    """Text that every database and JSON parser takes: no NUL, no lone surrogates."""
-    if "\x00" in text:
-        raise ValueError("must not contain the NUL character; remove it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"is not valid Unicode at character {error.start}") from None
-    return text
 
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Text = Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Weight = Annotated[float, Field(strict=True)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
-
-
-class ChatMessage(_Model):
+class ChatMessage(Model):
     """One turn of a conversation, rendered by the adapter's or the base model's template."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: Text
 
-    _storable = field_validator("content")(_storable)
+    _storable = field_validator("content")(storable)
 
 
-class SamplingParams(_Model):
+class SamplingParams(Model):
     """How the next token is picked. The defaults are greedy: the same job, the same text.
 
     `temperature` 0 takes the most likely token and ignores top_k, top_p, min_p and seed.
@@ -118,10 +87,10 @@ class SamplingParams(_Model):
     @field_validator("stop")
     @classmethod
     def _stop_is_storable(cls, stop: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_storable(text) for text in stop)
+        return tuple(storable(text) for text in stop)
 
 
-class MergedAdapters(_Model):
+class MergedAdapters(Model):
     """Several adapters merged into one, with the fields of LoRAX's.
 
     `weights`: how much of each, 1.0 if not given; one below 0 is taken away. `merge_strategy`:
@@ -194,12 +163,13 @@ class MergedAdapters(_Model):
         return f"{MERGED}/{hashlib.sha256(self.canonical.encode()).hexdigest()[:12]}"
 
 
-class Job(_Model):
+class Job(Model):
     """One text to generate: a prompt or chat messages, an adapter, a tenant, sampling.
 
     `adapter_id` None is the base model itself, asked for on purpose, or the adapter that
     `merged_adapters` describes. A job is accepted once per (tenant, idempotency_key); without a key
-    the job id is the key.
+    the job id is the key. A job that has not ended by `done_by` fails then as `deadline_passed`;
+    of two with the same priority the one with the earlier deadline goes first.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -211,6 +181,7 @@ class Job(_Model):
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=1024)
     sampling_params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="higher runs first")
+    done_by: AwareDatetime | None = None
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
     batch_id: Identifier | None = None
     custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
@@ -218,7 +189,7 @@ class Job(_Model):
     @field_validator("prompt", "idempotency_key", "custom_id")
     @classmethod
     def _text_is_storable(cls, text: str | None) -> str | None:
-        return None if text is None else _storable(text)
+        return None if text is None else storable(text)
 
     @model_validator(mode="after")
     def _prompt_or_messages(self) -> Self:
@@ -292,8 +263,3 @@ class Job(_Model):
             return self.sampling_params.seed
         digest = hashlib.sha256(self.job_id.encode()).digest()
         return int.from_bytes(digest[:8], "big") & MAX_SEED
-
-
-def is_identifier(text: object) -> bool:
-    """Whether text can be a job id or a tenant."""
-    return isinstance(text, str) and len(text) <= 64 and bool(re.fullmatch(ID_PATTERN, text))

@@ -7,24 +7,24 @@ token still stands, so that a worker that was presumed dead cannot write a secon
 
 Here are the operations, one transaction each; the SQL that they share is in `statements`.
 
-Raises IdempotencyConflict, JobNotFound; database errors pass through for the caller to retry.
+Raises IdempotencyConflict, JobNotFound, QueueFull; database errors pass through for the caller to
+retry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from lorabatch.bindings import bound
-from lorabatch.claim import Claim, Outcome, Start
+from lorabatch.claim import Claim, Message, Outcome, Start
 from lorabatch.database import now_us
 from lorabatch.errors import JobNotFound
 from lorabatch.job import Job
 from lorabatch.result import ErrorInfo, JobState, Result
-from lorabatch.rows import bare_result, job_row, names_of, stored_result
+from lorabatch.rows import bare_result, cancelled, job_row, names_of, stored_result, too_late
 from lorabatch.statements import (
     BODILESS,
     Ended,
@@ -32,6 +32,7 @@ from lorabatch.statements import (
     chunks,
     count_starts,
     end_attempts,
+    insert,
     known_jobs,
     lease,
     locked,
@@ -39,18 +40,10 @@ from lorabatch.statements import (
     stands,
     write_results,
 )
-from lorabatch.tables import batches, jobs, results
+from lorabatch.tables import NEVER_US, jobs, results
+from lorabatch.tenants import check_room
 
 __all__ = ["Claim", "Ledger", "Message", "Outcome", "Start"]
-
-
-class Message(NamedTuple):
-    """What the queue carries of an accepted job: enough to route by, nothing private."""
-
-    job_id: str
-    tenant: str
-    adapter_id: str | None
-    publish_result: bool = False
 
 
 class Ledger:
@@ -58,12 +51,18 @@ class Ledger:
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
-        self._insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
 
     # -- producers -----------------------------------------------------------
 
-    def accept(self, accepted: Sequence[Job], publish_result: bool = False) -> dict[str, str]:
-        """Commit jobs as queued: {job_id asked for: job_id it is known by}.
+    def accept(
+        self,
+        accepted: Sequence[Job],
+        publish_result: bool = False,
+        queue: str = "lorabatch",
+        as_sent: bool = False,
+    ) -> dict[str, str]:
+        """Commit jobs as queued, for workers of `queue`: {job_id asked for: id it is known by}.
+        `as_sent`: they came by a message; otherwise they wait for somebody to send one (feed.py).
 
         A key that is known with the same request gives the known id. With another request it
         raises IdempotencyConflict and none of this call's jobs is accepted.
@@ -72,37 +71,20 @@ class Ledger:
             return {}
         with self.engine.begin() as connection:
             now = self._now(connection)
-            statement = self._insert(jobs).on_conflict_do_nothing()
+            statement = insert(connection, jobs).on_conflict_do_nothing()
             versions = bound(connection, (pair for job in accepted for pair in names_of(job)))
-            rows = [job_row(job, now, publish_result, versions) for job in accepted]
+            more = {"publish_result": publish_result, "queue": queue}
+            more["sent_us"] = now if as_sent else None
+            rows = [{**job_row(job, now, versions), **more} for job in accepted]
             hashes = [row["request_hash"] for row in rows]
             rows.sort(key=lambda row: (row["tenant"], row["idempotency_key"]))  # no deadlocks
-            connection.execute(statement, rows)
+            counted = statement.execution_options(preserve_rowcount=True)
+            added = connection.execute(counted, rows).rowcount
+            if added and not as_sent:  # what came by the broker cannot be refused any more
+                check_room(connection, {job.tenant for job in accepted}, queue)
             known = known_jobs(connection, accepted)
             asked = zip(accepted, hashes, strict=True)
             return {job.job_id: same_request(job, hash_, known) for job, hash_ in asked}
-
-    def add_batch(self, batch_id: str, tenant: str, source: str, accepted: int, bad: int) -> None:
-        """Note a bulk file and its line counts; the same file again changes nothing."""
-        with self.engine.begin() as connection:
-            row = {
-                "batch_id": batch_id,
-                "tenant": tenant,
-                "source": source,
-                "accepted_lines": accepted,
-                "rejected_lines": bad,
-                "created_us": self._now(connection),
-            }
-            connection.execute(self._insert(batches).on_conflict_do_nothing(), [row])
-
-    def mark_sent(self, job_ids: Sequence[str]) -> None:
-        """Note that a message for each of these jobs is in the queue."""
-        with self.engine.begin() as connection:
-            known = [row.job_id for row in locked(connection, job_ids)]
-            for chunk in chunks(known):
-                connection.execute(
-                    sa.update(jobs).where(jobs.c.job_id.in_(chunk)).values(sent_us=now_us())
-                )
 
     def cancel(self, job_ids: Sequence[str]) -> dict[str, JobState]:
         """Cancel: queued jobs at once, running ones as soon as their worker looks.
@@ -115,8 +97,7 @@ class Ledger:
                 states[row.job_id] = row.state
                 if row.state == "queued":
                     states[row.job_id] = "cancelled"
-                    result = bare_result(row, ErrorInfo(code="job_cancelled", message="cancelled"))
-                    self._write(connection, row, result.model_copy(update={"state": "cancelled"}))
+                    self._write(connection, row, cancelled(row))
                 elif row.state == "running":
                     connection.execute(
                         sa.update(jobs)
@@ -153,10 +134,10 @@ class Ledger:
         return found
 
     def counts(self, batch_id: str | None = None) -> dict[str, int]:
-        """Jobs by state, of one batch or of all."""
+        """Jobs by state: of all, or the lines of one batch, each by the job that counts now."""
         query = sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
         if batch_id is not None:
-            query = query.where(jobs.c.batch_id == batch_id)
+            query = query.where(jobs.c.batch_id == batch_id, sa.not_(jobs.c.superseded))
         with self._read() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 
@@ -203,23 +184,29 @@ class Ledger:
                 )
         return lost, cancelled
 
-    def release(self, claims: Sequence[Claim], as_sent: bool = False) -> None:
-        """Hand jobs back unrun, as queued; one whose lease was lost is left alone. `as_sent`: their
-        message is taken to be sent now, by who goes on to do that."""
+    def release(self, claims: Sequence[Claim], again_s: float | None = None) -> None:
+        """Hand jobs back unrun, as queued, or as cancelled where that was asked for; one whose
+        lease was lost is left alone. `again_s`: their messages come again after so long."""
         with self.engine.begin() as connection:
             rows = _by_id(locked(connection, [claim.job.job_id for claim in claims]))
             held = [rows[c.job.job_id] for c in claims if stands(rows.get(c.job.job_id), c)]
-            if not held:
-                return
             now = self._now(connection)
-            sent = {"sent_us": now} if as_sent else {}
+            write_results(
+                connection,
+                [Ended(r, cancelled(r), r.started_us, now) for r in held if r.cancel_requested],
+                now,
+            )
+            left = [row for row in held if not row.cancel_requested]
+            if not left:
+                return
+            sent = {} if again_s is None else {"sent_us": now + round(again_s * 1e6)}
             connection.execute(
                 sa.update(jobs)
                 .where(jobs.c.job_id == sa.bindparam("id"))
                 .values(state="queued", lease_owner=None, lease_expires_us=None, **sent),
-                [{"id": row.job_id} for row in held],
+                [{"id": row.job_id} for row in left],
             )
-            end_attempts(connection, [(row, "released") for row in held], now)
+            end_attempts(connection, [(row, "released") for row in left], now)
 
     def record(self, outcomes: Sequence[Outcome], starts: Sequence[Start] = ()) -> set[str]:
         """Write results, usage and final states in one transaction: the job ids written.
@@ -255,29 +242,21 @@ class Ledger:
         }
         with self.engine.begin() as connection:
             row["submitted_us"] = self._now(connection)
-            connection.execute(self._insert(jobs).on_conflict_do_nothing(), [row])
+            connection.execute(insert(connection, jobs).on_conflict_do_nothing(), [row])
             for found in locked(connection, [job_id]):
                 if found.state == "queued" and found.request_hash == "":
                     self._write(connection, found, bare_result(found, error))
 
-    def nowhere(self, resend_after_s: float, limit: int = 1000) -> list[Message]:
-        """Open jobs that may have no message: queued and sent long ago or never, or running
-        under a lease that has run out. Oldest first."""
-        with self._read() as connection:
+    def end_late(self, limit: int = 1000) -> list[str]:
+        """End queued jobs whose deadline has passed, as failed: their ids."""
+        late = sa.text(f"state = 'queued' AND done_by_us < {NEVER_US}")
+        with self.engine.begin() as connection:
             now = self._now(connection)
-            old = now - round(resend_after_s * 1e6)
-            queued = sa.and_(
-                jobs.c.state == "queued",
-                sa.func.coalesce(jobs.c.sent_us, jobs.c.submitted_us) < old,
-            )
-            expired = sa.and_(jobs.c.state == "running", jobs.c.lease_expires_us < now)
-            query = (
-                sa.select(jobs.c.job_id, jobs.c.tenant, jobs.c.adapter_id, jobs.c.publish_result)
-                .where(sa.or_(queued, expired))
-                .order_by(jobs.c.submitted_us)
-                .limit(limit)
-            )
-            return [Message(*row) for row in connection.execute(query)]
+            query = sa.select(jobs.c.job_id).where(late, jobs.c.done_by_us < now).limit(limit)
+            ids = list(connection.scalars(query))
+            rows = list(locked(connection, ids, jobs.c.state == "queued", skip_locked=True))
+            write_results(connection, [Ended(row, too_late(row), now, now) for row in rows], now)
+        return [row.job_id for row in rows]
 
     # -- inside --------------------------------------------------------------
 

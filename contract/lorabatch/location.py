@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
-from lorabatch.job import ADAPTER_PATTERN
+from lorabatch.fields import ADAPTER_PATTERN
 
 __all__ = ["AdapterSource", "Location", "is_path"]
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from zlib import crc32
 
 import redis
 from celery import Celery
 from kombu import Queue
-from kombu.exceptions import OperationalError
+from kombu.exceptions import BatchPublishError, OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -24,10 +25,34 @@ from lorabatch.job import SCHEMA_VERSION
 from lorabatch.ledger import Message
 from lorabatch.settings import Settings
 
-__all__ = ["TASK_NAME", "check_broker", "make_app", "resolve_broker", "send"]
+__all__ = [
+    "LANES",
+    "TASK_NAME",
+    "check_broker",
+    "drained",
+    "lane",
+    "make_app",
+    "resolve_broker",
+    "send",
+]
 
 TASK_NAME = "lorabatch.generate"
+LEDGER = "lorabatch"  # the result backend that reads the ledger, by its entry point
 SEND_BATCH = 1000
+LANES = 16
+CELERY = "celery"  # where plain clients send by default; none of our producers does
+
+
+def lane(queue: str, tenant: str) -> str:
+    """The lane of a queue that a tenant's messages go into. Workers take from all lanes in turn, so
+    that nobody waits behind another's many messages, but for who shares a lane."""
+    return f"{queue}.{crc32(tenant.encode()) % LANES}"
+
+
+def drained(queues: Sequence[str]) -> list[str]:
+    """Names on the broker of all that a worker of these queues takes from."""
+    lanes = [f"{queue}.{n}" for queue in queues if queue != CELERY for n in range(LANES)]
+    return [*queues, *lanes]
 
 
 def resolve_broker(settings: Settings) -> str:
@@ -38,7 +63,10 @@ def resolve_broker(settings: Settings) -> str:
 def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
     """A Celery app with our conventions. Opens no connection but the embedded server's."""
     url = resolve_broker(settings)
-    app = Celery(name, broker=url, backend=settings.result_backend_url or url, set_as_current=False)
+    backend = settings.result_backend_url or url
+    if backend == LEDGER:
+        backend = f"{LEDGER}+{settings.resolved_database_url}"
+    app = Celery(name, broker=url, backend=backend, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -46,7 +74,7 @@ def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
         result_accept_content=["json"],
         result_expires=settings.result_expires_s,
         task_default_queue=settings.queue,
-        task_queues=[Queue(queue) for queue in settings.consume],
+        task_queues=[Queue(name) for name in drained(settings.consume)],
         task_create_missing_queues=True,
         broker_connection_retry_on_startup=True,
         broker_transport_options={
@@ -65,7 +93,7 @@ def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
 
 
 def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
-    """Put messages into the queue, pipelined.
+    """Put messages into their tenants' lanes of the queue, pipelined.
 
     Raises QueueNotReady when the broker does not take them: some may be there already, which
     is harmless, because a job runs once however often its message arrives.
@@ -73,7 +101,8 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
     try:
         with app.producer_or_acquire() as producer, producer.batch(SEND_BATCH):
             policy = app.conf.task_publish_retry_policy
-            producer.maybe_declare(app.amqp.queues[queue], retry=True, **policy)
+            for name in {lane(queue, message.tenant) for message in messages}:
+                producer.maybe_declare(app.amqp.queues[name], retry=True, **policy)
             for message in messages:
                 app.send_task(
                     TASK_NAME,
@@ -83,14 +112,14 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
                         "adapter_id": message.adapter_id,
                     },
                     task_id=message.job_id,
-                    queue=queue,
+                    queue=lane(queue, message.tenant),
                     producer=producer,
                     declare=[],  # done, once for all
                     ignore_result=not message.publish_result,
                     argsrepr="",
                     kwargsrepr="",
                 )
-    except (OperationalError, redis.RedisError) as error:
+    except (OperationalError, BatchPublishError, redis.RedisError) as error:
         raise QueueNotReady(f"the broker did not take {len(messages)} messages: {error}") from None
 
 

@@ -8,25 +8,41 @@ clock, except `queue_us` and `run_us`, which are durations. Raises what the mode
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
+from lorabatch.errors import DeadlinePassed, JobCancelled
 from lorabatch.job import Job
 from lorabatch.result import ErrorInfo, Result, Usage
+from lorabatch.tables import NEVER_US
 
 __all__ = [
     "bare_result",
+    "cancelled",
     "job_row",
+    "micros",
+    "moment",
     "names_of",
     "result_row",
     "stored_job",
     "stored_result",
+    "too_late",
     "usage_row",
 ]
 
 
+EPOCH = datetime.fromtimestamp(0, UTC)
 Versions = Mapping[tuple[str, str], str]
+
+
+def micros(at: datetime) -> int:
+    return (at - EPOCH) // timedelta(microseconds=1)
+
+
+def moment(at_us: int) -> datetime:
+    return EPOCH + timedelta(microseconds=at_us)
 
 
 def names_of(job: Job) -> list[tuple[str, str]]:
@@ -35,7 +51,7 @@ def names_of(job: Job) -> list[tuple[str, str]]:
     return [(job.tenant, adapter_id) for adapter_id in ids if adapter_id is not None]
 
 
-def job_row(job: Job, now: int, publish_result: bool, versions: Versions) -> dict[str, Any]:
+def job_row(job: Job, now: int, versions: Versions) -> dict[str, Any]:
     """`versions`: of the adapters' names, as far as they are registered."""
     body = job.body()
     bound = {name[1]: versions[name] for name in names_of(job) if name in versions}
@@ -49,7 +65,7 @@ def job_row(job: Job, now: int, publish_result: bool, versions: Versions) -> dic
         "request_hash": job.request_hash(body),
         "body": body,
         "priority": job.priority,
-        "publish_result": publish_result,
+        "done_by_us": NEVER_US if job.done_by is None else micros(job.done_by),
         "adapter_versions": bound or sa.null(),
         "submitted_us": now,
     }
@@ -66,6 +82,7 @@ def stored_job(row: Any) -> Job:
             "custom_id": row.custom_id,
             "idempotency_key": row.idempotency_key,
             "priority": row.priority,
+            "done_by": None if row.done_by_us == NEVER_US else moment(row.done_by_us),
         }
     )
 
@@ -80,6 +97,12 @@ def bare_result(row: Any, error: ErrorInfo) -> Result:
         error=error,
         attempt=row.attempts,
     )
+
+
+def cancelled(row: Any) -> Result:
+    """Of a job that was cancelled before an engine saw it."""
+    result = bare_result(row, ErrorInfo(code=JobCancelled.code, message="cancelled"))
+    return result.model_copy(update={"state": "cancelled"})
 
 
 def stored_result(row: Any) -> Result:
@@ -110,6 +133,12 @@ def stored_result(row: Any) -> Result:
         started_us=row.jobs_started_us,
         finished_us=row.jobs_finished_us,
     )
+
+
+def too_late(row: Any) -> Result:
+    """A failed result of a job that waited beyond its deadline."""
+    message = f"job {row.job_id!r}: not done by {moment(row.done_by_us):%Y-%m-%d %H:%M:%S} UTC"
+    return bare_result(row, ErrorInfo(code=DeadlinePassed.code, message=message))
 
 
 def result_row(result: Result, now: int) -> dict[str, Any]:

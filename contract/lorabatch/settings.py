@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     )
     broker_url: str | None = Field(default=None, description="redis:// URL; unset: embedded")
     result_backend_url: str | None = Field(
-        default=None, description="where results for plain Celery clients go; unset: the broker"
+        default=None, description="results for Celery clients; lorabatch: ledger; unset: broker"
     )
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; unset: SQLite")
     queue: str = Field(default="lorabatch", description="where producers send")
@@ -129,6 +129,7 @@ class Settings(BaseSettings):
     )
     drain_s: float = Field(default=30.0, ge=0.0, description="SIGTERM: time for running jobs")
     max_attempts: int = Field(default=20, ge=1, description="starts before a job is given up")
+    max_crashes: int = Field(default=3, ge=1, description="workers it may stop, the last one alone")
     result_expires_s: int = Field(
         default=86_400, ge=60, description="how long Redis keeps a published result"
     )
@@ -166,12 +167,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{', '.join(unknown)}: no such setting; known: {sorted(known)}")
         return values
 
-    @field_validator("home")
-    @classmethod
-    def _absolute(cls, home: Path) -> Path:
-        return home.expanduser().resolve()
-
-    @field_validator("hub_token_folder", "adapter_store")
+    @field_validator("home", "hub_token_folder", "adapter_store")
     @classmethod
     def _absolute_if_set(cls, folder: Path | None) -> Path | None:
         return folder and folder.expanduser().resolve()
@@ -222,9 +218,13 @@ class Settings(BaseSettings):
 
     @field_validator("broker_url", "result_backend_url")
     @classmethod
-    def _broker(cls, url: str | None) -> str | None:
-        if url is not None and not re.match(r"^(redis|rediss|redis\+socket)://", url):
-            raise ValueError("allowed: a redis://, rediss:// or redis+socket:// URL")
+    def _broker(cls, url: str | None, info: ValidationInfo) -> str | None:
+        results = info.field_name == "result_backend_url"
+        if results and re.match(r"lorabatch(\+|$)", url or ""):
+            return url
+        if url is not None and not re.match(r"(redis|rediss|redis\+socket)://", url):
+            ours = ", lorabatch, or lorabatch+ before a database URL" if results else ""
+            raise ValueError(f"allowed: a redis://, rediss:// or redis+socket:// URL{ours}")
         return url
 
     @field_validator("database_url")

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
-from lorabatch.claim import Claim, Start
-from lorabatch.errors import IdempotencyConflict
+from lorabatch.claim import Claim, Start, suspected
+from lorabatch.errors import AttemptsExhausted, IdempotencyConflict
 from lorabatch.job import Job
 from lorabatch.result import Result
 from lorabatch.rows import result_row, stored_job, usage_row
-from lorabatch.tables import job_attempts, jobs, results, usage_events
+from lorabatch.tables import dead_letters, job_attempts, jobs, results, usage_events
 
 __all__ = [
     "BODILESS",
@@ -25,6 +26,7 @@ __all__ = [
     "chunks",
     "count_starts",
     "end_attempts",
+    "insert",
     "known_jobs",
     "lease",
     "locked",
@@ -36,6 +38,12 @@ __all__ = [
 CHUNK = 500
 BODILESS = [column for column in jobs.c if column is not jobs.c.body]
 T = TypeVar("T")
+
+
+def insert(connection: sa.Connection, table: sa.Table) -> Any:
+    """An insert that knows `on_conflict_do_nothing`."""
+    postgres = connection.dialect.name == "postgresql"
+    return postgresql.insert(table) if postgres else sqlite.insert(table)
 
 
 def chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
@@ -54,8 +62,8 @@ def locked(
     columns = list(jobs.c) if with_body else BODILESS
     for chunk in chunks(sorted(set(job_ids))):
         query = sa.select(*columns).where(jobs.c.job_id.in_(chunk)).order_by(jobs.c.job_id)
-        if condition is not None:
-            query = query.where(condition)
+        if condition is not None:  # in a CASE, or SQLite looks through all jobs of a state
+            query = query.where(sa.case((condition, 1), else_=0) == 1)
         yield from connection.execute(query.with_for_update(skip_locked=skip_locked)).all()
 
 
@@ -111,8 +119,11 @@ def lease(
             lease_token=jobs.c.lease_token + 1,
             lease_expires_us=expires,
             started_us=now,
+            begun=False,
+            crashes=jobs.c.crashes + sa.bindparam("crashed"),
+            losses=jobs.c.losses + sa.bindparam("lost"),
         ),
-        [{"id": row.job_id} for row in rows],
+        [{"id": row.job_id, "crashed": _crashed(row), "lost": _lost(row)} for row in rows],
     )
     attempts = []
     for row in rows:
@@ -124,6 +135,9 @@ def lease(
             started_us=now,
             publish_result=row.publish_result,
             adapter_versions=row.adapter_versions or {},
+            crashes=row.crashes + _crashed(row),
+            losses=row.losses + _lost(row),
+            died_alone=bool(_crashed(row)) and suspected(row.crashes, row.losses),
         )
         attempts.append(
             {
@@ -135,6 +149,15 @@ def lease(
         )
     connection.execute(job_attempts.insert(), attempts)
     return claims
+
+
+def _lost(row: Any) -> int:
+    """1 if the lease on this free row ran out: whoever had it has not handed it back."""
+    return int(row.state == "running")
+
+
+def _crashed(row: Any) -> int:
+    return _lost(row) and int(row.begun)
 
 
 class Ended(NamedTuple):
@@ -163,8 +186,17 @@ def write_results(connection: sa.Connection, ended: Sequence[Ended], now: int) -
     )
     connection.execute(results.insert(), [result_row(e.result, now) for e in ended])
     connection.execute(usage_events.insert(), [usage_row(*e, now) for e in ended])
+    dead = [e.row.job_id for e in ended if _code(e.result) == AttemptsExhausted.code]
+    if dead:
+        connection.execute(
+            dead_letters.insert(), [{"job_id": job_id, "died_us": now} for job_id in dead]
+        )
     running = [(e.row, e.result.state) for e in ended if e.row.state == "running"]
     end_attempts(connection, running, now)
+
+
+def _code(result: Result) -> str | None:
+    return None if result.error is None else result.error.code
 
 
 def count_starts(
@@ -181,7 +213,7 @@ def count_starts(
         connection.execute(
             sa.update(jobs)
             .where(jobs.c.job_id == sa.bindparam("id"))
-            .values(attempts=jobs.c.attempts + 1, started_us=sa.bindparam("at")),
+            .values(attempts=jobs.c.attempts + 1, started_us=sa.bindparam("at"), begun=True),
             [{"id": job_id, "at": at_us} for job_id, at_us in begun.items()],
         )
     return begun

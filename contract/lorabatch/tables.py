@@ -10,14 +10,17 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 __all__ = [
+    "NEVER_US",
     "adapter_faults",
     "adapter_versions",
     "adapters",
     "batches",
+    "dead_letters",
     "job_attempts",
     "jobs",
     "metadata",
     "results",
+    "tenants",
     "usage_events",
 ]
 
@@ -33,7 +36,15 @@ metadata = sa.MetaData(
 
 Json = sa.JSON().with_variant(JSONB(), "postgresql")
 Micros = sa.BigInteger
+NEVER_US = 2**63 - 1
 Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+def _partial(name: str, *columns: str, where: str) -> sa.Index:
+    """Of the rows that are looked for, which are few."""
+    condition = sa.text(where)
+    return sa.Index(name, *columns, sqlite_where=condition, postgresql_where=condition)
+
 
 batches = sa.Table(
     "batches",
@@ -78,6 +89,44 @@ jobs = sa.Table(
     ),
     sa.Column("submitted_us", Micros, nullable=False),
     sa.Column("sent_us", Micros),
+    sa.Column(
+        "queue",
+        sa.String(64),
+        nullable=False,
+        server_default="lorabatch",
+        comment="whose workers run it",
+    ),
+    sa.Column(
+        "done_by_us",
+        Micros,
+        nullable=False,
+        server_default=str(NEVER_US),
+        comment="deadline; the largest number: none",
+    ),
+    sa.Column(
+        "begun",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="under the lease that stands, it was let into a micro-batch",
+    ),
+    sa.Column(
+        "crashes",
+        sa.Integer,
+        nullable=False,
+        server_default="0",
+        comment="leases that ran out after it had begun",
+    ),
+    sa.Column(
+        "losses", sa.Integer, nullable=False, server_default="0", comment="leases that ran out"
+    ),
+    sa.Column(
+        "superseded",
+        sa.Boolean,
+        nullable=False,
+        server_default=sa.false(),
+        comment="another job of its batch runs its line again",
+    ),
     sa.Column("started_us", Micros),
     sa.Column("finished_us", Micros),
     sa.UniqueConstraint("tenant", "idempotency_key"),
@@ -87,6 +136,35 @@ jobs = sa.Table(
     sa.Index(None, "batch_id", "state"),
     sa.Index(None, "state", "sent_us"),
     sa.Index(None, "state", "lease_expires_us"),
+    _partial(
+        "ix_jobs_unsent",
+        *("queue", "tenant", "priority", "done_by_us", "submitted_us"),
+        where="state = 'queued' AND sent_us IS NULL",
+    ),
+    _partial(
+        *("ix_jobs_out", "queue", "tenant"),
+        where="state IN ('queued', 'running') AND sent_us IS NOT NULL",
+    ),
+    _partial("ix_jobs_due", "done_by_us", where=f"state = 'queued' AND done_by_us < {NEVER_US}"),
+)
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("tenant", sa.String(64), primary_key=True),
+    sa.Column("weight", sa.Float, nullable=False),
+    sa.Column("max_running", sa.Integer),
+    sa.Column("max_queued", sa.Integer),
+    sa.Column("updated_us", Micros, nullable=False),
+)
+
+dead_letters = sa.Table(
+    "dead_letters",
+    metadata,
+    sa.Column("job_id", sa.String(64), sa.ForeignKey("jobs.job_id"), primary_key=True),
+    sa.Column("died_us", Micros, nullable=False),
+    sa.Column("handled_us", Micros),
+    sa.Column("retried_as", sa.String(64), comment="NULL: dropped"),
 )
 
 job_attempts = sa.Table(

@@ -93,6 +93,11 @@ class AsyncProducer:
         """Cancel jobs: the state each is in now; a running one ends at its next step."""
         return await asyncio.to_thread(self.producer.cancel, job_ids)
 
+    async def cancel_batch(self, batch_id: str) -> dict[str, int]:
+        """Cancel what is open of a batch: how many jobs were `cancelled` at once, and how many run
+        and were `asked` to end. Raises JobNotFound."""
+        return await asyncio.to_thread(self.producer.cancel_batch, batch_id)
+
     async def status(self, batch_id: str) -> BatchStatus:
         """A batch's job counts by state. Raises JobNotFound."""
         return await asyncio.to_thread(self.producer.status, batch_id)

@@ -2,15 +2,15 @@
 
 The batch id follows from tenant and file content, a job's id from batch id and custom_id (or
 line number). So a file that is submitted again, after a crash or by mistake, finds its own
-jobs and is not billed twice; `new=True` forces another run. Raises NotSent, JobNotFound,
-IdempotencyConflict.
+jobs and is not billed twice; what failed or was cancelled runs again. `new=True` forces another
+run of all. Raises NotSent, JobNotFound, IdempotencyConflict, QueueFull.
 """
 
 from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger
-from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError
-from lorabatch.tables import batches
+from lorabatch.batches import Batches
+from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError, QueueFull
+from lorabatch.statements import known_jobs
+from lorabatch.tables import batches as batch_rows
 from lorabatch_producer.bulk import BadLine, base_names, read_lines
 from lorabatch_producer.sending import NotSent, chunked
 
@@ -34,11 +36,13 @@ NAMESPACE = uuid.UUID("1f0f6c34-9a4d-5e0e-8c55-6d0a54f5a1b0")
 
 @dataclass(frozen=True)
 class Submitted:
-    """What a submission came to. `not_sent`: accepted, but the broker was down."""
+    """What a submission came to, in lines. `again`: of those accepted, what had failed or was
+    cancelled before. `not_sent`: accepted, but the broker was down."""
 
     batch_id: str
     accepted: int
     rejected: int
+    again: int = 0
     not_sent: NotSent | None = None
 
 
@@ -100,28 +104,77 @@ def submit(
             else:
                 yield line.job
 
-    accepted, not_sent = 0, None
-    sender = producer.sender()
+    lines = _Lines(producer)
     with path.open("rb") as file:
         digest = file_digest(file)
         batch_id = batch_id_for(tenant, digest, new)
         for some in chunked(good(file, batch_id)):
             try:
-                accepted += len(sender.chunk(some))
+                lines.accept(some)
             except IdempotencyConflict as error:
                 raise _read_otherwise(batch_id, error) from None
+            except QueueFull as error:
+                raise _no_more(batch_id, lines.accepted, error) from None
         if file_digest(file) != digest:
             raise LoraBatchError(
                 f"{path.name} changed while it was read; what was accepted belongs to batch "
                 f"{batch_id}: cancel that, and submit the finished file"
             )
     source = f"{path.name} sha256:{digest}"
-    producer.ledger.add_batch(batch_id, tenant, source, accepted, rejected)
-    try:
-        sender.finish()
-    except NotSent as error:
-        not_sent = error
-    return Submitted(batch_id, accepted, rejected, not_sent)
+    lines.batches.add(batch_id, tenant, source, lines.accepted, rejected)
+    return Submitted(batch_id, lines.accepted, rejected, lines.again, lines.finish())
+
+
+class _Lines:
+    """Accepts lines, as many of a chunk as may wait, and runs again what had ended badly."""
+
+    def __init__(self, producer: Producer) -> None:
+        self.accepted = self.again = 0
+        self.batches = Batches(producer.ledger.engine)
+        self._ledger = producer.ledger
+        self._sender = producer.sender()
+
+    def accept(self, some: Sequence[Job]) -> None:
+        ended_badly = _ended_badly(self._ledger, some)  # before the new ones begin to end
+        self._fill(some)
+        self.again += len(self.batches.run_again(ended_badly))
+
+    def finish(self) -> NotSent | None:
+        try:
+            self._sender.finish()
+        except NotSent as error:
+            return error
+        return None
+
+    def _fill(self, some: Sequence[Job]) -> None:
+        size, at = len(some), 0
+        while at < len(some):
+            try:
+                taken = len(self._sender.chunk(some[at : at + size]))
+            except QueueFull:
+                if size == 1:
+                    raise
+                size //= 2
+            else:
+                at += taken
+                self.accepted += taken
+
+
+def _ended_badly(ledger: Ledger, some: Sequence[Job]) -> list[str]:
+    """Of lines that were accepted before: the ids of their jobs that failed or were cancelled."""
+    with ledger.engine.execution_options(read_only=True).begin() as connection:
+        known = [str(row.job_id) for row in known_jobs(connection, some).values()]
+    latest = Batches(ledger.engine).latest(known).values()
+    states = ledger.states(list(latest))
+    return [job_id for job_id, state in states.items() if state in ("failed", "cancelled")]
+
+
+def _no_more(batch_id: str, accepted: int, error: QueueFull) -> QueueFull:
+    reason = str(error).partition(";")[0]
+    return QueueFull(
+        f"batch {batch_id}: {accepted} lines accepted, the rest not: {reason}; submit the same "
+        "file again to go on when some have ended, or raise the limit with `lorabatch tenants set`"
+    )
 
 
 def _read_otherwise(batch_id: str, error: IdempotencyConflict) -> IdempotencyConflict:
@@ -134,7 +187,7 @@ def _read_otherwise(batch_id: str, error: IdempotencyConflict) -> IdempotencyCon
 def batch_status(ledger: Ledger, batch_id: str) -> BatchStatus:
     """A batch's jobs by state. Raises JobNotFound."""
     with ledger.engine.execution_options(read_only=True).begin() as connection:
-        query = sa.select(batches).where(batches.c.batch_id == batch_id)
+        query = sa.select(batch_rows).where(batch_rows.c.batch_id == batch_id)
         row = connection.execute(query).one_or_none()
     if row is None:
         raise JobNotFound(f"batch {batch_id!r}: no such batch in this ledger")

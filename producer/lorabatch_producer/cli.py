@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 import lorabatch
 from lorabatch.errors import LoraBatchError
-from lorabatch_producer.commands import batch, db, doctor, jobs, report, server
+from lorabatch_producer.commands import batch, db, dead, doctor, jobs, report, server, tenants, why
 from lorabatch_producer.console import printable
 
 __all__ = ["app", "main"]
@@ -55,10 +55,13 @@ app.command("enqueue")(jobs.enqueue)
 app.command("result")(jobs.result)
 app.command("cancel")(jobs.cancel)
 app.command("status")(server.status)
+app.command("why")(why.why)
 app.command("stop")(server.stop)
 app.command("settings")(server.settings)
 app.command("doctor")(doctor.doctor)
 app.add_typer(batch.app, name="batch")
+app.add_typer(dead.app, name="dead")
+app.add_typer(tenants.app, name="tenants")
 app.add_typer(report.app, name="report")
 app.add_typer(db.app, name="db")
 for command in entry_points(group="lorabatch.commands"):  # of packages that are not the producer's

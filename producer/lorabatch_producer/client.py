@@ -6,7 +6,7 @@
 
 Accepted means committed to the ledger; the broker is only touched by enqueueing. One producer
 may be shared by threads. Raises InvalidJob, IdempotencyConflict, NotSent, JobNotFound,
-JobFailed, JobCancelled, WaitTimeout, DatabaseNotReady.
+JobFailed, JobCancelled, WaitTimeout, QueueFull, DatabaseNotReady.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Self, overload
 from celery import Celery
 
 from lorabatch import Job, Ledger, Result, Settings
+from lorabatch.batches import Batches
 from lorabatch.database import open_database
 from lorabatch.queue import make_app
 from lorabatch.result import JobState
@@ -133,6 +134,11 @@ class Producer:
         """Cancel jobs: the state each is in now; a running one ends at its next step."""
         ids = [job_ids] if isinstance(job_ids, str) else list(job_ids)
         return self.ledger.cancel(ids)
+
+    def cancel_batch(self, batch_id: str) -> dict[str, int]:
+        """Cancel what is open of a batch: how many jobs were `cancelled` at once, and how many run
+        and were `asked` to end. Raises JobNotFound."""
+        return Batches(self.ledger.engine).cancel(batch_id)
 
     def status(self, batch_id: str) -> BatchStatus:
         """A batch's job counts by state. Raises JobNotFound."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorabatch import Result, Settings
+from lorabatch.batches import Batches
 from lorabatch.errors import LoraBatchError
 from lorabatch.ledger import Ledger
 from lorabatch_producer.batch import batch_status, file_digest
@@ -69,13 +70,14 @@ def write_output(
         lines = read_lines(file, batch_id, status.tenant, base_names(settings))
         for some in chunked(lines, CHUNK):
             good = [line for line in some if isinstance(line, GoodLine)]
-            found = ledger.results([line.job.job_id for line in good])
+            latest = Batches(ledger.engine).latest([line.job.job_id for line in good])
+            found = ledger.results(list(latest.values()))
             for line in some:
                 if isinstance(line, BadLine):
                     counts["bad"] += 1
                     bad.write(line.as_json() + "\n")
                 else:
-                    result = found.get(line.job.job_id)
+                    result = found.get(latest[line.job.job_id])
                     counts[result.state if result else "not_finished"] += 1
                     results.write(json.dumps(_line(line, result), ensure_ascii=False) + "\n")
     if not counts["bad"]:

@@ -19,11 +19,12 @@ from redis.retry import Retry
 from lorabatch import Settings
 from lorabatch.embedded import valkey_running
 from lorabatch.errors import QueueNotReady
-from lorabatch.queue import make_app
+from lorabatch.queue import drained, make_app
 
 __all__ = [
     "NO_WORKER",
     "answering",
+    "loads",
     "masked",
     "occupancies",
     "queue_lengths",
@@ -64,12 +65,22 @@ def workers(settings: Settings) -> list[str]:
 def occupancies(settings: Settings) -> dict[str, float | None]:
     """As `workers`, and how full each one's steps were since it started: mean sequences a step /
     `max_seqs`. None before its first step."""
+    return {name: load.get("occupancy") for name, load in loads(settings).items()}
+
+
+def loads(settings: Settings) -> dict[str, dict[str, float]]:
+    """As `workers`, and the figures that each one gives of itself: `waiting`, `running` and more;
+    none from one that is still starting."""
     with _running_app(settings) as app:
         try:
             replies = (app and app.control.inspect(timeout=PING_S).stats()) or {}
         except (OperationalError, redis.RedisError):
             return {}
-    return {name: reply.get("pool", {}).get("occupancy") for name, reply in sorted(replies.items())}
+    return {name: _figures(reply.get("pool", {})) for name, reply in sorted(replies.items())}
+
+
+def _figures(pool: dict[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in pool.items() if isinstance(value, int | float)}
 
 
 @contextlib.contextmanager
@@ -91,7 +102,7 @@ def queue_lengths(settings: Settings, url: str) -> dict[str, int]:
     once = Retry(NoBackoff(), 0)
     client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, retry=once)
     try:
-        lengths: list[Any] = [client.llen(name) for name in names]
+        lengths: list[Any] = [sum(map(client.llen, drained([name]))) for name in names]
     except redis.RedisError as error:
         raise QueueNotReady(
             f"the broker does not answer: {error}; check LORABATCH_BROKER_URL"

@@ -1,9 +1,9 @@
 """Waiting for jobs to end, by looking at the ledger with a gentle back-off.
 
 `Watch` makes one look at a time, so that the blocking and the awaitable client share it.
-Pauses grow from 20 ms to 1 s while nothing ends. They are at least as long as 100 looks, up to 1 s,
-and never shorter than one look: who waits for many jobs must not take the processor from the worker
-that runs them.
+`Pauses` grow from 20 ms to 1 s while nothing ends. They are at least as long as 100 looks, up to
+1 s, and never shorter than one look: who waits for many jobs must not take the processor from the
+worker that runs them.
 Raises JobNotFound, WaitTimeout, and for a single job JobFailed and JobCancelled.
 """
 
@@ -15,12 +15,31 @@ from collections.abc import Iterable
 from lorabatch import Ledger, Result
 from lorabatch.errors import JobCancelled, JobFailed, JobNotFound, WaitTimeout
 
-__all__ = ["Watch", "succeeded"]
+__all__ = ["LAST_PAUSE_S", "Pauses", "Watch", "succeeded"]
 
 FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
 GROWTH = 1.5
 LOOKS_PER_PAUSE = 100
+
+
+class Pauses:
+    """How long to wait from one look to the next."""
+
+    def __init__(self, longest_s: float = LAST_PAUSE_S) -> None:
+        self._longest_s = longest_s
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew with the shortest: something has just ended."""
+        self._next_s = min(FIRST_PAUSE_S, self._longest_s)
+
+    def after(self, took_s: float) -> float:
+        """Seconds to wait after a look that took so long."""
+        rest = min(took_s * LOOKS_PER_PAUSE, LAST_PAUSE_S)
+        pause = max(self._next_s, took_s, rest)
+        self._next_s = min(self._next_s * GROWTH, self._longest_s)
+        return pause
 
 
 class Watch:
@@ -32,7 +51,7 @@ class Watch:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._open = dict.fromkeys(job_ids)
         self._known = False
-        self._pause_s = FIRST_PAUSE_S
+        self._pauses = Pauses()
         self._took_s = 0.0
 
     @property
@@ -53,7 +72,7 @@ class Watch:
             del self._open[job_id]
         self._took_s = time.monotonic() - started
         if found:
-            self._pause_s = FIRST_PAUSE_S
+            self._pauses.restart()
         elif self._deadline is not None and time.monotonic() >= self._deadline:
             raise self._timeout()
         return ended
@@ -67,9 +86,7 @@ class Watch:
 
     def pause_s(self) -> float:
         """Seconds until the next look."""
-        rest = min(self._took_s * LOOKS_PER_PAUSE, LAST_PAUSE_S)
-        pause = max(self._pause_s, self._took_s, rest)
-        self._pause_s = min(self._pause_s * GROWTH, LAST_PAUSE_S)
+        pause = self._pauses.after(self._took_s)
         if self._deadline is not None:
             pause = min(pause, max(0.0, self._deadline - time.monotonic()))
         return pause

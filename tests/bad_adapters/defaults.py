@@ -44,10 +44,6 @@ DEFAULTS_ROWS: list[Bad] = [
     row("an end token is a text", {"eos_token_id": "</s>"}, "eos_token_id", "'</s>'"),
     row("an end token is true", {"eos_token_id": True}, "eos_token_id", "True"),
     row("eos_token is a number", {"eos_token": 3}, "eos_token", "is 3", file=TOKENIZER),
-    row(
-        "model_max_length is a text", {"model_max_length": "9"}, "model_max_length", file=TOKENIZER
-    ),
-    row("model_max_length is below one", {"model_max_length": 0}, "tokens", file=TOKENIZER),
     row("eos_token without content", {"eos_token": {}}, "eos_token", "content", file=TOKENIZER),
     row("eos_token is no text", {"eos_token": "\ud800"}, "eos_token", file=TOKENIZER),
     row("a chat template over 256 KiB", {"chat_template": "x" * (1 << 19)}, "over", file=TOKENIZER),

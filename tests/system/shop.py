@@ -20,8 +20,8 @@ from celery import Celery
 from lorabatch import Job, Ledger, Settings
 from lorabatch.database import connect, open_database, upgrade
 from lorabatch.embedded import ensure_valkey, stop_valkey
-from lorabatch.ledger import Message
-from lorabatch.queue import make_app, send
+from lorabatch.feed import Feed
+from lorabatch.queue import drained, make_app, send
 from lorabatch.tables import job_attempts, jobs, results, usage_events
 from lorabatch_worker.sweeper import task_id_of
 
@@ -138,7 +138,7 @@ class Shop:
         return worker
 
     def accept(self, count: int, tokens: int = 4, **fields: Any) -> list[Job]:
-        """Jobs in the ledger and their messages in the queue, as our producer does it."""
+        """Jobs in the ledger and their messages in the queue, as our producer does it with few."""
         accepted = [
             Job(
                 prompt=f"prompt number {i}",
@@ -154,9 +154,9 @@ class Shop:
         return accepted
 
     def send(self, accepted: Sequence[Job]) -> None:
-        messages = [Message(job.job_id, job.tenant, job.adapter_id) for job in accepted]
+        feed = Feed(self.ledger.engine, self.settings.queue)
+        messages = feed.take_these([job.job_id for job in accepted])
         send(self.producer, self.settings.queue, messages)
-        self.ledger.mark_sent([job.job_id for job in accepted])
 
     def generate(self, **kwargs: Any) -> Any:
         """A plain Celery client's call on its own default queue."""
@@ -182,13 +182,16 @@ class Shop:
         wait_until("broker empty", lambda: self.in_broker() == {}, limit_s, self.in_broker)
 
     def in_broker(self) -> dict[str, int]:
-        sizes = {name: self.broker.llen(name) for name in self.settings.consume}
+        sizes: dict[str, int] = {
+            queue: sum(map(self.broker.llen, drained([queue]))) for queue in self.settings.consume
+        }
         sizes["unacked"] = self.broker.hlen("unacked")
         sizes["unacked_index"] = self.broker.zcard("unacked_index")
         return {name: size for name, size in sizes.items() if size}
 
     def ids_in_broker(self) -> set[str]:
-        raw = [item for name in self.settings.consume for item in self.broker.lrange(name, 0, -1)]
+        names = drained(self.settings.consume)
+        raw = [item for name in names for item in self.broker.lrange(name, 0, -1)]
         return {task_id_of(item) for item in [*raw, *self.broker.hvals("unacked")]}
 
     def rows(self, table: sa.Table) -> list[Any]:

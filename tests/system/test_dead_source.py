@@ -11,6 +11,7 @@ import pytest
 from shop import RealWorker, Shop, model_settings, wait_until
 
 from lorabatch import Job
+from lorabatch.queue import TASK_NAME
 from lorabatch.tables import usage_events
 from tests.hub_server import REPO, HubServer
 
@@ -58,32 +59,42 @@ def test_a_dead_source_keeps_nobody_else_waiting(shop: Shop, hub: HubServer) -> 
     worker = RealWorker(shop.home / "worker.log", shop.env)
     shop.workers.append(worker)
     worker.wait_ready()
-    theirs = jobs(shop, 5 * IN_HAND, "far")
-    plain = shop.generate(prompt="Hello", adapter_id="far", sampling_params={"max_new_tokens": 2})
-    ours = jobs(shop, IN_HAND, None)
-    ended = [job.job_id for job in ours]
-    wait_until("others ended", lambda: len(shop.ledger.results(ended)) == len(ours))
-    assert not shop.ledger.results([job.job_id for job in theirs])
-    wait_until("others acknowledged", lambda: len(shop.ids_in_broker()) <= IN_HAND // 2)
+    theirs = [job.job_id for job in jobs(shop, 3 * IN_HAND, "far")]
+    asked = {"prompt": "Hello", "adapter_id": "far", "sampling_params": {"max_new_tokens": 2}}
+    limits = {"expires": 600, "time_limit": 600}  # which nothing but their message knows
+    plain = [shop.client.send_task(TASK_NAME, kwargs=asked, **limits) for _ in range(3 * IN_HAND)]
+    theirs += [task.id for task in plain]
+    wait_until("all were taken", lambda: len(shop.ledger.states(theirs)) == len(theirs))
+    ours = [job.job_id for job in jobs(shop, IN_HAND, None)]
+    wait_until("others ended", lambda: len(shop.ledger.results(ours)) == len(ours))
+    assert not shop.ledger.results(theirs)
+    assert shop.ids_in_broker() >= set(theirs), "their messages stay with the broker"
 
     hub.hang.set()
-    shop.wait_ended(len(theirs) + len(ours) + 1)
-    found = shop.ledger.results([job.job_id for job in theirs])
-    assert {result.state for result in found.values()} == {"succeeded"}
-    assert plain.get(timeout=30)["adapter_version"] is not None
-    assert len(shop.rows(usage_events)) == len(theirs) + len(ours) + 1
+    shop.wait_ended(len(theirs) + len(ours))
+    assert {result.state for result in shop.ledger.results(theirs).values()} == {"succeeded"}
+    assert all(task.get(timeout=30)["adapter_version"] for task in plain)
+    assert len(shop.rows(usage_events)) == len(theirs) + len(ours)
     shop.wait_broker_empty()
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0, worker.text()
 
 
-def test_a_worker_that_stops_hands_back_what_it_postponed(shop: Shop, hub: HubServer) -> None:
-    worker = RealWorker(shop.home / "worker.log", shop.env)
-    shop.workers.append(worker)
-    worker.wait_ready()
-    theirs = jobs(shop, 5 * IN_HAND, "far")
-    wait_until("given up for now", lambda: 0 < len(shop.ids_in_broker()) <= IN_HAND // 2)
-    worker.signal(signal.SIGTERM)
-    assert worker.wait() == 0, worker.text()
-    assert shop.ids_in_broker() == {job.job_id for job in theirs}
-    assert shop.ledger.counts() == {"queued": len(theirs)}
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_another_worker_gets_what_one_postponed(
+    number: signal.Signals, shop: Shop, hub: HubServer
+) -> None:
+    first = RealWorker(shop.home / "first.log", shop.env)
+    shop.workers.append(first)
+    first.wait_ready()
+    theirs = [job.job_id for job in jobs(shop, 3 * IN_HAND, "far")]
+    queued = 3 * IN_HAND - IN_HAND // 2
+    wait_until("given up for now", lambda: shop.ledger.counts().get("queued") == queued)
+    first.signal(number)
+    assert first.wait() == (0 if number == signal.SIGTERM else -number), first.text()
+    hub.hang.set()
+    second = RealWorker(shop.home / "second.log", shop.env)
+    shop.workers.append(second)
+    shop.wait_ended(len(theirs))
+    assert {result.state for result in shop.ledger.results(theirs).values()} == {"succeeded"}
+    assert len(shop.rows(usage_events)) == len(theirs)

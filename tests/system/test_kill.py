@@ -29,6 +29,7 @@ def test_killed_workers_lose_and_repeat_nothing(any_shop: Shop) -> None:
     tokens = round(KILLS * START_S / STEP_S * slots / JOBS)  # so that work lasts for all kills
     runs = shop.home / "runs"
     env = {"FAKE_STEP_S": str(STEP_S), "FAKE_RUNS": str(runs)}
+    env["LORABATCH_MAX_CRASHES"] = "1000"  # so many kills make any job look like poison
     worker = shop.start(**env).wait_ready()
     accepted = shop.accept(JOBS, tokens=tokens)
     open_at_kill = []

@@ -115,12 +115,28 @@ def test_positional_arguments_are_refused(running: Shop) -> None:
     assert "1 positional arguments" in refused(result)
 
 
-def test_a_link_is_refused_instead_of_never_called(running: Shop) -> None:
-    result = running.client.send_task(
-        TASK_NAME, kwargs={"prompt": "x"}, link=running.client.signature("tests.add", (1,))
-    )
-    assert "callbacks is not supported" in refused(result)
+@pytest.mark.parametrize(
+    ("option", "task", "says"),
+    [
+        ("chord", "tests.keep", "a chord is not supported"),
+        ("link", "shop.save", "link: this worker has no task 'shop.save'"),
+        ("link_error", "shop.warn", "link_error: this worker has no task 'shop.warn'"),
+    ],
+)
+def test_what_would_never_be_called_is_refused(
+    running: Shop, option: str, task: str, says: str
+) -> None:
+    signature = running.client.signature(task)
+    result = running.client.send_task(TASK_NAME, kwargs={"prompt": "x"}, **{option: signature})
+    assert says in refused(result)
     assert running.ledger.states([result.id]) == {result.id: "failed"}
+
+
+def test_a_count_of_retries_and_a_far_expiry_change_nothing(running: Shop) -> None:
+    result = running.client.send_task(
+        TASK_NAME, kwargs={"prompt": "again"}, retries=3, expires=3600, priority=5
+    )
+    assert result.get(timeout=WAIT_S)["attempt"] == 1
 
 
 def test_a_failed_job_raises_with_its_code(running: Shop) -> None:

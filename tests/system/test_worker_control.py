@@ -108,6 +108,21 @@ def test_an_expired_message_is_a_cancelled_job(running: Shop) -> None:
     assert running.executions()[sent.id] == 0
 
 
+def test_a_job_that_expires_while_it_waits_is_cancelled(running: Shop) -> None:
+    slots = int(running.env["LORABATCH_MAX_SEQS"])
+    before = start_long(running, slots)
+    sent = running.client.send_task(TASK_NAME, kwargs={"prompt": "stale"}, expires=2)
+    patient = running.client.send_task(TASK_NAME, kwargs={"prompt": "patient"}, expires=3600)
+    wait_until("claimed", lambda: state(running, sent.id) == "running")
+    wait_cancelled(running, sent.id)
+    assert {state(running, r.id) for r in [*before, patient]} == {"running"}
+    running.client.control.revoke([r.id for r in before], terminate=True)
+    assert patient.get(timeout=WAIT_S)["state"] == "succeeded"
+    with pytest.raises(TaskRevokedError):
+        sent.get(timeout=WAIT_S)
+    running.wait_broker_empty()
+
+
 def test_a_countdown_runs_later(running: Shop) -> None:
     sent = running.client.send_task(TASK_NAME, kwargs={"prompt": "later"}, countdown=1)
     assert sent.get(timeout=WAIT_S)["state"] == "succeeded"

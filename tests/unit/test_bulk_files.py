@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from lorabatch import Ledger, Settings
+from lorabatch import Settings
 from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError
+from lorabatch.feed import Feed
 from lorabatch_producer import Producer
 from lorabatch_producer.batch import submit
 from lorabatch_producer.bulk import BadLine
@@ -118,13 +119,13 @@ def test_the_same_file_again_is_the_same_jobs(producer: Producer, file: Path) ->
 def test_an_interrupted_submission_is_taken_up_where_it_was(
     producer: Producer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(ledger: Ledger, job_ids: object) -> None:
+    def interrupt(feed: Feed, job_ids: object) -> None:
         raise KeyboardInterrupt
 
     path = tmp_path / "in"
     path.write_bytes(b"\n".join(short(prompt=f"p{i}") for i in range(1500)))
     with monkeypatch.context() as patched:
-        patched.setattr(Ledger, "mark_sent", interrupt)
+        patched.setattr(Feed, "take_these", interrupt)
         with pytest.raises(KeyboardInterrupt):
             submit(producer, path)
     assert producer.ledger.counts() == {"queued": 1000}
@@ -174,7 +175,7 @@ def test_a_cancelled_job_says_so_in_the_output(producer: Producer, tmp_path: Pat
     path, out = tmp_path / "in", tmp_path / "out"
     path.write_bytes(short() + b"\n" + chat())
     done = submit(producer, path)
-    ids = [message.job_id for message in producer.ledger.nowhere(-1)]
+    ids = [message.job_id for message in Feed(producer.ledger.engine, "lorabatch").nowhere(-1)]
     assert set(producer.cancel(ids).values()) == {"cancelled"}
     written = write_output(producer.ledger, producer.settings, done.batch_id, path, out)
     assert written.cancelled == 2

@@ -11,7 +11,14 @@ HEAVY = "torch transformers numpy triton safetensors huggingface_hub peft gguf".
 
 
 @pytest.mark.parametrize(
-    "module", ["lorabatch", "lorabatch.queue", "lorabatch_producer", "lorabatch_producer.cli"]
+    "module",
+    [
+        "lorabatch",
+        "lorabatch.queue",
+        "lorabatch_producer",
+        "lorabatch_producer.cli",
+        "lorabatch_producer.result_backend",
+    ],
 )
 def test_importing_loads_nothing_heavy_and_warns_of_nothing(module: str) -> None:
     code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"

@@ -10,7 +10,8 @@ import pytest
 
 from lorabatch import Job, Ledger
 from lorabatch.errors import IdempotencyConflict, InvalidJob
-from lorabatch.job import ADAPTER_PATTERN, MergedAdapters
+from lorabatch.fields import ADAPTER_PATTERN
+from lorabatch.job import MergedAdapters
 from lorabatch.tables import jobs
 
 TIES = {"merge_strategy": "ties", "density": 0.5}

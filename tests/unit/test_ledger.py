@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result, Usage
 from lorabatch.errors import IdempotencyConflict, JobNotFound
+from lorabatch.feed import Feed
 from lorabatch.ledger import Claim, Outcome, Start
 from lorabatch.result import ErrorInfo
 from lorabatch.tables import job_attempts, jobs, results, usage_events
@@ -229,11 +231,13 @@ def test_a_message_that_is_no_job_is_recorded_as_failed_once(ledger: Ledger) -> 
 def test_open_jobs_without_a_message_are_found(ledger: Ledger) -> None:
     unsent, sent, expired, leased = job(), job(), job(), job()
     ledger.accept([unsent, sent, expired, leased])
-    ledger.mark_sent([sent.job_id])
+    feed = Feed(ledger.engine, "lorabatch")
+    feed.mark_sent([sent.job_id])
     ledger.claim([expired.job_id], "me", -1)
     ledger.claim([leased.job_id], "me", 30)
-    assert {m.job_id for m in ledger.nowhere(-1)} == {unsent.job_id, sent.job_id, expired.job_id}
-    assert [m.job_id for m in ledger.nowhere(3600)] == [expired.job_id]
+    assert {m.job_id for m in feed.nowhere(-1)} == {sent.job_id, expired.job_id}
+    assert [m.job_id for m in feed.nowhere(3600)] == [expired.job_id]
+    assert Feed(ledger.engine, "other").nowhere(-1) == []
 
 
 def test_many_threads_claim_each_job_once(ledger: Ledger) -> None:
@@ -266,3 +270,26 @@ def test_a_request_of_before_sampling_fields_stayed_out_is_known(ledger: Ledger)
     other = Job(prompt="hi", idempotency_key="k", sampling_params={"max_new_tokens": 5})
     with pytest.raises(IdempotencyConflict):
         ledger.accept([other])
+
+
+def test_a_claim_looks_at_its_own_rows_however_many_wait(ledger: Ledger) -> None:
+    if ledger.engine.dialect.name != "sqlite":
+        return  # PostgreSQL decides by statistics, which a small table has none of
+    ids = [job(job_id=f"j{i}") for i in range(20)]
+    ledger.accept(ids)
+    asked: list[tuple[str, Any]] = []
+
+    def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        if statement.startswith("SELECT") and "FROM jobs" in statement:
+            asked.append((statement, parameters))
+
+    sa.event.listen(ledger.engine, "before_cursor_execute", note)
+    ledger.claim(["j1", "j2"], "me", 30)
+    sa.event.remove(ledger.engine, "before_cursor_execute", note)
+    assert asked
+    with ledger.engine.connect() as connection:
+        for statement, parameters in asked:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            text = str(list(plan))
+            assert "job_id=?" in text, text
+            assert "ix_jobs_state" not in text, text

@@ -29,7 +29,7 @@ from lorabatch.ledger import Ledger
 from lorabatch.tables import metadata
 
 ROOT = Path(__file__).parents[2]
-HEAD = "0002"
+HEAD = "0003"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -79,7 +79,7 @@ def test_down_to_nothing_and_up_again(url: str, engine: sa.Engine) -> None:
 
 
 def test_a_database_that_is_not_upgraded_is_refused(url: str, engine: sa.Engine) -> None:
-    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0002: run `lorabatch db up"):
+    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0003: run `lorabatch db up"):
         check_schema(engine)
 
 
@@ -87,7 +87,7 @@ def test_a_newer_schema_is_refused(url: str, engine: sa.Engine) -> None:
     upgrade(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(DatabaseNotReady, match="at schema 9999, wanted 0002"):
+    with pytest.raises(DatabaseNotReady, match="at schema 9999, wanted 0003"):
         check_schema(engine)
 
 

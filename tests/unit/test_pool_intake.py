@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +14,15 @@ import redis
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result, Settings
+from lorabatch.feed import Feed
 from lorabatch.ledger import Message, Start
-from lorabatch.queue import make_app, send
+from lorabatch.queue import lane, make_app, send
 from lorabatch.tables import jobs
-from lorabatch_worker import postponed
 from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.intake import Intake, IntakeParts
 from lorabatch_worker.leases import Leases
 from lorabatch_worker.live import LiveJobs
-from lorabatch_worker.postponed import Postponed
+from lorabatch_worker.postponed import AGAIN_S, Postponed
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.pulse import Pulse
 from lorabatch_worker.recorder import Recorder
@@ -54,7 +54,7 @@ class Bench:
         )
         app: Any = SimpleNamespace(backend=backend)
         self.publisher = Publisher(app, lambda call: call())
-        self.postponed = Postponed(app, "q", ledger, self.live, lambda call: call())
+        self.postponed = Postponed(ledger, self.live, lambda call: call())
         self.recorder = Recorder(ledger, self.live, self.publisher, settings.in_hand)
         self.pulse = Pulse(runner, settings.lease_s)
         self.leases = Leases(settings, ledger, self.live, runner, self.pulse)
@@ -260,47 +260,59 @@ def test_the_sweeper_sends_what_is_nowhere_and_nothing_else(
     app = make_app(settings)
     live = LiveJobs()
     names = ["queued", "given_out", "live", "nowhere", "crashed", "leased"]
-    ledger.accept([Job(job_id=name, prompt="x") for name in names])
+    ledger.accept([Job(job_id=name, prompt="x") for name in names], as_sent=True)
     live.add(ledger.claim(["live"], "me", -1)["live"], [])
     ledger.claim(["crashed"], "gone", -1)
     ledger.claim(["leased"], "other", 600)
     messages = {name: Message(name, "default", None) for name in names}
+    mine = lane(settings.queue, "default")
     send(app, settings.queue, [messages["given_out"], messages["crashed"]])
     for name in ("given_out", "crashed"):
-        broker.hset("unacked", name, b'[%s, "", "q"]' % broker.rpop(settings.queue))
+        broker.hset("unacked", name, b'[%s, "", "q"]' % broker.rpop(mine))
     send(app, settings.queue, [messages["queued"]])
-    sweeper = Sweeper(app, now, ledger, [live.ids])
+    sweeper = Sweeper(app, now, ledger, live)
     assert sweeper.sweep() == 2
     assert sweeper.sweep() == 0
-    sent = {task_id_of(raw) for raw in broker.lrange(settings.queue, 0, -1)}
+    sent = {task_id_of(raw) for raw in broker.lrange(mine, 0, -1)}
     assert sent == {"queued", "nowhere", "crashed"}
     app.close()
 
 
-def test_what_is_postponed_is_acknowledged_and_sent_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[str] = []
-    monkeypatch.setattr(
-        postponed, "send", lambda app, queue, messages: sent.extend(m.job_id for m in messages)
-    )
+def test_what_is_postponed_goes_back_to_the_ledger_and_the_broker(bench: Bench) -> None:
     bench.runner.slots = 0  # all wait
     bench.start()
-    acknowledged: list[str] = []
-    for name in ("pointer", "alias", "limited"):
-        delivery = Delivery(name, lambda _: None, kwargs={"prompt": "x", "idempotency_key": name})
-        if name != "limited":
-            delivery.on_postponed = lambda name=name: acknowledged.append(name)  # type: ignore[misc]
+    given_back: dict[str, float] = {}
+    for name in ("one", "two", "stays"):
+        delivery = Delivery(name, lambda _: None, kwargs={"prompt": "x"})
+        if name != "stays":
+            delivery.on_postponed = partial(given_back.__setitem__, name)
         bench.intake.put(delivery)
-    bench.ledger.accept([Job(job_id="other", prompt="x", idempotency_key="alias")])
-    wait_until(lambda: bench.ledger.counts() == {"running": 3})
-    until: Future[None] = Future()
-    assert len(bench.runner.postpone(until)) == 3
-    wait_until(lambda: bench.ledger.counts() == {"queued": 3})
-    wait_until(lambda: bench.live.counts() == {"live": 0, "held": 2})
-    assert acknowledged == ["pointer"], "the others say more than a pointer would"
-    assert bench.postponed.ids() == {"pointer", "other", "limited"}
-    assert not bench.ledger.nowhere(5.0)
-    until.set_result(None)
-    wait_until(lambda: not bench.postponed.ids())
-    assert sorted(sent) == ["limited", "other", "pointer"]
+    wait_until(lambda: bench.runner.load["waiting"] == 3)
+    bench.ledger.cancel(["two"])
+    bench.runner.postpone()
+    wait_until(lambda: bench.live.counts() == {"live": 0, "held": 1})
+    assert given_back == {"one": AGAIN_S, "two": AGAIN_S}
+    assert bench.ledger.states(["one", "two", "stays"]) == {
+        "one": "queued",
+        "two": "cancelled",
+        "stays": "queued",
+    }
+    feed = Feed(bench.ledger.engine, "lorabatch")
+    assert feed.nowhere(-AGAIN_S / 2) == [], "not before their messages have come again"
+    assert len(feed.nowhere(-2 * AGAIN_S)) == 2
+    assert bench.postponed.count == 3
+
+
+def test_what_cannot_be_handed_back_is_left_to_its_lease(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(bench.ledger, "release", refuse)
+    bench.runner.slots = 0
+    bench.start()
+    bench.deliver("one", prompt="x")
+    wait_until(lambda: bench.runner.load["waiting"] == 1)
+    bench.runner.postpone()
+    wait_until(lambda: bench.live.counts() == {"live": 0, "held": 1})

@@ -38,6 +38,8 @@ BAD = [
     ("DEVICE", "gpu", "LORABATCH_DEVICE: allowed: auto, cpu, cuda, cuda:N (got 'gpu')"),
     ("BROKER_URL", "amqp://host", "LORABATCH_BROKER_URL: allowed: a redis://"),
     ("RESULT_BACKEND_URL", "file:///x", "LORABATCH_RESULT_BACKEND_URL: allowed: a redis://"),
+    ("RESULT_BACKEND_URL", "lorabatches", "URL, lorabatch, or lorabatch+ before a database URL"),
+    ("BROKER_URL", "lorabatch", "allowed: a redis://, rediss:// or redis+socket:// URL (got"),
     ("DATABASE_URL", "mysql://x/y", "LORABATCH_DATABASE_URL: allowed: a sqlite:///FILE or postg"),
     ("QUEUE", "a b", "LORABATCH_QUEUE: queue names of letters"),
     ("QUEUE", "a\n", "LORABATCH_QUEUE: queue names of letters"),
@@ -125,6 +127,11 @@ def test_adapters(tmp_path: Path) -> None:
 def test_postgresql_goes_through_psycopg(scheme: str) -> None:
     settings = Settings.load(database_url=f"{scheme}://u:p@h/db")
     assert settings.resolved_database_url == "postgresql+psycopg://u:p@h/db"
+
+
+@pytest.mark.parametrize("url", ["lorabatch", "lorabatch+sqlite:///x.db", "rediss://u:p@h/1"])
+def test_results_may_be_left_in_the_ledger(url: str) -> None:
+    assert Settings.load(result_backend_url=url).result_backend_url == url
 
 
 @pytest.mark.parametrize("name", ["broker_url", "database_url"])

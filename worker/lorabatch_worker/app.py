@@ -39,6 +39,8 @@ def make_worker_app(
     settings: Settings, runner_factory: Callable[[Settings], Runner] | None = None
 ) -> Celery:
     """The app that a worker runs. Other tasks may be registered on it and run on threads."""
+    if settings.queue not in settings.consume:  # what it sends again, it must drain itself
+        settings = settings.model_copy(update={"queue": settings.consume[0]})
     if settings.transport == "atomic":
         transport.use_in_this_process()
     app = make_app(settings)
@@ -79,9 +81,10 @@ def _generate(**job: Any) -> None:
 
 def _build_engine(settings: Settings) -> Runner:
     from lorabatch_worker.build import build_engine
+    from lorabatch_worker.weights import Weights
 
     database = connect(settings.resolved_database_url)
-    return build_engine(settings, Registry(database, settings.base_model))
+    return build_engine(settings, Registry(database, settings.base_model), Weights(database).of)
 
 
 def __getattr__(name: str) -> Any:

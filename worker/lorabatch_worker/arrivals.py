@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as List
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 from lorabatch.ledger import Claim, Outcome
@@ -33,7 +32,7 @@ __all__ = ["Arrivals"]
 
 class _Preparing(NamedTuple):
     claim: Claim
-    adapter: Loading | None
+    adapter: Loading | None = None
 
 
 class Arrivals:
@@ -51,6 +50,7 @@ class Arrivals:
         self.postpone: Postpone | None = None
         self.preparing: dict[str, _Preparing] = {}
         self.ready: list[Sequence] = []
+        self._awaited: set[Loading] = set()
         self._aborts: dict[str, str | None] = {}  # job id -> reason; None: without an outcome
         self._sequence_of = prepare
         self._store = store
@@ -67,17 +67,28 @@ class Arrivals:
 
     def submit(self, claims: List[Claim]) -> None:
         by_adapter: dict[Wanted | WantedMerge | None, list[Claim]] = defaultdict(list)
-        for claim in claims:
-            by_adapter[wanted_by(claim)].append(claim)
+        with self._changed:
+            for claim in claims:
+                self.preparing[claim.job.job_id] = _Preparing(claim)
+                by_adapter[wanted_by(claim)].append(claim)
         for wanted, group in by_adapter.items():
-            adapter = None if wanted is None else self._store.request(wanted)
-            with self._changed:
-                self.preparing.update((c.job.job_id, _Preparing(c, adapter)) for c in group)
-            if adapter is None:
+            if wanted is None:
                 self._prepare(group, None)
             else:
-                adapter.add_done_callback(partial(self._adapter_came, group))
+                self._wait_for(self._store.request(wanted), group)
         self._keep_room()
+
+    def _wait_for(self, adapter: Loading, claims: List[Claim]) -> None:
+        with self._changed:
+            for claim in claims:
+                if self._has(claim):
+                    self.preparing[claim.job.job_id] = _Preparing(claim, adapter)
+            asked = adapter in self._awaited
+            self._awaited.add(adapter)
+        if not asked:
+            adapter.add_done_callback(self._adapter_came)
+        elif adapter.done():  # and who waited for it may have been told before
+            self._adapter_came(adapter)
 
     def withdraw(self, job_ids: List[str], reason: str | None) -> None:
         """End what is still here now, and the rest before the next step. Without a reason, nothing
@@ -130,32 +141,31 @@ class Arrivals:
     def _keep_room(self) -> None:
         if self.postpone is None or len(self.preparing) <= self._room:
             return
-        surplus: dict[Loading, list[Claim]] = defaultdict(list)
         with self._changed:
-            waiting = [one for one in self.preparing.values() if _is_fetched(one.adapter)]
-            for claim, adapter in waiting[self._room :]:
+            fetched = [one for one in self.preparing.values() if _is_fetched(one.adapter)]
+            surplus = [one.claim for one in fetched[self._room :]]
+            for claim in surplus:
                 del self.preparing[claim.job.job_id]
-                assert adapter is not None
-                surplus[adapter].append(claim)
-        for adapter, claims in surplus.items():
-            self.postpone(claims, adapter)
+        if surplus:
+            self.postpone(surplus)
 
     # -- on the store's threads ----------------------------------------------
 
-    def _adapter_came(self, claims: list[Claim], future: Future[Adapter]) -> None:
-        if future.cancelled():
+    def _adapter_came(self, adapter: Future[Adapter]) -> None:
+        with self._changed:
+            self._awaited.discard(adapter)
+            claims = [one.claim for one in self.preparing.values() if one.adapter is adapter]
+        if adapter.cancelled() or not claims:
             return
-        error = future.exception()
+        error = adapter.exception()
         if error is None:
-            self._adapter_is_here(claims, future.result())
+            self._adapter_is_here(claims, adapter.result())
         elif not isinstance(error, Stopped):  # else the jobs are handed back
             what = f"adapter {claims[0].job.adapter_name!r}: could not be loaded"
             self._fail(claims, explained(error, what))
 
     def _adapter_is_here(self, claims: list[Claim], adapter: Adapter) -> None:
         """What an adapter's own template takes must hold up neither this thread nor other jobs."""
-        with self._changed:
-            claims = [claim for claim in claims if self._has(claim)]
         chats = [c for c in claims if adapter.chat_template and c.job.messages is not None]
         self._prepare([c for c in claims if c not in chats] if chats else claims, adapter)
         if chats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lorabatch.registry import Registry
 from lorabatch.settings import Settings
 from lorabatch_worker.adapters.catalog import AdapterCatalog
@@ -10,6 +12,7 @@ from lorabatch_worker.adapters.store import AdapterStore
 from lorabatch_worker.allocator import keep_freed_memory
 from lorabatch_worker.base_model import load_base_model
 from lorabatch_worker.engine import Engine
+from lorabatch_worker.fair_share import alike
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.scheduler import Scheduler
 from lorabatch_worker.target import Shape, target_of
@@ -20,7 +23,11 @@ __all__ = ["build_engine"]
 GPU_SLOTS = 8  # unless told otherwise: each takes memory for the largest rank, or part of a pool
 
 
-def build_engine(settings: Settings, registry: Registry | None = None) -> Engine:
+def build_engine(
+    settings: Settings,
+    registry: Registry | None = None,
+    weight_of: Callable[[str], float] = alike,
+) -> Engine:
     """Load the base model and make an engine of it. Takes seconds. Without a registry it knows the
     configured adapters only."""
     base = load_base_model(settings)
@@ -47,6 +54,7 @@ def build_engine(settings: Settings, registry: Registry | None = None) -> Engine
         settings.max_seqs,
         settings.max_step_tokens,
         settings.age_cap_s,
+        weight_of=weight_of,
     )
     if on_cpu:
         keep_freed_memory()

@@ -35,7 +35,8 @@ class JobConsumer(Consumer):
 
         def on_message(message: Any) -> None:
             try:
-                if message.headers.get("task") == TASK_NAME and (why := unreadable(message)):
+                ours = message.headers.get("task") == TASK_NAME
+                if ours and (why := unreadable(message, self.app)):
                     self.pool.refuse(message.headers, why, lambda: self._acknowledge(message))
                 else:
                     receive(message)

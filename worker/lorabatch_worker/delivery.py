@@ -12,37 +12,47 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from celery import Celery
+from celery.app.task import Context
 from celery.utils.time import maybe_iso8601
 
-from lorabatch.errors import InvalidJob, JobFailed, shown
+from lorabatch.errors import InvalidJob, shown
 from lorabatch.job import SCHEMA_VERSION, Job, is_identifier
 from lorabatch.result import ErrorInfo, Result
+from lorabatch_worker.links import refused_links
 
-__all__ = ["Delivery", "failed_result", "failure", "read", "tenant_of", "unreadable"]
+__all__ = ["Delivery", "failed_result", "read", "tenant_of", "unreadable"]
 
 POINTER_FIELDS = frozenset({"schema_version", "tenant", "adapter_id"})
-WORKFLOW_FIELDS = ("callbacks", "errbacks", "chain", "chord")
 
 
 @dataclass(eq=False)
 class Delivery:
     """A message and what to do at its end. What is `on_` runs on the hub's thread. `on_ended`
-    acknowledges, so it may only be called once the ledger has the outcome; `on_postponed` does,
-    too, once the ledger has the job as queued, and is None where a pointer to the job's row would
-    not say all that the message says."""
+    acknowledges, so it may only be called once the ledger has the outcome. `on_postponed` has the
+    broker give the message out again after so many seconds."""
 
     task_id: str
     on_ended: Callable[[Result], None]
     on_started: Callable[[], None] = lambda: None
-    on_postponed: Callable[[], None] | None = None
+    on_postponed: Callable[[float], None] | None = None
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     publish: bool = True
+    links: Context | None = None
+    """The request, if it has tasks to be called with the outcome."""
     time_limit_s: float | None = None
+    expires_s: float | None = None
+    """When, by the monotonic clock, it is too late to begin."""
     revoked: bool = False
     refusal: str | None = None
     job_id: str | None = None
     """The job it turned out to be for; not the task id if an idempotency key was known."""
+
+    @property
+    def tells(self) -> bool:
+        """Somebody is told the result."""
+        return self.publish or self.links is not None
 
 
 def read(delivery: Delivery) -> Job | None:
@@ -69,8 +79,9 @@ def read(delivery: Delivery) -> Job | None:
     return Job.parse({**fields, "job_id": delivery.task_id})
 
 
-def unreadable(message: Any) -> str | None:
-    """Why a message of ours cannot even be taken apart; None if it can.
+def unreadable(message: Any, app: Celery) -> str | None:
+    """Why a message of ours cannot even be taken apart, or its links not be called; None if all is
+    well.
 
     Celery and kombu raise on these, and a raise there either drops the message or stops the
     worker, so it is looked at first.
@@ -86,9 +97,8 @@ def unreadable(message: Any) -> str | None:
     args, kwargs, options = payload
     if not isinstance(args, list | tuple) or not isinstance(kwargs, dict):
         return "the body is not [args, kwargs, options] with a list and an object"
-    used = [name for name in WORKFLOW_FIELDS if isinstance(options, dict) and options.get(name)]
-    if used:
-        return f"{used[0]} is not supported: link, chain and chord do not work with this task"
+    if isinstance(options, dict) and (why := refused_links(options, app)):
+        return why
     return _bad_header(message.headers)
 
 
@@ -118,9 +128,3 @@ def failed_result(job_id: str, tenant: str, code: str, message: str) -> Result:
     """The outcome of a message that never became a job."""
     error = ErrorInfo(code=code, message=message)
     return Result(job_id=job_id, tenant=tenant, adapter_id=None, state="failed", error=error)
-
-
-def failure(result: Result) -> JobFailed:
-    """What a client that waits is told: readable without our package, with the stable code."""
-    error = result.error or ErrorInfo(code="error", message="no reason was recorded")
-    return JobFailed(f"{error.code}: {error.message}")

@@ -154,7 +154,8 @@ class Intake:
         """Give jobs of plain clients their rows; sets each delivery's job id."""
         jobs = [job for job, _ in whole]
         try:
-            known = self._db("accept", lambda: self._p.ledger.accept(jobs, publish))
+            queue = self._p.settings.queue
+            known = self._db("accept", lambda: self._p.ledger.accept(jobs, publish, queue, True))
         except IdempotencyConflict as error:
             if len(whole) == 1:
                 self._end(whole[0][1], error)
@@ -176,12 +177,17 @@ class Intake:
         if free:
             owner, lease_s = p.owner, p.settings.lease_s
             claims = self._db("claim", lambda: p.ledger.claim(free, owner, lease_s))
-        exhausted = [c for c in claims.values() if c.attempt > p.settings.max_attempts]
+        exhausted = [claim for claim in claims.values() if self._is_exhausted(claim)]
         for job_id, claim in claims.items():
             p.live.add(claim, wanted.pop(job_id))
-        p.recorder.put([_exhausted(claim, p.settings.max_attempts) for claim in exhausted])
+        p.recorder.put([_exhausted(claim) for claim in exhausted])
         p.runner.submit([c for c in claims.values() if c not in exhausted])
         self._unclaimed(wanted)
+
+    def _is_exhausted(self, claim: Claim) -> bool:
+        settings = self._p.settings
+        poison = claim.died_alone and claim.crashes >= settings.max_crashes
+        return poison or claim.attempt > settings.max_attempts
 
     def _unclaimed(self, wanted: dict[str, list[Delivery]]) -> None:
         """Ended already: settle. Leased by somebody: hold. Unknown: no job at all."""
@@ -227,11 +233,13 @@ class Intake:
         return until_it_works(what, self._stop, call)
 
 
-def _exhausted(claim: Claim, limit: int) -> Outcome:
-    job = claim.job
+def _exhausted(claim: Claim) -> Outcome:
+    job, how = claim.job, "without an outcome"
+    if claim.died_alone:
+        how = "and stopped its worker every time, at last when nothing else ran there"
     message = (
-        f"job {job.job_id!r} was started {limit} times without an outcome; it is given up, "
-        "because it may be what stops the workers"
+        f"job {job.job_id!r} was started {claim.attempt - 1} times {how}; it is given up "
+        f"(`lorabatch dead list`)"
     )
     result = Result(
         job_id=job.job_id,

@@ -3,7 +3,7 @@
 Renews all claims every lease_s / 3 while the engine makes steps; a hung engine's leases run
 out (after `Pulse.limit_s`), so that other workers take its jobs over. Jobs whose lease was lost
 leave the engine without an outcome and their messages are held. Ends jobs that were cancelled
-in the ledger, revoked while they waited, or ran past their time limit. Raises nothing; a
+in the ledger, revoked or expired while they waited, or ran past their time limit. Raises nothing; a
 database that is away is asked again at the next tick.
 """
 
@@ -12,12 +12,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import structlog
 
+from lorabatch.errors import DeadlinePassed
 from lorabatch.ledger import Ledger
 from lorabatch.settings import Settings
-from lorabatch_worker.live import LiveJobs
+from lorabatch_worker.live import LiveJob, LiveJobs
 from lorabatch_worker.pulse import Pulse
 from lorabatch_worker.retry import OUTAGES, reason
 from lorabatch_worker.runner import Runner
@@ -79,6 +81,11 @@ class Leases:
         now_s = time.monotonic()
         for claim in self._live.claims(lambda job: not job.ended and job.overdue(now_s)):
             self._runner.abort(claim.job.job_id, "time_limit")
+        for claim in self._live.claims(lambda job: not job.ended and job.expired(now_s)):
+            self._runner.abort(claim.job.job_id, "cancelled")
+        now = datetime.now(UTC)
+        for claim in self._live.claims(lambda job: not job.ended and _is_late(job, now)):
+            self._runner.abort(claim.job.job_id, DeadlinePassed.code)
         for claim in self._live.claims(lambda job: not job.ended and job.started_s is None):
             if self._is_revoked(claim.job.job_id):
                 self._runner.abort(claim.job.job_id, "cancelled")
@@ -96,3 +103,8 @@ class Leases:
             self._runner.drop(list(gone))
         for job_id, deliveries in gone.items():
             self._live.hold(job_id, deliveries, self._lease_s / 3)
+
+
+def _is_late(job: LiveJob, now: datetime) -> bool:
+    """By this machine's clock; the ledger ends by its own what is not with a worker."""
+    return job.claim.job.done_by is not None and now > job.claim.job.done_by

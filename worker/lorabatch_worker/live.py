@@ -33,6 +33,12 @@ class LiveJob:
         limits = [d.time_limit_s for d in self.deliveries if d.time_limit_s]
         return self.started_s is not None and bool(limits) and now_s > self.started_s + min(limits)
 
+    def expired(self, now_s: float) -> bool:
+        """It has not begun, and none of its messages wants it to begin any more."""
+        times = [d.expires_s for d in self.deliveries]
+        gone = bool(times) and all(s is not None and s < now_s for s in times)
+        return gone and self.started_s is None
+
 
 class LiveJobs:
     """Live jobs and held deliveries by job id."""

@@ -12,6 +12,8 @@ at once. While it runs the hub's loop is dead, so `_pump` runs the callbacks (ac
 
 from __future__ import annotations
 
+import faulthandler
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,14 +25,16 @@ from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated
 from celery import signals
 from celery.concurrency.base import BasePool, apply_target
-from celery.exceptions import Retry, WorkerShutdown
+from celery.exceptions import WorkerShutdown
 from celery.worker import state as worker_state
 
 from lorabatch.errors import LoraBatchError
 from lorabatch.queue import TASK_NAME
 from lorabatch.result import Result
-from lorabatch_worker.delivery import Delivery, failure
-from lorabatch_worker.request import REVOKED
+from lorabatch.told import failure
+from lorabatch_worker.delivery import Delivery
+from lorabatch_worker.links import links_of
+from lorabatch_worker.request import EXPIRES_S, HAND_BACK, REVOKED
 from lorabatch_worker.service import Service
 
 __all__ = ["EXIT_NOT_READY", "EnginePool"]
@@ -68,6 +72,8 @@ class EnginePool(BasePool):
         self._settings = parts.settings
         self._side = ThreadPoolExecutor(SIDE_THREADS, thread_name_prefix="side")
         signals.worker_shutting_down.connect(self._on_signal, weak=True)
+        # Celery's own answer to SIGUSR1 shows what is in variables, prompts too, and may end us.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         self.service.start()
 
     def register_with_event_loop(self, hub: Any) -> None:
@@ -104,15 +110,14 @@ class EnginePool(BasePool):
             args=request["args"],
             kwargs=request["kwargs"],
             publish=not request.get("ignore_result"),
+            links=links_of(request),
             time_limit_s=min(limits) if limits else None,
+            expires_s=request.get(EXPIRES_S),
             revoked=REVOKED in request,
             on_started=lambda: accept_callback(task_id, time.monotonic()),
             on_ended=lambda result: _tell(result, callback, error_callback),
+            on_postponed=request.get(HAND_BACK),
         )
-        if not (limits or request.get("expires")):
-            delivery.on_postponed = lambda: error_callback(
-                _info(Retry("its adapter is on its way"))
-            )
         return self._take(delivery)
 
     def refuse(

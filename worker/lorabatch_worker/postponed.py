@@ -1,11 +1,9 @@
-"""Jobs that the runner gave up for now: handed back to the ledger, and sent again when it is time.
+"""Jobs that the runner gave up for now: back to the ledger, and their messages back to the broker.
 
 Their adapter is being fetched, and there are so many of them that others could not be taken. First
-the ledger has them as queued, then their messages are acknowledged, and when the adapter has come,
-or will not come, new ones are sent. A worker that dies meanwhile loses none: the sweeper sends what
-is queued and has no message for `resend_after_s`, and so it does with those beyond KEPT_MAX. A
-message that says more than a pointer to the row (a time limit, another task id) is held instead.
-Raises nothing; an outage of the database is waited out.
+the ledger has them as queued, then the broker is told to give their messages out again after
+AGAIN_S, to any worker: nothing is kept here, and nothing is lost if this worker dies. If the
+adapter has not come by then, the same happens again. Raises nothing; an outage is waited out.
 """
 
 from __future__ import annotations
@@ -13,17 +11,11 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
-from typing import Any
 
 import structlog
-from celery import Celery
 
-from lorabatch.errors import QueueNotReady
-from lorabatch.ledger import Claim, Ledger, Message
-from lorabatch.queue import send
-from lorabatch_worker.delivery import Delivery
+from lorabatch.ledger import Claim, Ledger
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.retry import Stopped, reason, until_it_works
 
@@ -31,93 +23,58 @@ __all__ = ["Postponed"]
 
 log = structlog.get_logger(__name__)
 
-KEPT_MAX = 100_000
-HOLD_S = 10.0
+AGAIN_S = 10.0
 
 
 class Postponed:
-    """A thread between the runner and the queue. `post` runs a call on the hub's thread."""
+    """A thread between the runner and the hub. `post` runs a call on the hub's thread."""
 
     def __init__(
-        self,
-        app: Celery,
-        to_queue: str,
-        ledger: Ledger,
-        live: LiveJobs,
-        post: Callable[[Callable[[], None]], None],
+        self, ledger: Ledger, live: LiveJobs, post: Callable[[Callable[[], None]], None]
     ) -> None:
-        self._app = app
-        self._to_queue = to_queue
         self._ledger = ledger
         self._live = live
         self._post = post
-        self._kept: dict[str, Message] = {}
+        self.count = 0
         self._stop = threading.Event()
-        self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Sequence[Claim]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="postponed", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, claims: Sequence[Claim], until: Future[Any]) -> None:
-        """Hand these back now, and send them again when the future is done."""
-        self._steps.put(partial(self._hand_back, claims))
-        job_ids = [claim.job.job_id for claim in claims]
-        until.add_done_callback(lambda _: self._steps.put(partial(self._send, job_ids)))
+    def put(self, claims: Sequence[Claim]) -> None:
+        self._queue.put(claims)
 
     def close(self) -> None:
-        """Send what is left, for other workers, and stop."""
+        """Postpone what is queued, then stop; without the ledger, at once."""
         self._stop.set()
-        self._steps.put(lambda: self._send(list(self._kept)))
-        self._steps.put(None)
+        self._queue.put(())
 
     @property
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def ids(self) -> set[str]:
-        """Jobs that are to be sent again, and need nobody else to do it."""
-        return set(self._kept.copy())
-
     def _run(self) -> None:
-        while (step := self._steps.get()) is not None:
+        while claims := self._queue.get():
             try:
-                step()
+                self._hand_back(claims)
             except Stopped:  # whoever stops the worker hands the jobs back
-                continue
-            except Exception as error:  # noqa: BLE001 - the thread must outlive any one step
-                log.error("jobs not postponed", error=reason(error))
+                return
+            except Exception as error:  # noqa: BLE001 - the thread must outlive any one group
+                log.error("jobs not handed back", jobs=len(claims), error=reason(error))
+                self._give_up(claims)
 
     def _hand_back(self, claims: Sequence[Claim]) -> None:
-        until_it_works(
-            "hand jobs back", self._stop, lambda: self._ledger.release(claims, as_sent=True)
-        )
-        gone = self._live.lose(claims)
-        for claim in claims:
-            job = claim.job
-            if job.job_id in gone and len(self._kept) < KEPT_MAX:
-                message = Message(job.job_id, job.tenant, job.adapter_id, claim.publish_result)
-                self._kept[job.job_id] = message
-        for job_id, deliveries in gone.items():
-            self._part_with(job_id, deliveries)
-        log.info("jobs postponed: their adapter is being fetched", jobs=len(gone))
+        release = partial(self._ledger.release, claims, again_s=AGAIN_S)
+        until_it_works("hand jobs back", self._stop, release)
+        self.count += len(claims)
+        self._give_up(claims)
 
-    def _part_with(self, job_id: str, deliveries: Sequence[Delivery]) -> None:
-        held = []
-        for delivery in deliveries:
-            if delivery.on_postponed is None or delivery.task_id != job_id:
-                held.append(delivery)
-            else:
-                self._post(delivery.on_postponed)
-        self._live.hold(job_id, held, HOLD_S)
-
-    def _send(self, job_ids: Sequence[str]) -> None:
-        messages = [m for job_id in job_ids if (m := self._kept.pop(job_id, None)) is not None]
-        if not messages:
-            return
-        try:
-            send(self._app, self._to_queue, messages)
-        except QueueNotReady as error:  # the sweeper will
-            log.warning("postponed jobs not sent again yet", jobs=len(messages), error=str(error))
-        else:
-            log.info("postponed jobs sent again", jobs=len(messages))
+    def _give_up(self, claims: Sequence[Claim]) -> None:
+        """They are not ours any more. What the ledger did not hear of, it hears by the lease."""
+        for job_id, deliveries in self._live.lose(claims).items():
+            self._live.hold(job_id, [d for d in deliveries if d.on_postponed is None], AGAIN_S)
+            for delivery in deliveries:
+                if delivery.on_postponed is not None:
+                    self._post(partial(delivery.on_postponed, AGAIN_S))

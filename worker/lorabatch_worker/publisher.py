@@ -1,9 +1,12 @@
-"""The publisher: results for who waits on the Celery result backend, then the acknowledgement.
+"""The publisher: links and results for who waits on the Celery result backend, then the
+acknowledgement.
 
 It comes after the commit and before the acknowledgement, on purpose: a crash in between leaves
 the message with the broker, its next delivery finds the job ended in the ledger, publishes
 again and is acknowledged. The ledger is the truth; a backend that stays away for a few tries
-is logged and passed over. Raises nothing. Not covered: chords, chains and links.
+is logged and passed over. So is a link (links.py) that raises, or that the broker does not take for
+a few tries; usually the acknowledgement is lost then, too, and the next delivery calls the link.
+Raises nothing. Not covered: chords.
 """
 
 from __future__ import annotations
@@ -11,14 +14,19 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import structlog
-from celery import Celery
+from celery import Celery, states
+from celery.app.task import Context
 
 from lorabatch.result import Result
-from lorabatch_worker.delivery import Delivery, failure
+from lorabatch.told import told
+from lorabatch_worker.delivery import Delivery
+from lorabatch_worker.links import OUTAGES, after_failure, after_success
 
 __all__ = ["Publisher"]
 
@@ -33,7 +41,10 @@ BACKEND_REST_S = 5.0
 class _Ended:
     result: Result
     deliveries: Sequence[Delivery]
-    task_ids: frozenset[str]
+    wanted: frozenset[str]
+    """Task ids that the result is published under."""
+    links: Mapping[str, Context]
+    """By task id: copies of a message call theirs once."""
 
 
 class Publisher:
@@ -52,9 +63,10 @@ class Publisher:
     def put(
         self, result: Result, deliveries: Sequence[Delivery], extra: Iterable[str] = ()
     ) -> None:
-        """Publish to whoever of these wants it (and to the task ids in `extra`), then end them."""
+        """Tell whoever of these wants it (and the task ids in `extra`), then end them."""
         wanted = frozenset(d.task_id for d in deliveries if d.publish) | frozenset(extra)
-        self._queue.put(_Ended(result, deliveries, wanted))
+        links = {d.task_id: d.links for d in deliveries if d.links is not None}
+        self._queue.put(_Ended(result, deliveries, wanted, links))
 
     def close(self) -> None:
         """Finish what is queued, then stop."""
@@ -70,30 +82,56 @@ class Publisher:
 
     def _run(self) -> None:
         while (ended := self._queue.get()) is not None:
-            for task_id in sorted(ended.task_ids):
-                self._publish(task_id, ended.result)
+            for task_id in sorted(ended.wanted | ended.links.keys()):
+                self._publish(task_id, ended)
             for delivery in ended.deliveries:
                 self._post(lambda d=delivery, r=ended.result: d.on_ended(r))  # type: ignore[misc]
 
-    def _publish(self, task_id: str, result: Result) -> None:
-        resting = time.monotonic() - self._failed_s < BACKEND_REST_S
-        tries = 1 if resting else TRIES
-        for left in reversed(range(tries)):
-            try:
-                self._store(task_id, result)
-                return
-            except Exception as error:  # noqa: BLE001 - the result is in the ledger whatever this is
-                if not left:
-                    self._failed_s = time.monotonic()
-                    log.warning("result not published", job_id=task_id, error=type(error).__name__)
-                else:
-                    time.sleep(PAUSE_S)
+    def _publish(self, task_id: str, ended: _Ended) -> None:
+        """In Celery's order: links, so that the stored result names them; the result; errbacks."""
+        state, value = told(ended.result)
+        links = ended.links.get(task_id)
+        stored: dict[str, Any] = {}
+        if links is not None:
+            stored = {"request": links, "store_result": task_id in ended.wanted}
+        if links is not None and state == states.SUCCESS:
+            for call in after_success(self._app, links, value):
+                self._attempt("link not called", task_id, call, OUTAGES)
+        self._attempt(
+            "result not published", task_id, partial(self._store, task_id, state, value, stored)
+        )
+        if links is not None and isinstance(value, Exception) and state == states.FAILURE:
+            for call in after_failure(self._app, links, value):
+                self._attempt("link not called", task_id, call, OUTAGES)
 
-    def _store(self, task_id: str, result: Result) -> None:
+    def _attempt(
+        self,
+        failed: str,
+        task_id: str,
+        call: Callable[[], None],
+        passing: tuple[type[Exception], ...] = (Exception,),
+    ) -> None:
+        """Make a call, a few times if what it raises may pass; at last log that it `failed`."""
+        resting = time.monotonic() - self._failed_s < BACKEND_REST_S
+        for left in reversed(range(1 if resting else TRIES)):
+            try:
+                call()
+                return
+            except Exception as error:  # noqa: BLE001 - the ledger has the result whatever this is
+                may_pass = isinstance(error, passing)
+                if not left or not may_pass:
+                    self._failed_s = time.monotonic() if may_pass else self._failed_s
+                    log.warning(failed, job_id=task_id, error=type(error).__name__)
+                    return
+                time.sleep(PAUSE_S)
+
+    def _store(self, task_id: str, state: str, value: Any, options: Mapping[str, Any]) -> None:
+        """`options`: the request, for one with links; the rest of its chain fails with it."""
         backend = self._app.backend  # one a thread: ask for it on this one
-        if result.state == "succeeded":
-            backend.mark_as_done(task_id, result.model_dump(mode="json"))
-        elif result.state == "cancelled":
-            backend.mark_as_revoked(task_id, "cancelled")
+        if state == states.SUCCESS:
+            backend.mark_as_done(task_id, value, **options)
+        elif state == states.REVOKED:
+            backend.mark_as_revoked(task_id, "cancelled", **options)
         else:
-            backend.mark_as_failure(task_id, failure(result))
+            apart = {"call_errbacks": False} if options else {}
+            backend.mark_as_failure(task_id, value, **options, **apart)

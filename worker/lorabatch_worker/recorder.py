@@ -27,6 +27,7 @@ __all__ = ["Recorder"]
 
 log = structlog.get_logger(__name__)
 
+LOOK_S = 0.5
 REFUSED = "the database refused the result; nothing of it is stored"
 
 
@@ -39,7 +40,10 @@ class Recorder:
         self._live = live
         self._publisher = publisher
         self._stop = threading.Event()
-        self._queue: queue.SimpleQueue[Outcome | Start | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Outcome | Start | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
+        self._written: list[threading.Event] = []
         self._spare: Outcome | None = None
         self._grouping = Grouping(in_hand)
         self._starts: list[Start] = []
@@ -57,6 +61,14 @@ class Recorder:
         """Count an attempt of each, before any outcome that comes later."""
         for claim in claims:
             self._queue.put(Start(claim))
+
+    def started_for_certain(self, claims: Sequence[Claim]) -> None:
+        """The same, and it is in the ledger when this returns, as is all that came before it."""
+        self.started(claims)
+        written = threading.Event()
+        self._queue.put(written)
+        while self._thread.is_alive() and not written.wait(LOOK_S):
+            pass
 
     def close(self) -> None:
         """Record what is queued, then stop."""
@@ -82,6 +94,8 @@ class Recorder:
                 return
             except Exception as error:  # noqa: BLE001 - the thread must outlive any one group
                 log.error("outcomes not recorded", jobs=len(group), error=reason(error))
+            while self._written:
+                self._written.pop().set()
 
     def _next_group(self) -> tuple[list[Outcome], bool]:
         """Outcomes of distinct jobs, and whether they are the last ones."""
@@ -90,6 +104,9 @@ class Recorder:
         self._spare = None
         self._grouping.begin()
         while item is not None:
+            if isinstance(item, threading.Event):
+                self._written.append(item)
+                break
             if isinstance(item, Start):
                 self._starts.append(item)
             elif item.claim.job.job_id in group:
@@ -146,7 +163,7 @@ class Recorder:
         ids = [
             outcome.result.job_id
             for outcome, deliveries in ended
-            if outcome.claim.publish_result or any(delivery.publish for delivery in deliveries)
+            if outcome.claim.publish_result or any(delivery.tells for delivery in deliveries)
         ]
         stored: dict[str, Result] = {}
         if ids:  # read back with the ledger's times

@@ -8,15 +8,14 @@ thread too, the caller's included, and must not block.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
 from lorabatch.ledger import Claim, Outcome
 from lorabatch_worker.adapters.wanted import Wanted
 
 __all__ = ["Postpone", "Runner"]
 
-Postpone = Callable[[Sequence[Claim], Future[Any]], None]
+Postpone = Callable[[Sequence[Claim]], None]
 
 
 class Runner(Protocol):
@@ -39,8 +38,8 @@ class Runner(Protocol):
     ) -> None:
         """Begin. `on_started` gets ids of jobs that entered the running batch, `on_finished`
         the outcome of every job that ended, bad ones included. `on_postponed` gets jobs that the
-        runner gives up for now, to come again when the future is done: their adapter is being
-        fetched, and others could not be taken for them. None: it keeps all."""
+        runner gives up for now, to come again later: their adapter is being fetched, and others
+        could not be taken for them. None: it keeps all."""
 
     def submit(self, claims: Sequence[Claim]) -> None:
         """Run these jobs. A job that cannot run ends as a failed outcome, never as an error."""

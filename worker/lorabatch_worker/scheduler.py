@@ -1,21 +1,25 @@
 """What runs in the next step: every running sequence's next token, then prefill chunks.
 
-Admission goes by priority, then to jobs whose adapter is already on the device, then by age.
-A job that has waited longer than the age cap goes before resident ones; if it cannot get a
-slot or blocks, nothing that would keep them from it is admitted until it does, so that
-nothing starves. Blocks are given out as text grows; when there is none left, the sequence that
-came last gives up its own, waits again and is computed anew, and its tokens stay what they were.
-Not covered: fair shares between tenants.
+Admission goes by priority, then by rounds, in which each tenant gets its share of tokens (see
+fair_share.py), then to jobs whose adapter is already on the device, then by age. A job that has
+waited longer than the age cap goes before resident ones of its round; if it cannot get a slot or
+blocks, nothing behind it that would keep them from it is admitted until it does, so that nothing
+starves. A suspect, which may be what stops the workers, runs alone. Blocks are given out as text
+grows; when there is none left, the sequence that came last gives up its own, waits again and is
+computed anew, and its tokens stay what they were.
+Not covered: shares of blocks or adapter slots; whoever came last gives up blocks, of any tenant.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.block_manager import BlockManager
+from lorabatch_worker.fair_share import FairShare, alike
 from lorabatch_worker.sequence import Sequence
 
 __all__ = ["Chunk", "Scheduler"]
@@ -45,7 +49,12 @@ class Scheduler:
         max_seqs: int,
         max_step_tokens: int,
         age_cap_s: float,
+        *,
+        weight_of: Callable[[str], float] = alike,
+        quantum_tokens: int | None = None,
     ) -> None:
+        """`weight_of` a tenant: see FairShare. `quantum_tokens`: of a round, for each unit of
+        weight; None: as many as a step computes. More of them load adapters less often."""
         self.blocks = blocks
         self.slots = slots
         self.max_seqs = max_seqs
@@ -56,17 +65,23 @@ class Scheduler:
         self.refused: list[tuple[Sequence, Exception]] = []
         """Out of both: their adapter could not be put into a slot."""
         self.preemptions = 0
+        self._begun_s: dict[str, float] = {}  # the last of each adapter's jobs, by version
+        self.fair_share = FairShare(quantum_tokens or max_step_tokens, weight_of)
 
     def add(self, sequence: Sequence) -> None:
         self.waiting[sequence.job_id] = sequence
+        self.fair_share.waits(sequence)
 
     def remove(self, job_id: str, keep: bool = False) -> Sequence | None:
         """Take a sequence out, wherever it is, and free what it holds; `keep` what it computed
         for others that begin alike."""
-        if job_id in self.waiting:
-            return self.waiting.pop(job_id)
+        sequence = self.waiting.pop(job_id, None)
+        if sequence is not None:
+            self.fair_share.leaves(sequence)
+            return sequence
         sequence = self.running.pop(job_id, None)
         if sequence is not None:
+            self.fair_share.leaves(sequence)
             self.blocks.release(sequence, keep)
             self.slots.release(sequence.slot)
             sequence.slot = -1
@@ -75,6 +90,7 @@ class Scheduler:
     def plan(self, admit: bool = True) -> tuple[list[Chunk], list[Sequence]]:
         """The next step's chunks, decode first, and the sequences that begin to run with it."""
         self._make_room()
+        self.fair_share.lift()
         decode = [Chunk(s, s.computed, s.length) for s in self.running.values() if s.pending == 1]
         budget = self.max_step_tokens - len(decode)
         prefill: list[Chunk] = []
@@ -95,7 +111,7 @@ class Scheduler:
         sequence.computed = 0
         sequence.preempted = True
         self.preemptions += 1
-        self.waiting[job_id] = sequence
+        self.add(sequence)
 
     def _admit(self, budget: int, prefill: list[Chunk]) -> list[Sequence]:
         admitted: list[Sequence] = []
@@ -104,10 +120,11 @@ class Scheduler:
         old = time.monotonic() - self.age_cap_s
         closed = set[str | None]()  # adapters that admit no more until an old job is in
         loads = True
-        for sequence in sorted(self.waiting.values(), key=lambda s: self._order(s, old)):
+        had_a_turn = self._had_a_turn(old)
+        for sequence in self._candidates(old):
             if budget <= 0 or len(self.running) >= self.max_seqs:
                 break
-            if sequence.adapter_version in closed or sequence.job_id not in self.waiting:
+            if sequence.adapter_version in closed:
                 continue
             if not loads and not self.slots.is_resident(sequence.adapter):
                 continue
@@ -125,24 +142,54 @@ class Scheduler:
                 self._refuse(sequence, error)
                 continue
             if not acquired:
-                if aged:
+                if aged and sequence.adapter_version not in had_a_turn:
                     closed |= self._soonest_way_in(sequence)
                     loads = False
                 continue
-            self.blocks.allocate(sequence)
-            del self.waiting[sequence.job_id]
-            self.running[sequence.job_id] = sequence
+            self._begin(sequence)
             if not sequence.preempted:
-                sequence.cached_tokens = sequence.computed
                 admitted.append(sequence)
             budget -= _take(sequence, budget, prefill)
         return admitted
+
+    def _candidates(self, old: float) -> Iterator[Sequence]:
+        """Whose turn it is, one after another as they begin. Suspects are alone."""
+        if any(s.claim.suspect for s in self.running.values()):
+            return
+        ordered = sorted(self.waiting.values(), key=lambda s: self._order(s, old))
+        for sequence in self.fair_share.in_turn(ordered):
+            suspect = sequence.claim.suspect
+            if suspect and self.running:
+                if sequence.waiting_since_s < old:
+                    return  # until those that run have ended
+                continue
+            if sequence.job_id in self.waiting:
+                yield sequence
+            if suspect and self.running:
+                return
+
+    def _begin(self, sequence: Sequence) -> None:
+        self.blocks.allocate(sequence)
+        del self.waiting[sequence.job_id]
+        self.running[sequence.job_id] = sequence
+        if not sequence.preempted:
+            sequence.cached_tokens = sequence.computed
+        self.fair_share.begins(sequence)
+        if sequence.adapter is not None:
+            self._begun_s[sequence.adapter.version] = time.monotonic()
+
+    def _had_a_turn(self, old: float) -> frozenset[str]:
+        """Adapters whose jobs must not close others yet, however old: those that began since then,
+        where tenants wait for each other. All jobs of a backlog are old, and adapters that closed
+        each other again and again would have the device run empty each time."""
+        self._begun_s = {version: s for version, s in self._begun_s.items() if s >= old}
+        return frozenset(self._begun_s if self.fair_share.tenants > 1 else ())
 
     def _refuse(self, sequence: Sequence, error: Exception) -> None:
         """All of the same adapter: none of them is running."""
         version = sequence.adapter_version
         for other in [s for s in self.waiting.values() if s.adapter_version == version]:
-            del self.waiting[other.job_id]
+            self.remove(other.job_id)
             self.refused.append((other, error))
 
     def _order(self, sequence: Sequence, old: float) -> tuple[int, bool, bool, float]:

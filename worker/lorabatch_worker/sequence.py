@@ -35,6 +35,8 @@ class Sequence:
     """Of the first full blocks, as far as anyone asked; see block_manager."""
     cached_tokens: int = 0
     """Of the prompt: those that were in the cache when it began to run."""
+    charged_tokens: int = 0
+    """To its tenant, for what it was given before it left its place last; see fair_share."""
     preempted: bool = False
     slot: int = -1
     finish_reason: FinishReason | None = None

@@ -1,6 +1,6 @@
 """The service: everything between the Celery pool and the engine, started and stopped together.
 
-Threads: intake, recorder, publisher, postponed, leases, sweeper, and the runner's own. Stopping
+Threads: intake, recorder, publisher, postponed, leases, feeder, sweeper, the runner's own. Stopping
 goes along the same road as a job: take nothing more, let the engine drain, record what ended,
 release the rest (so that another worker can claim it at once), publish. Raises LoraBatchError
 when database, broker or engine are not ready; what fails while stopping is logged, because
@@ -26,6 +26,7 @@ from lorabatch.ledger import Ledger
 from lorabatch.queue import check_broker, resolve_broker
 from lorabatch.settings import Settings
 from lorabatch_worker.delivery import Delivery
+from lorabatch_worker.feeder import Feeder
 from lorabatch_worker.intake import Intake, IntakeParts
 from lorabatch_worker.leases import Leases
 from lorabatch_worker.live import LiveJobs
@@ -73,9 +74,9 @@ class Service:
         self.recorder = Recorder(self.ledger, self.live, self.publisher, settings.in_hand)
         revoked = worker_state.revoked.__contains__
         self.leases = Leases(settings, self.ledger, self.live, self.runner, self.pulse, revoked)
-        self.postponed = Postponed(app, settings.queue, self.ledger, self.live, post)
-        in_hand = (self.live.ids, self.postponed.ids)
-        self.sweeper = Sweeper(app, settings, self.ledger, in_hand)
+        self.postponed = Postponed(self.ledger, self.live, post)
+        self.feeder = Feeder(app, settings, self.ledger)
+        self.sweeper = Sweeper(app, settings, self.ledger, self.live)
         self.intake = Intake(
             IntakeParts(
                 settings=settings,
@@ -93,7 +94,7 @@ class Service:
     def start(self) -> None:
         self.runner.start(self._started, self.recorder.put, self.postponed.put)
         parts = (self.publisher, self.recorder, self.postponed, self.leases)
-        for part in (*parts, self.intake, self.sweeper):
+        for part in (*parts, self.intake, self.sweeper, self.feeder):
             part.start()
 
     def take(self, delivery: Delivery) -> None:
@@ -107,7 +108,7 @@ class Service:
         """The runner's load, live jobs, and `occupancy`: which share of `max_seqs` the steps had on
         average since the start (not before the first one)."""
         load = self.runner.load
-        found: dict[str, float] = {**load, **self.live.counts()}
+        found: dict[str, float] = {**load, **self.live.counts(), "postponed": self.postponed.count}
         if load.get("steps"):
             mean = load["step_seqs"] / load["steps"]
             found["occupancy"] = round(mean / self._settings.max_seqs, 3)
@@ -115,6 +116,7 @@ class Service:
 
     def stop(self, drain_s: float, pump: Pump) -> None:
         """Hand everything back or finish it. Called once, on the hub's thread."""
+        self.feeder.close()
         self.sweeper.close()
         self.intake.close()
         pump(lambda: self.intake.running, SETTLE_S)
@@ -134,7 +136,11 @@ class Service:
 
     def _started(self, job_ids: Sequence[str]) -> None:
         begun = frozenset(job_ids)
-        self.recorder.started(self.live.claims(lambda job: job.claim.job.job_id in begun))
+        claims = self.live.claims(lambda job: job.claim.job.job_id in begun)
+        suspects = [claim for claim in claims if claim.suspect]
+        if suspects:  # now: such a job may stop this process before a thread gets to it
+            self.recorder.started_for_certain(suspects)
+        self.recorder.started([claim for claim in claims if not claim.suspect])
         for delivery in self.live.started(job_ids):
             self._post(delivery.on_started)
 

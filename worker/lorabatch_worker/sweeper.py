@@ -14,22 +14,25 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import structlog
 from celery import Celery
 
 from lorabatch.errors import QueueNotReady
+from lorabatch.feed import Feed
 from lorabatch.ledger import Ledger, Message
-from lorabatch.queue import send
+from lorabatch.queue import drained, send
 from lorabatch.settings import Settings
+from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.retry import reason
 
 __all__ = ["Sweeper", "task_id_of"]
 
 log = structlog.get_logger(__name__)
 
+LOOKED_AT = 1000
 SCAN_CHUNK = 500
 SCAN_MAX = 50_000
 
@@ -37,18 +40,12 @@ SCAN_MAX = 50_000
 class Sweeper:
     """A thread; every worker runs one, and two that send the same job do no harm."""
 
-    def __init__(
-        self,
-        app: Celery,
-        settings: Settings,
-        ledger: Ledger,
-        in_hand: Sequence[Callable[[], set[str]]],
-    ) -> None:
-        """`in_hand`: ids of the jobs that this worker has, or will send again itself."""
+    def __init__(self, app: Celery, settings: Settings, ledger: Ledger, live: LiveJobs) -> None:
         self._app = app
         self._settings = settings
         self._ledger = ledger
-        self._in_hand = in_hand
+        self._feed = Feed(ledger.engine, settings.queue)
+        self._live = live
         self._sent_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
@@ -71,8 +68,9 @@ class Sweeper:
         after_s = self._settings.resend_after_s
         now_s = time.monotonic()
         self._sent_s = {i: s for i, s in self._sent_s.items() if now_s - s < after_s}
-        mine = self._sent_s.keys() | set().union(*(ids() for ids in self._in_hand))
-        missing = [m for m in self._ledger.nowhere(after_s) if m.job_id not in mine]
+        mine = self._live.ids() | self._sent_s.keys()
+        found = self._feed.nowhere(after_s, LOOKED_AT + len(mine))
+        missing = [message for message in found if message.job_id not in mine]
         if not missing:
             return 0
         held = self._broker_has(missing)
@@ -85,7 +83,7 @@ class Sweeper:
                 return 0
             log.info("jobs sent again", jobs=len(lost))
         self._sent_s.update((message.job_id, now_s) for message in lost)
-        self._ledger.mark_sent([message.job_id for message in missing])
+        self._feed.mark_sent([message.job_id for message in missing])
         return len(lost)
 
     def _broker_has(self, missing: Sequence[Message]) -> set[str]:
@@ -100,7 +98,7 @@ class Sweeper:
         found: set[str] = set()
         with self._app.connection_for_read() as connection:
             channel = connection.default_channel
-            for queue in {*self._settings.consume, self._settings.queue}:
+            for queue in drained([*{*self._settings.consume, self._settings.queue}]):
                 for raw in _queued(channel.client, queue):
                     found.add(task_id_of(raw))
                     if found >= wanted:

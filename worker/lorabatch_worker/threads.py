@@ -56,11 +56,11 @@ class Daemons:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._name}: closed")
-            self._calls.put(call)
             if self._started < self._count:
                 name = f"{self._name}-{self._started}"
                 threading.Thread(target=self._run, name=name, daemon=True).start()
                 self._started += 1
+            self._calls.put(call)
 
     def close(self) -> None:
         """What has not begun never will."""
@@ -73,3 +73,4 @@ class Daemons:
         compute_beside()
         while (call := self._calls.get()) is not None and not self._closed:
             call()
+            del call  # or it would be held, with all it made, until the next comes

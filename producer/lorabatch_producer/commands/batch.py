@@ -1,4 +1,4 @@
-"""`lorabatch batch submit`, `status`, `output`: bulk files."""
+"""`lorabatch batch submit`, `status`, `output`, `cancel`: bulk files."""
 
 from __future__ import annotations
 
@@ -78,6 +78,8 @@ def submit(
 def _say(submitted: Submitted) -> None:
     typer.echo(f"batch {submitted.batch_id}")
     typer.echo(f"{submitted.accepted} lines accepted, {submitted.rejected} bad")
+    if submitted.again:
+        typer.echo(f"{submitted.again} of them run again: they had failed or were cancelled")
     if submitted.not_sent:
         typer.secho(str(submitted.not_sent), err=True, fg="yellow")
 
@@ -149,3 +151,13 @@ def batch_output(
         _write(producer, batch_id, file, output, partial)
         status = producer.status(batch_id)
     _exit(status)
+
+
+@app.command()
+def cancel(batch_id: str) -> None:
+    """Cancel what is open of a batch; a running job ends at its next step.
+
+    To submit the file again runs again what was cancelled."""
+    with Producer() as producer:
+        counts = producer.cancel_batch(batch_id)
+    typer.echo(f"{counts['cancelled']} cancelled, {counts['asked']} running ones asked to stop")

@@ -70,8 +70,8 @@ def test_a_bad_setting_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_db(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "at schema none" in cli("db", "check", code=2).stderr
-    assert cli("db", "upgrade").stdout.endswith(": empty -> 0002\n")
-    assert cli("db", "upgrade").stdout.endswith(": at 0002 already\n")
+    assert cli("db", "upgrade").stdout.endswith(": empty -> 0003\n")
+    assert cli("db", "upgrade").stdout.endswith(": at 0003 already\n")
     cli("db", "check")
     monkeypatch.setenv("LORABATCH_DATABASE_URL", "postgresql://u:hunter2@127.0.0.1:1/x")
     found = cli("db", "check", code=2).stderr + cli("db", "upgrade", code=2).stderr
@@ -82,7 +82,7 @@ def test_db(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_db_on_postgresql(cli: Cli, monkeypatch: pytest.MonkeyPatch, postgres_url: str) -> None:
     monkeypatch.setenv("LORABATCH_DATABASE_URL", postgres_url)
     assert "run `lorabatch db upgrade`" in cli("enqueue", "hi", code=2).stderr
-    assert "empty -> 0002" in cli("db", "upgrade").stdout
+    assert "empty -> 0003" in cli("db", "upgrade").stdout
     cli("enqueue", "hi")
     assert "1 queued" in cli("status").stdout
     assert "1 jobs, 0 differences" in cli("report", "audit").stdout

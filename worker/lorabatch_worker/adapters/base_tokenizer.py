@@ -42,6 +42,12 @@ class BaseTokenizer:
             texts += [self._file.read_text("utf-8"), Tokenizer.from_file(str(self._file)).to_str()]
         return [_parts(json.loads(text)) for text in texts]
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that it says a text may have: what most adapters say, too, who took it along."""
+        length = getattr(self.load(), "model_max_length", None)
+        return length if isinstance(length, int) else None
+
     @cached_property
     def tokens(self) -> Mapping[int, str]:
         return {number: token for token, number in self.ids.items()}

@@ -9,7 +9,8 @@
 A version is the sha256 of the files (`version_of`), so a folder never changes once it is in place.
 Beyond the capacity (bytes, of whole versions) the least recently used go, but neither the one just
 put, nor pinned ones, nor those in use by any worker (`hold`). Raises InvalidAdapter (the files are
-not of the version asked for), AdapterUnavailable (the worker stops, or the disk fails); what else
+not of the version asked for), AdapterUnavailable (the worker stops, the disk fails, or another has
+been filling it for too long); what else
 `fill` raises passes through and leaves what it has filled. Locks are flock's: on a network file
 system that lacks it, give each machine a folder of its own.
 """
@@ -36,12 +37,13 @@ __all__ = ["DiskCache"]
 
 LEFTOVER_AGE_S = 86_400.0
 LOCK_POLL_S = 0.05
+SLACK_S = 30.0  # to check and to write what was fetched
 VERSION = re.compile("[0-9a-f]{64}")
 
 
 class DiskCache:
-    """Safe for many threads and processes. `pinned` gives versions that stay; `stop` ends waits
-    for others, and so does `wait_s`."""
+    """Safe for many threads and processes. `pinned` gives versions that stay; `stop` ends waits;
+    `wait_s` is how long somebody may take to fill a folder that others wait for."""
 
     def __init__(
         self,
@@ -191,7 +193,6 @@ class DiskCache:
     def _locked(self, path: Path) -> Iterator[None]:
         """Only one thread of one process at a time runs the block; the kernel frees it of the dead.
         Unlike `lorabatch.embedded.file_lock` the wait ends."""
-        end_s = time.monotonic() + self._wait_s
         while True:
             with path.open("ab") as file:
                 if _taken(file.fileno()) and _is_at(file.fileno(), path):
@@ -200,10 +201,18 @@ class DiskCache:
                     return
             if self._stop.wait(LOCK_POLL_S):
                 raise AdapterUnavailable(f"{path.stem}: the worker stops")
-            if time.monotonic() > end_s:
+            if path != self._lock and _held_s(path) > self._wait_s + SLACK_S:
                 raise AdapterUnavailable(
                     f"others have been fetching it for {self._wait_s:g} s without an end"
                 )
+
+
+def _held_s(lock: Path) -> float:
+    """How long whoever has it has had it."""
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _taken(number: int) -> bool:

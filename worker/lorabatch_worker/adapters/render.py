@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch.errors import EngineFault, InvalidAdapter, InvalidJob, JobError
-from lorabatch.job import MAX_PROMPT_CHARS
+from lorabatch.fields import MAX_PROMPT_CHARS
 
 __all__ = ["TemplateRenderer"]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lorabatch.job import is_identifier
+from lorabatch.fields import is_identifier
 from lorabatch.location import Location
 from lorabatch_worker.adapters.attempts import Absent, Busy, Deadline, Failed, one_line
 from lorabatch_worker.adapters.download import RemoteFile, receive

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
@@ -41,6 +42,7 @@ LOADERS = 8
 FETCHERS = 16  # of each kind of source: a dead one takes its own threads
 READS = 3
 PRELOAD_S = 5.0
+LOOK_S = 0.05
 LOADING = "loading"
 
 
@@ -263,11 +265,18 @@ class AdapterStore:
             if self.nbytes >= self._memory.capacity_bytes or self.catalog.stop.is_set():
                 return
             with contextlib.suppress(FutureTimeout):  # the next ones need not wait for it
-                error = self.request(wanted).exception(PRELOAD_S)
+                error = self._came(self.request(wanted), PRELOAD_S)
                 if isinstance(error, LoraBatchError):
                     log.warning("adapter refused", adapter_id=wanted.adapter_id, reason=str(error))
                 elif error is not None and not isinstance(error, Stopped):
                     log.error("adapter not loaded", adapter_id=wanted.adapter_id, exc_info=error)
+
+    def _came(self, adapter: Loading, wait_s: float) -> BaseException | None:
+        """As `exception`, but the wait ends when the worker stops."""
+        end_s = time.monotonic() + wait_s
+        while not (adapter.done() or self.catalog.stop.is_set() or time.monotonic() > end_s):
+            self.catalog.stop.wait(LOOK_S)
+        return adapter.exception(0)
 
     # -- what is in memory -------------------------------------------------------
 

@@ -40,13 +40,7 @@ def read_template(folder: Path) -> str | None:
 def read_length(folder: Path) -> int | None:
     """Tokens of the longest text that the adapter in this folder is meant for, if it says so."""
     length = read_object(folder / TOKENIZER).get("model_max_length")
-    if length is None or (type(length) in (int, float) and length >= NO_LENGTH):
-        return None
-    if type(length) is not int or length < 1:
-        raise InvalidAdapter(
-            f"{TOKENIZER}: model_max_length is {shown(length)}, wanted a number of tokens"
-        )
-    return length
+    return length if type(length) is int and 0 < length < NO_LENGTH else None
 
 
 def read_object(path: Path) -> dict[str, Any]:

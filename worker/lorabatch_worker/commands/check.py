@@ -88,12 +88,14 @@ def _warnings(adapter: Adapter, target: AdapterTarget) -> Iterator[str]:
     ):
         yield "it changes nothing, every lora_B is zero"
     length, positions, longest = adapter.max_length, target.positions, target.max_context_tokens
-    if length and positions and length > positions:
+    if length is None or (target.tokenizer and length == target.tokenizer.max_length):
+        return
+    if positions and length > positions:
         yield (
             f"it says that it is meant for texts of {length:,} tokens, the base model for "
             f"{positions:,}: one that was trained with longer positions gives other text here"
         )
-    elif length and longest and length < longest:
+    elif longest and length < longest:
         yield (
             f"it says that it is meant for texts of {length:,} tokens, and a job here may have "
             f"{longest:,} (LORABATCH_MAX_CONTEXT_TOKENS)"

@@ -1,0 +1,163 @@
+"""A user's files in the ledger: their lines' jobs cancelled at once, or run again.
+
+A line that failed or was cancelled runs again as another job, whose id follows from the id of the
+first; that keeps its outcome and is superseded: its batch no longer counts it. Raises JobNotFound;
+database errors pass through.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from lorabatch.bindings import bound
+from lorabatch.database import now_us
+from lorabatch.errors import JobNotFound
+from lorabatch.job import Job
+from lorabatch.rows import job_row, names_of, stored_job
+from lorabatch.statements import chunks, insert, locked
+from lorabatch.tables import batches, jobs, results, usage_events
+
+__all__ = ["Batches"]
+
+NAMESPACE = uuid.UUID("7c0c8a1e-3f7a-5d0c-9f0e-9a6f6f1f2c11")
+CANCELLED = "cancelled"
+
+
+class Batches:
+    """Safe for many threads and processes."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    def add(self, batch_id: str, tenant: str, source: str, accepted: int, bad: int) -> None:
+        """Note a bulk file and its line counts; the same file again changes nothing."""
+        with self._engine.begin() as connection:
+            row = {
+                "batch_id": batch_id,
+                "tenant": tenant,
+                "source": source,
+                "accepted_lines": accepted,
+                "rejected_lines": bad,
+                "created_us": connection.scalar(sa.select(now_us())),
+            }
+            connection.execute(insert(connection, batches).on_conflict_do_nothing(), [row])
+
+    def cancel(self, batch_id: str) -> dict[str, int]:
+        """End what waits, in a few statements however much it is, and ask what runs to end: how
+        many jobs of each, by `cancelled` and `asked`. Raises JobNotFound."""
+        mine = jobs.c.batch_id == batch_id
+        with self._engine.begin() as connection:
+            if connection.scalar(sa.select(sa.exists().where(mine))) is not True:
+                raise JobNotFound(f"batch {batch_id!r}: no jobs of it in this ledger")
+            now = int(connection.scalar(sa.select(now_us())) or 0)
+            ended = connection.execute(
+                sa.update(jobs)
+                .where(mine, jobs.c.state == "queued")
+                .values(state=CANCELLED, finished_us=now)
+            )
+            asked = connection.execute(
+                sa.update(jobs).where(mine, jobs.c.state == "running").values(cancel_requested=True)
+            )
+            fresh = sa.and_(
+                mine, jobs.c.state == CANCELLED, jobs.c.job_id.not_in(sa.select(results.c.job_id))
+            )
+            _record_cancelled(connection, fresh, now)
+        return {"cancelled": ended.rowcount, "asked": asked.rowcount}
+
+    def latest(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Of lines by the ids of their first jobs: the ids of those that count now."""
+        found = {job_id: job_id for job_id in job_ids}
+        look = list(found)
+        with self._engine.execution_options(read_only=True).begin() as connection:
+            while look:  # as often as a line was run again
+                gone = set[str]()
+                for some in chunks(sorted({found[first] for first in look})):
+                    query = sa.select(jobs.c.job_id).where(
+                        jobs.c.job_id.in_(some), jobs.c.superseded
+                    )
+                    gone.update(connection.scalars(query))
+                look = [first for first in look if found[first] in gone]
+                found.update((first, again_id(found[first])) for first in look)
+        return found
+
+    def run_again(self, job_ids: Sequence[str]) -> dict[str, str]:
+        """Accept those of these that failed or were cancelled as new jobs: {their id: the new}.
+        With the adapters' versions of now. Once, however often it is asked for."""
+        again: dict[str, str] = {}
+        ended = sa.and_(jobs.c.state.in_(("failed", CANCELLED)), sa.not_(jobs.c.superseded))
+        for some in chunks(job_ids):
+            with self._engine.begin() as connection:
+                now = int(connection.scalar(sa.select(now_us())) or 0)
+                rows = [r for r in locked(connection, some, ended, with_body=True) if r.body]
+                if not rows:
+                    continue
+                new = [_renewed(row) for row in rows]
+                versions = bound(connection, (pair for job in new for pair in names_of(job)))
+                made = [
+                    {
+                        **job_row(job, now, versions),
+                        "publish_result": row.publish_result,
+                        "queue": row.queue,
+                    }
+                    for job, row in zip(new, rows, strict=True)
+                ]
+                connection.execute(insert(connection, jobs).on_conflict_do_nothing(), made)
+                old = [row.job_id for row in rows]
+                connection.execute(
+                    sa.update(jobs).where(jobs.c.job_id.in_(old)).values(superseded=True)
+                )
+                again.update((row.job_id, job.job_id) for row, job in zip(rows, new, strict=True))
+        return again
+
+
+def again_id(job_id: str) -> str:
+    """Of the job that runs another's request again."""
+    return str(uuid.uuid5(NAMESPACE, job_id))
+
+
+def _renewed(row: Any) -> Job:
+    job = stored_job(row)
+    new_id = again_id(job.job_id)
+    return job.model_copy(update={"job_id": new_id, "idempotency_key": new_id, "done_by": None})
+
+
+def _record_cancelled(connection: sa.Connection, which: sa.ColumnElement[bool], now: int) -> None:
+    """Results and usage of jobs that never ran, as `statements.write_results` has them."""
+    zero, at = sa.literal(0), sa.literal(now)
+    none = sa.null()
+    usage = {
+        "event_key": jobs.c.job_id + "/generation",
+        "job_id": jobs.c.job_id,
+        "tenant": jobs.c.tenant,
+        "adapter_id": jobs.c.adapter_id,
+        "batch_id": jobs.c.batch_id,
+        "attempt": jobs.c.attempts,
+        "kind": sa.literal("generation"),
+        "input_tokens": zero,
+        "cached_tokens": zero,
+        "output_tokens": zero,
+        "queue_us": at - jobs.c.submitted_us,
+        "run_us": zero,
+        "billable": sa.false(),
+        "occurred_us": at,
+        "recorded_us": at,
+    }
+    result = {
+        "job_id": jobs.c.job_id,
+        "state": sa.literal(CANCELLED),
+        "text": none,
+        "token_ids": sa.literal([], results.c.token_ids.type),
+        "prompt_tokens": zero,
+        "cached_tokens": zero,
+        "attempt": jobs.c.attempts,
+        "error_code": sa.literal("job_cancelled"),
+        "error_message": sa.literal("cancelled"),
+        "recorded_us": at,
+    }
+    for table, values in ((usage_events, usage), (results, result)):
+        chosen = sa.select(*values.values()).where(which)
+        connection.execute(table.insert().from_select(list(values), chosen))

@@ -1,0 +1,120 @@
+"""What each tenant may have: its weight in fair shares, how many jobs may run and may wait.
+
+EACH stands for every tenant that says nothing of its own, ALL for all tenants together. Limits hold
+from the next look on, for jobs that were not sent or accepted yet. Raises QueueFull; database
+errors pass through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from lorabatch.database import now_us
+from lorabatch.errors import QueueFull
+from lorabatch.tables import jobs, tenants
+
+__all__ = ["ALL", "EACH", "Limits", "Tenants", "check_room"]
+
+EACH, ALL = "*each", "*all"  # no tenant's names
+
+
+@dataclass(frozen=True)
+class Limits:
+    """None: no limit. `weight`: twice as much gets twice the tokens, where several wait."""
+
+    tenant: str
+    weight: float = 1.0
+    max_running: int | None = None
+    max_queued: int | None = None
+
+
+class Tenants:
+    """Those that something was said of."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    def list(self) -> list[Limits]:
+        with self._engine.execution_options(read_only=True).begin() as connection:
+            return _limits(connection, sa.true())
+
+    def set(self, limits: Limits) -> None:
+        """In place of what was said before."""
+        fields = {
+            "weight": limits.weight,
+            "max_running": limits.max_running,
+            "max_queued": limits.max_queued,
+        }
+        with self._engine.begin() as connection:
+            mine = tenants.c.tenant == limits.tenant
+            row = {**fields, "updated_us": connection.scalar(sa.select(now_us()))}
+            if not connection.execute(sa.update(tenants).where(mine).values(row)).rowcount:
+                connection.execute(tenants.insert(), [{"tenant": limits.tenant, **row}])
+
+    def forget(self, tenant: str) -> bool:
+        """Whether there was anything to forget."""
+        with self._engine.begin() as connection:
+            gone = connection.execute(sa.delete(tenants).where(tenants.c.tenant == tenant))
+            return bool(gone.rowcount)
+
+
+def check_room(connection: sa.Connection, of: Iterable[str], queue: str) -> None:
+    """Raise QueueFull if more jobs of one of these tenants wait in this queue than may, those that
+    were inserted in this transaction included. Costs a look at one small table without limits.
+    They are locked until it ends, because two that insert do not see each other's jobs."""
+    names = sorted(set(of))
+    limited = tenants.c.tenant.in_([*names, EACH, ALL]), tenants.c.max_queued.is_not(None)
+    found = _limits(connection, sa.and_(*limited), lock=True)
+    most = {one.tenant: one.max_queued for one in found}
+    for name in names if most else ():
+        cap = most.get(name, most.get(EACH))
+        if cap is not None and _waiting(connection, queue, name, cap) > cap:
+            raise QueueFull(
+                f"tenant {name!r}: {cap} jobs may wait and as many do; nothing of this call was "
+                "accepted: come again when some have ended, or raise the limit with `lorabatch "
+                f"tenants set {name} --max-queued N`"
+            )
+    cap = most.get(ALL)
+    if cap is not None and _waiting(connection, queue, None, cap) > cap:
+        raise QueueFull(
+            f"all tenants together: {cap} jobs may wait and as many do; nothing of this call was "
+            "accepted: come again when some have ended, or raise the limit with `lorabatch tenants "
+            "set --all --max-queued N`"
+        )
+
+
+def _limits(
+    connection: sa.Connection, condition: sa.ColumnElement[bool], lock: bool = False
+) -> list[Limits]:
+    columns = (
+        tenants.c.tenant,
+        tenants.c.weight,
+        tenants.c.max_running,
+        tenants.c.max_queued,
+    )
+    query = sa.select(*columns).where(condition).order_by(tenants.c.tenant)
+    if lock:
+        query = query.with_for_update()
+    return [Limits(*row) for row in connection.execute(query)]
+
+
+def _waiting(connection: sa.Connection, queue: str, tenant: str | None, cap: int) -> int:
+    """Counted up to one more than the cap, by the indexes that feeding has."""
+    mine = [jobs.c.queue == queue]
+    if tenant is not None:
+        mine.append(jobs.c.tenant == tenant)
+    count = 0
+    for where in (
+        "jobs.state = 'queued' AND jobs.sent_us IS NULL",
+        "jobs.state IN ('queued', 'running') AND jobs.sent_us IS NOT NULL AND state = 'queued'",
+    ):
+        some = sa.select(sa.literal(1)).where(sa.text(where), *mine).limit(cap + 1 - count)
+        count += int(
+            connection.scalar(sa.select(sa.func.count()).select_from(some.subquery())) or 0
+        )
+        if count > cap:
+            break
+    return count

@@ -1,0 +1,156 @@
+"""`lorabatch tenants list`, `set`, `forget`: what each tenant may have.
+
+Database errors pass through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from lorabatch import Settings
+from lorabatch.database import open_database
+from lorabatch.fields import is_identifier
+from lorabatch.tenants import ALL, EACH, Limits, Tenants
+from lorabatch_producer.console import printable, wide_console
+
+__all__ = ["app"]
+
+COLUMNS = ("tenant", "weight", "max running", "max queued")
+SHOWN_NAMES = {EACH: "(each other)", ALL: "(all together)"}
+app = typer.Typer(no_args_is_help=True, help="Tenants: shares and limits.")
+Name = Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)]
+Each = Annotated[bool, typer.Option("--each", help="Every tenant that says nothing of its own.")]
+All = Annotated[bool, typer.Option("--all", help="All tenants together; --max-queued alone.")]
+
+
+@app.command("list")
+def show(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Those that something was said of."""
+    with _opened() as tenants:
+        found = tenants.list()
+    if as_json:
+        for limits in found:
+            typer.echo(json.dumps(dataclasses.asdict(limits)))
+        return
+    table = Table(show_edge=False, pad_edge=False)
+    for place, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    for limits in found:
+        table.add_row(*map(Text, _cells(limits)))
+    wide_console().print(table)
+    if not found:
+        typer.echo("none: every tenant has weight 1 and no limit")
+
+
+@app.command("set")
+def set_limits(
+    name: Name = None,
+    each: Each = False,
+    together: All = False,
+    weight: Annotated[
+        float | None, typer.Option(help="Twice as much gets twice the tokens.")
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option(min=0, help="Jobs under way at once; 0: no limit.")
+    ] = None,
+    max_queued: Annotated[
+        int | None, typer.Option(min=0, help="Jobs that may wait; 0: no limit.")
+    ] = None,
+) -> None:
+    """Say what a tenant may have. What is left out stays as it was."""
+    tenant = _which(name, each, together)
+    _check(tenant, weight, max_running, max_queued)
+    with _opened() as tenants:
+        before = _before(tenants, tenant)
+        said = Limits(
+            tenant,
+            before.weight if weight is None else weight,
+            before.max_running if max_running is None else max_running or None,
+            before.max_queued if max_queued is None else max_queued or None,
+        )
+        tenants.set(said)
+    typer.echo(_sentence(said))
+
+
+@app.command()
+def forget(name: Name = None, each: Each = False, together: All = False) -> None:
+    """Take back all that was said of a tenant; its jobs stay."""
+    tenant = _which(name, each, together)
+    with _opened() as tenants:
+        known = tenants.forget(tenant)
+    typer.echo(f"{_shown(tenant)}: " + ("forgotten" if known else "nothing was said of it"))
+
+
+@contextlib.contextmanager
+def _opened() -> Iterator[Tenants]:
+    engine = open_database(Settings.load())
+    try:
+        yield Tenants(engine)
+    finally:
+        engine.dispose()
+
+
+def _which(name: str | None, each: bool, together: bool) -> str:
+    if (name is not None) + each + together != 1:
+        raise typer.BadParameter("give NAME, --each or --all, one of them")
+    if name is None:
+        return EACH if each else ALL
+    if not is_identifier(name):
+        raise typer.BadParameter(
+            f"{printable(name[:80])!r}: wanted letters, digits and _ . : @ -, the first one a "
+            "letter or digit, at most 64",
+            param_hint="NAME",
+        )
+    return name
+
+
+def _check(
+    tenant: str, weight: float | None, max_running: int | None, max_queued: int | None
+) -> None:
+    if weight is not None and not (weight > 0 and math.isfinite(weight)):
+        raise typer.BadParameter(f"{weight:g} is no number above 0", param_hint="--weight")
+    shares = weight is not None or max_running is not None
+    if tenant == ALL and (shares or max_queued is None):
+        raise typer.BadParameter("all tenants together have --max-queued, and nothing else")
+    if max_queued is None and not shares:
+        raise typer.BadParameter("give --weight, --max-running or --max-queued")
+
+
+def _before(tenants: Tenants, tenant: str) -> Limits:
+    """What was said of it; at first the weight that it has had as one of the others."""
+    known = {limits.tenant: limits for limits in tenants.list()}
+    weight = known[EACH].weight if EACH in known and tenant != ALL else 1.0
+    return known.get(tenant, Limits(tenant, weight))
+
+
+def _shown(tenant: str) -> str:
+    return SHOWN_NAMES.get(tenant, tenant)
+
+
+def _cells(limits: Limits) -> tuple[str, str, str, str]:
+    weight = "-" if limits.tenant == ALL else f"{limits.weight:g}"
+    running, queued = (
+        "-" if limit is None else f"{limit:,}" for limit in (limits.max_running, limits.max_queued)
+    )
+    return printable(_shown(limits.tenant)), weight, running, queued
+
+
+def _sentence(limits: Limits) -> str:
+    queued = "any number" if limits.max_queued is None else f"at most {limits.max_queued:,}"
+    if limits.tenant == ALL:
+        return f"{_shown(limits.tenant)}: {queued} may wait"
+    running = "any number" if limits.max_running is None else f"at most {limits.max_running:,}"
+    return (
+        f"{_shown(limits.tenant)}: weight {limits.weight:g}, {running} under way, {queued} may wait"
+    )

@@ -1,0 +1,132 @@
+"""`lorabatch tenants list|set|forget`, and refusals where as many jobs wait as may."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorabatch import Ledger, Settings
+from lorabatch.errors import QueueFull
+from lorabatch.tenants import ALL, EACH, Limits, Tenants
+from lorabatch_producer import Producer
+from lorabatch_producer.batch import submit
+from tests.bad_inputs import short
+from tests.command_line import Cli
+from tests.played_worker import run_queued
+
+
+def said(ledger: Ledger) -> list[Limits]:
+    return Tenants(ledger.engine).list()
+
+
+def test_what_is_left_out_stays_as_it_was(cli: Cli, ledger: Ledger) -> None:
+    first = cli("tenants", "set", "acme", "--weight", "2.5", "--max-queued", "1000").stdout
+    assert first == "acme: weight 2.5, any number under way, at most 1,000 may wait\n"
+    cli("tenants", "set", "acme", "--max-running", "3")
+    assert said(ledger) == [Limits("acme", 2.5, 3, 1000)]
+    cli("tenants", "set", "acme", "--max-queued", "0")
+    assert said(ledger) == [Limits("acme", 2.5, 3, None)]
+
+
+def test_each_and_all(cli: Cli, ledger: Ledger) -> None:
+    cli("tenants", "set", "--each", "--weight", "2", "--max-running", "4")
+    assert cli("tenants", "set", "--all", "--max-queued", "9").stdout == (
+        "(all together): at most 9 may wait\n"
+    )
+    cli("tenants", "set", "acme", "--max-running", "1")
+    assert {limits.tenant: limits for limits in said(ledger)} == {
+        EACH: Limits(EACH, 2.0, 4, None),
+        ALL: Limits(ALL, 1.0, None, 9),
+        "acme": Limits("acme", 2.0, 1, None),
+    }, "a weight is kept that it had as one of the others"
+
+
+def test_list_and_forget(cli: Cli, ledger: Ledger) -> None:
+    assert "none: every tenant has weight 1 and no limit" in cli("tenants", "list").stdout
+    assert cli("tenants", "list", "--json").stdout == ""
+    cli("tenants", "set", "acme", "--max-queued", "12345")
+    cli("tenants", "set", "--each", "--weight", "0.5")
+    table = cli("tenants", "list").stdout
+    assert "12,345" in table
+    assert "(each other)" in table
+    found = [json.loads(line) for line in cli("tenants", "list", "--json").stdout.splitlines()]
+    assert {"tenant": "acme", "weight": 1.0, "max_running": None, "max_queued": 12345} in found
+    assert cli("tenants", "forget", "acme").stdout == "acme: forgotten\n"
+    assert cli("tenants", "forget", "acme").stdout == "acme: nothing was said of it\n"
+    cli("tenants", "forget", "--each")
+    assert said(ledger) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give NAME, --each or --all"),
+        (["acme", "--each"], "give NAME, --each or --all"),
+        (["--all", "--each"], "give NAME, --each or --all"),
+        (["acme"], "give --weight, --max-running or --max-queued"),
+        (["*each", "--weight", "1"], "wanted letters, digits"),
+        (["a\x1b[31m", "--weight", "1"], "wanted letters, digits"),
+        (["a" * 65, "--weight", "1"], "at most 64"),
+        (["", "--weight", "1"], "wanted letters, digits"),
+        (["acme", "--weight", "0"], "0 is no number above 0"),
+        (["acme", "--weight", "-1"], "-1 is no number above 0"),
+        (["acme", "--weight", "nan"], "nan is no number above 0"),
+        (["acme", "--weight", "inf"], "inf is no number above 0"),
+        (["acme", "--max-running", "-1"], "'--max-running'"),
+        (["acme", "--max-queued", "1.5"], "'--max-queued'"),
+        (["--all", "--weight", "2"], "--max-queued, and nothing else"),
+        (["--all", "--max-running", "2", "--max-queued", "2"], "--max-queued, and nothing else"),
+    ],
+)
+def test_what_cannot_be_said(cli: Cli, ledger: Ledger, arguments: list[str], message: str) -> None:
+    found = cli("tenants", "set", *arguments, code=2).stderr
+    assert "\x1b" not in found
+    assert message in " ".join(found.replace("│", "").split())
+    assert said(ledger) == []
+
+
+def test_a_full_queue_refuses_a_job_in_one_line(cli: Cli, ledger: Ledger) -> None:
+    cli("tenants", "set", "acme", "--max-queued", "1")
+    job_id = cli("enqueue", "hi", "--tenant", "acme", "--key", "k").stdout.strip()
+    found = cli("enqueue", "hi", "--tenant", "acme", code=2)
+    assert found.stdout == ""
+    assert found.stderr.startswith("lorabatch: tenant 'acme': 1 jobs may wait")
+    assert found.stderr.count("\n") == 1
+    assert cli("enqueue", "hi", "--tenant", "acme", "--key", "k").stdout.strip() == job_id
+    cli("enqueue", "hi", "--tenant", "other")
+    assert ledger.counts() == {"queued": 2}
+
+
+def test_a_file_that_finds_a_full_queue_goes_on_where_it_ended(
+    cli: Cli, ledger: Ledger, tmp_path: Path
+) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(b"\n".join(short(prompt=f"p{n}") for n in range(25)))
+    cli("tenants", "set", "--each", "--max-queued", "11")
+    found = cli("batch", "submit", path, code=2)
+    assert "11 lines accepted, the rest not: tenant 'default': 11 jobs may wait" in found.stderr
+    assert "submit the same file again" in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert ledger.counts() == {"queued": 11}
+    run_queued(ledger)
+    assert "22 lines accepted, the rest not" in cli("batch", "submit", path, code=2).stderr
+    run_queued(ledger)
+    done = cli("batch", "submit", path).stdout
+    assert "25 lines accepted, 0 bad" in done
+    assert ledger.counts(done.split()[1]) == {"succeeded": 22, "queued": 3}
+
+
+def test_a_program_gets_an_error_of_the_tree(
+    cli: Cli, ledger: Ledger, settings: Settings, tmp_path: Path
+) -> None:
+    cli("tenants", "set", "--all", "--max-queued", "2")
+    path = tmp_path / "in"
+    path.write_bytes(b"\n".join(short(prompt=f"p{n}") for n in range(3)))
+    with Producer(settings) as producer:
+        with pytest.raises(QueueFull, match="2 lines accepted, the rest not: all tenants"):
+            submit(producer, path)
+        with pytest.raises(QueueFull, match="all tenants together: 2 jobs may wait"):
+            producer.enqueue(prompt="x")
+    assert ledger.counts() == {"queued": 2}

@@ -1,0 +1,160 @@
+"""What is fed into the queue: whose, how many, in which order, and each job once."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from lorabatch import Job, Ledger
+from lorabatch.feed import Feed
+from lorabatch.tables import jobs, tenants
+from lorabatch.tenants import EACH
+
+NOON = datetime(2099, 1, 1, 12, tzinfo=UTC)
+
+
+def accept(ledger: Ledger, tenant: str, count: int, **fields: Any) -> list[str]:
+    made = [Job(tenant=tenant, prompt="x", **fields) for _ in range(count)]
+    ledger.accept(made)
+    return [job.job_id for job in made]
+
+
+def taken(feed: Feed) -> Counter[str]:
+    return Counter(message.tenant for message in feed.take())
+
+
+def limit(ledger: Ledger, tenant: str, max_running: int) -> None:
+    with ledger.engine.begin() as connection:
+        row = {"tenant": tenant, "weight": 1.0, "max_running": max_running, "updated_us": 0}
+        connection.execute(tenants.insert(), [row])
+
+
+def test_no_tenant_has_more_than_the_window(ledger: Ledger) -> None:
+    accept(ledger, "big", 30)
+    accept(ledger, "small", 3)
+    feed = Feed(ledger.engine, "lorabatch", 10)
+    messages = feed.take()
+    assert Counter(m.tenant for m in messages) == {"big": 10, "small": 3}
+    assert [m.tenant for m in messages[:6]] == ["big", "small"] * 3, "mixed"
+    assert feed.take() == [], "the window is full"
+    claims = ledger.claim([m.job_id for m in messages if m.tenant == "big"][:4], "me", 30)
+    assert taken(feed) == {"big": 4}, "what runs has left it"
+    ledger.release(list(claims.values()))
+    assert taken(feed) == {}
+
+
+def test_by_priority_then_deadline_then_age(ledger: Ledger) -> None:
+    order = [
+        *accept(ledger, "t", 1, priority=5),
+        *accept(ledger, "t", 1, done_by=NOON),
+        *accept(ledger, "t", 1, done_by=NOON + timedelta(hours=1)),
+        *accept(ledger, "t", 1),
+        *accept(ledger, "t", 1),
+        *accept(ledger, "t", 1, priority=-1),
+    ]
+    with ledger.engine.begin() as connection:  # one after another by any clock
+        for at, job_id in enumerate([order[4], order[0], *order[:4:-1], *order[1:4]]):
+            connection.execute(
+                jobs.update().where(jobs.c.job_id == job_id).values(submitted_us=100 - at)
+            )
+        connection.execute(
+            jobs.update().where(jobs.c.job_id == order[4]).values(submitted_us=1_000)
+        )
+    feed = Feed(ledger.engine, "lorabatch", 2)
+    found = []
+    while messages := feed.take():
+        found += [m.job_id for m in messages]
+        ledger.claim([m.job_id for m in messages], "me", 30)
+    assert found == order
+
+
+def test_a_tenant_runs_no_more_than_it_may(ledger: Ledger) -> None:
+    accept(ledger, "limited", 10)
+    limit(ledger, "limited", 3)
+    feed = Feed(ledger.engine, "lorabatch", 100)
+    messages = feed.take()
+    assert len(messages) == 3
+    claims = ledger.claim([m.job_id for m in messages], "me", 30)
+    assert feed.take() == []
+    ledger.release([claims[messages[0].job_id]])
+    assert feed.take() == [], "it is in the queue again"
+    ledger.cancel([messages[0].job_id])
+    assert len(feed.take()) == 1
+
+
+def test_each_queue_has_its_own(ledger: Ledger) -> None:
+    ledger.accept([Job(job_id="there", prompt="x")], queue="other")
+    accept(ledger, "t", 1)
+    assert [m.job_id for m in Feed(ledger.engine, "other").take()] == ["there"]
+
+
+def test_many_feeders_send_each_job_once(ledger: Ledger) -> None:
+    ids = accept(ledger, "a", 60) + accept(ledger, "b", 60)
+    found: list[str] = []
+
+    def feed() -> None:
+        mine = Feed(ledger.engine, "lorabatch", 7)
+        while len(found) < len(ids):
+            some = {m.job_id for m in mine.take()}
+            found.extend(some)
+            while some:  # another feeder may have a lock on one for a moment
+                some -= ledger.claim(sorted(some), "me", 30).keys()
+
+    threads = [threading.Thread(target=feed) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(found) == sorted(ids)
+
+
+def test_what_was_taken_by_name_is_not_fed_and_what_is_given_back_is(ledger: Ledger) -> None:
+    ids = accept(ledger, "t", 3)
+    feed = Feed(ledger.engine, "lorabatch")
+    asked = [ids[1], ids[0], "nobody", ids[1]]
+    assert [m.job_id for m in feed.take_these(asked)] == [ids[1], ids[0]]
+    assert feed.take_these(asked) == []
+    ledger.claim([ids[0]], "me", 30)
+    feed.give_back(ids[:2])
+    assert {m.job_id for m in feed.take()} == set(ids[1:])
+
+
+def test_jobs_that_come_again_later_leave_room(ledger: Ledger) -> None:
+    ids = accept(ledger, "t", 4)
+    feed = Feed(ledger.engine, "lorabatch", 2)
+    first = [m.job_id for m in feed.take()]
+    ledger.release(list(ledger.claim(first, "me", 30).values()), again_s=600)
+    assert {m.job_id for m in feed.take()} == set(ids) - set(first)
+
+
+@pytest.mark.parametrize("index", ["ix_jobs_unsent", "ix_jobs_out"])
+def test_the_indexes_are_used(ledger: Ledger, index: str) -> None:
+    """Or a look would cost as much as there are jobs."""
+    accept(ledger, "t", 300)
+    Feed(ledger.engine, "lorabatch", 2).take()
+    plans = []
+    sqlite = ledger.engine.dialect.name == "sqlite"
+    with ledger.engine.connect() as connection:
+        if not sqlite:
+            connection.exec_driver_sql("SET enable_seqscan = off")
+        explain = "EXPLAIN QUERY PLAN " if sqlite else "EXPLAIN "
+        for query in (
+            "SELECT min(tenant) FROM jobs WHERE jobs.state = 'queued' AND jobs.sent_us IS NULL "
+            "AND queue = 'lorabatch' AND tenant > 'a'",
+            "SELECT tenant, state, count(*) FROM jobs WHERE jobs.state IN ('queued', 'running') "
+            "AND jobs.sent_us IS NOT NULL AND queue = 'lorabatch' GROUP BY tenant, state",
+        ):
+            plans += [str(row) for row in connection.exec_driver_sql(explain + query)]
+    assert any(index in line for line in plans), plans
+
+
+def test_each_limits_those_that_say_nothing(ledger: Ledger) -> None:
+    limit(ledger, EACH, 2)
+    limit(ledger, "big", 5)
+    for tenant in ("a", "b", "big"):
+        accept(ledger, tenant, 9)
+    assert taken(Feed(ledger.engine, "lorabatch", 100)) == {"a": 2, "b": 2, "big": 5}

@@ -1,0 +1,53 @@
+"""Tenants' weights in fair shares, as the ledger has them; nobody waits for it to be asked.
+
+A thread of its own asks every EVERY_S. Until the first answer, and while the database is away, the
+weights are as they were last, 1.0 for who is not known. Raises nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import sqlalchemy as sa
+import structlog
+
+from lorabatch.tenants import EACH, Tenants
+from lorabatch_worker.retry import OUTAGES, reason
+
+__all__ = ["Weights"]
+
+log = structlog.get_logger(__name__)
+
+EVERY_S = 5.0
+
+
+class Weights:
+    """`weights.of(tenant)`."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._tenants = Tenants(engine)
+        self._known: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
+        self._thread.start()
+
+    def of(self, tenant: str) -> float:
+        known = self._known
+        return known.get(tenant, known.get(EACH, 1.0))
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def ask(self) -> None:
+        self._known = {limits.tenant: limits.weight for limits in self._tenants.list()}
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.ask()
+            except OUTAGES as error:
+                log.warning("tenants' weights not read", error=reason(error))
+            except Exception as error:  # noqa: BLE001 - the thread must outlive any one look
+                log.error("tenants' weights: unexpected", error=reason(error))
+            if self._stop.wait(EVERY_S):
+                return
