@@ -6,100 +6,11 @@ token at its first step, and one token at every other.
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorabatch_worker import fair_share
-from lorabatch_worker.fair_share import FairShare
-from lorabatch_worker.sequence import Sequence
-from tests.scheduling import sequence
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that moves when told to."""
-    now = SimpleNamespace(s=1000.0)
-    monkeypatch.setattr(time, "monotonic", lambda: now.s)
-    return now
-
-
-class Machine:
-    """`places` for jobs of all tenants."""
-
-    def __init__(self, places: int, quantum: int, weights: dict[str, float] | None = None) -> None:
-        self.places = places
-        self.weights = defaultdict(lambda: 1.0, weights or {})
-        self.fair = FairShare(quantum, self.weights.__getitem__)
-        self.waiting: dict[str, Sequence] = {}
-        self.running: dict[str, Sequence] = {}
-        self.ends: dict[str, int] = {}  # made tokens at which a job ends
-        self.largest: dict[str, int] = defaultdict(int)
-        self.could_take: dict[str, int] = defaultdict(int)  # the most that running jobs ever could
-        self.serial = 0
-
-    def submit(self, tenant: str, prompt: int, new: int, made: int, priority: int = 0) -> str:
-        self.serial += 1
-        one = sequence(f"{tenant}-{self.serial}", prompt, new, None, priority, tenant)
-        self.waiting[one.job_id] = one
-        self.ends[one.job_id] = min(made, new)
-        self.largest[tenant] = max(self.largest[tenant], one.max_length)
-        self.fair.waits(one)
-        return one.job_id
-
-    def keep_waiting(self, tenant: str, *job: int) -> None:
-        """More of them than there are places."""
-        while sum(s.claim.job.tenant == tenant for s in self.waiting.values()) <= self.places:
-            self.submit(tenant, *job)
-
-    def begin(self) -> list[str]:
-        """Fill the places: the tenants of the jobs that begin."""
-        self.fair.lift()
-        begun = []
-        order = sorted(self.waiting.values(), key=lambda s: -s.claim.job.priority)
-        for one in self.fair.in_turn(order):
-            if len(self.running) >= self.places:
-                break
-            tenant = one.claim.job.tenant
-            self.running[one.job_id] = self.waiting.pop(one.job_id)
-            self.fair.begins(one)
-            self.could_take[tenant] = max(self.could_take[tenant], self._can_take(tenant))
-            begun.append(tenant)
-        return begun
-
-    def step(self) -> list[str]:
-        begun = self.begin()
-        for one in list(self.running.values()):
-            one.computed = one.length
-            one.output.append(7)
-            if len(one.output) >= self.ends[one.job_id]:
-                self.fair.leaves(self.running.pop(one.job_id))
-        return begun
-
-    def preempt(self) -> None:
-        job_id, one = self.running.popitem()
-        self.fair.leaves(one)
-        one.computed = 0
-        one.preempted = True
-        self.waiting[job_id] = one
-        self.fair.waits(one)
-
-    def given(self, tenant: str) -> float:
-        return self.fair.served().get(tenant, 0) / self.weights[tenant]
-
-    def bound(self, ahead: str, behind: str) -> float:
-        own = self.largest[ahead] / self.weights[ahead]
-        return self.fair.quantum_tokens + own + self.could_take[behind] / self.weights[behind]
-
-    def _can_take(self, tenant: str) -> int:
-        mine = [s for s in self.running.values() if s.claim.job.tenant == tenant]
-        taken = sum(max(s.charged_tokens, s.length if s.computed else 0) for s in mine)
-        return sum(s.max_length for s in mine) - taken
-
+from tests.shares import Machine, drained, together
 
 jobs = st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(1, 30))
 
@@ -158,30 +69,12 @@ def test_jobs_that_end_early_are_not_charged_for_what_they_did_not_make() -> Non
     assert served["greedy"] / served["modest"] == pytest.approx(1, abs=0.05)
 
 
-def together(machine: Machine, steps: int, *tenants: str) -> dict[str, float]:
-    """What each is given while all of them have jobs that wait."""
-    before = {tenant: machine.given(tenant) for tenant in tenants}
-    for _ in range(steps):
-        for tenant in tenants:
-            machine.keep_waiting(tenant, 5, 10, 10)
-        machine.step()
-    return {tenant: machine.given(tenant) - before[tenant] for tenant in tenants}
-
-
 def test_who_comes_late_catches_nothing_up_and_who_was_alone_owes_nothing() -> None:
     machine = Machine(4, 30)
     together(machine, 500, "early")
     given = together(machine, 400, "early", "late")
     assert machine.given("early") > 1.5 * machine.given("late") > 1000
     assert abs(given["early"] - given["late"]) <= 2 * machine.bound("early", "late")
-
-
-def drained(machine: Machine, tenant: str) -> None:
-    """All of its jobs have ended or been taken back."""
-    for one in [s for s in machine.waiting.values() if s.claim.job.tenant == tenant]:
-        machine.fair.leaves(machine.waiting.pop(one.job_id))
-    while any(s.claim.job.tenant == tenant for s in machine.running.values()):
-        machine.step()
 
 
 def test_a_pause_saves_nothing_up() -> None:
@@ -295,108 +188,3 @@ def test_every_tenant_gets_its_turn(
         if job_id not in machine.waiting:
             return
     pytest.fail("it never began")
-
-
-def test_a_round_follows_the_order_it_is_given() -> None:
-    """What comes first there (an adapter that is resident, an old job) goes first within a round
-    and not beyond it."""
-    machine = Machine(99, quantum=30)
-    for tenant in "aaaaaabbb":
-        machine.submit(tenant, 5, 5, 5)
-    assert "".join(machine.begin()) == "aaabbbaaa"
-
-
-def test_a_job_is_charged_what_it_took_and_once() -> None:
-    fair = FairShare(30)
-    one = sequence("j", prompt=10, new=20, tenant="t")
-    fair.waits(one)
-    fair.lift()
-    one.cached_tokens = one.computed = 4
-    fair.begins(one)
-    assert fair.served() == {"t": 0}
-    one.computed, one.output = 10, [7]
-    assert fair.served() == {"t": 7}
-    fair.leaves(one)  # it loses its place
-    one.computed = 0
-    fair.waits(one)
-    assert fair.served() == {"t": 7}
-    fair.begins(one)
-    assert fair._here[0, "t"].reserved_tokens == 30 - 4 - 7
-    one.computed, one.output = 12, [7, 7, 7]
-    fair.leaves(one)
-    assert fair.served() == {"t": 9}
-
-
-def test_one_that_lost_its_place_in_its_prompt_is_charged_as_far_as_it_got() -> None:
-    fair = FairShare(30)
-    one = sequence("j", prompt=10, new=5, tenant="t")
-    for computed, served in [(6, 6), (3, 6), (8, 8)]:
-        fair.waits(one)
-        fair.begins(one)
-        one.computed = computed
-        fair.leaves(one)
-        one.computed = 0
-        assert fair.served() == {"t": served}
-
-
-def tick(fair: FairShare, tenant: str, tokens: int) -> None:
-    """A job of so many tokens comes, runs and ends."""
-    one = sequence(f"{tenant}-job", prompt=tokens, new=1, tenant=tenant)
-    fair.waits(one)
-    fair.lift()
-    fair.begins(one)
-    one.computed = tokens
-    fair.leaves(one)
-
-
-def test_shares_are_those_of_the_last_minutes(clock: SimpleNamespace) -> None:
-    fair = FairShare(30)
-    assert fair.shares() == {}
-    tick(fair, "a", 300)
-    tick(fair, "b", 100)
-    assert fair.shares() == {"a": 0.75, "b": 0.25}
-    clock.s += 2 * fair_share.HALF_LIFE_S
-    tick(fair, "b", 50)
-    assert fair.shares() == {"a": 0.5, "b": 0.5}
-    assert fair.served() == {"a": 300, "b": 150}
-    one = sequence("now", prompt=150, new=1, tenant="c")
-    fair.waits(one)
-    fair.begins(one)
-    one.computed = 150
-    assert fair.shares() == {"a": 0.25, "b": 0.25, "c": 0.5}, "running jobs count"
-
-
-def test_who_has_had_nothing_here_for_a_while_is_forgotten(clock: SimpleNamespace) -> None:
-    fair = FairShare(30)
-    tick(fair, "old", 5)
-    clock.s += fair_share.FORGOTTEN_AFTER_S
-    tick(fair, "new", 5)
-    assert set(fair.served()) == {"old", "new"}
-    clock.s += 1
-    tick(fair, "newer", 5)
-    assert set(fair.served()) == {"new", "newer"}
-    for number in range(3 * fair_share.IDLE_ACCOUNTS):
-        tick(fair, f"t{number}", 5)
-    assert len(fair.served()) == fair_share.IDLE_ACCOUNTS
-
-
-def test_one_that_was_forgotten_begins_no_better_than_others(clock: SimpleNamespace) -> None:
-    machine = Machine(2, 30)
-    together(machine, 300, "a", "b")
-    drained(machine, "b")
-    clock.s += 2 * fair_share.FORGOTTEN_AFTER_S
-    together(machine, 50, "a")
-    assert "b" not in machine.fair.served()
-    given = together(machine, 400, "a", "b")
-    assert abs(given["a"] - given["b"]) <= 2 * machine.bound("a", "b")
-
-
-def test_an_endless_row_of_new_tenants_does_not_keep_one_from_its_turn() -> None:
-    """Each begins level with who was given least, not below."""
-    machine = Machine(1, quantum=5)
-    together(machine, 50, "a")
-    before = machine.given("a")
-    for number in range(1000):
-        machine.submit(f"fresh-{number}", 5, 10, 10)
-        machine.step()
-    assert machine.given("a") > before

@@ -1,4 +1,4 @@
-"""Intake, leases and sweeper around a real ledger and the fake runner."""
+"""Intake, leases and what is postponed around a real ledger and the fake runner."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import redis
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result, Settings
 from lorabatch.feed import Feed
-from lorabatch.ledger import Message, Start
-from lorabatch.queue import lane, make_app, send
+from lorabatch.ledger import Start
 from lorabatch.tables import jobs
 from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.intake import Intake, IntakeParts
@@ -26,7 +24,6 @@ from lorabatch_worker.postponed import AGAIN_S, Postponed
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.pulse import Pulse
 from lorabatch_worker.recorder import Recorder
-from lorabatch_worker.sweeper import Sweeper, task_id_of
 from tests.fake_runner import FakeRunner
 
 POINTER = {"schema_version": 1, "tenant": "default", "adapter_id": None}
@@ -244,38 +241,6 @@ def test_leases_are_renewed_and_cancellations_seen(bench: Bench) -> None:
 def _expiry(bench: Bench) -> int:
     with bench.ledger.engine.connect() as connection:
         return connection.scalar(sa.select(jobs.c.lease_expires_us)) or 0
-
-
-@pytest.fixture
-def broker(valkey_url: str) -> Iterator[redis.Redis]:
-    client = redis.Redis.from_url(valkey_url)
-    yield client
-    client.close()
-
-
-def test_the_sweeper_sends_what_is_nowhere_and_nothing_else(
-    settings: Settings, ledger: Ledger, broker: redis.Redis
-) -> None:
-    now = settings.model_copy(update={"resend_after_s": -1.0})
-    app = make_app(settings)
-    live = LiveJobs()
-    names = ["queued", "given_out", "live", "nowhere", "crashed", "leased"]
-    ledger.accept([Job(job_id=name, prompt="x") for name in names], as_sent=True)
-    live.add(ledger.claim(["live"], "me", -1)["live"], [])
-    ledger.claim(["crashed"], "gone", -1)
-    ledger.claim(["leased"], "other", 600)
-    messages = {name: Message(name, "default", None) for name in names}
-    mine = lane(settings.queue, "default")
-    send(app, settings.queue, [messages["given_out"], messages["crashed"]])
-    for name in ("given_out", "crashed"):
-        broker.hset("unacked", name, b'[%s, "", "q"]' % broker.rpop(mine))
-    send(app, settings.queue, [messages["queued"]])
-    sweeper = Sweeper(app, now, ledger, live)
-    assert sweeper.sweep() == 2
-    assert sweeper.sweep() == 0
-    sent = {task_id_of(raw) for raw in broker.lrange(mine, 0, -1)}
-    assert sent == {"queued", "nowhere", "crashed"}
-    app.close()
 
 
 def test_what_is_postponed_goes_back_to_the_ledger_and_the_broker(bench: Bench) -> None:
