@@ -1,8 +1,8 @@
 """A user's files in the ledger: their lines' jobs cancelled at once, or run again.
 
 A line that failed or was cancelled runs again as another job, whose id follows from the id of the
-first; that keeps its outcome and is superseded: its batch no longer counts it. Raises JobNotFound;
-database errors pass through.
+first; that keeps its outcome and is superseded: its batch no longer counts it. Raises JobNotFound,
+QueueFull; database errors pass through.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lorabatch.job import Job
 from lorabatch.rows import job_row, names_of, stored_job
 from lorabatch.statements import chunks, insert, locked
 from lorabatch.tables import batches, jobs, results, usage_events
+from lorabatch.tenants import check_room
 
 __all__ = ["Batches"]
 
@@ -54,6 +55,11 @@ class Batches:
             if connection.scalar(sa.select(sa.exists().where(mine))) is not True:
                 raise JobNotFound(f"batch {batch_id!r}: no jobs of it in this ledger")
             now = int(connection.scalar(sa.select(now_us())) or 0)
+            # Locked in id order, as by all others; and none changes sides between the updates.
+            open_ones = mine, jobs.c.state.in_(("queued", "running"))
+            held = sa.select(jobs.c.job_id).where(*open_ones).order_by(jobs.c.job_id)
+            held = held.with_for_update()
+            connection.execute(sa.select(sa.func.count()).select_from(held.subquery()))
             ended = connection.execute(
                 sa.update(jobs)
                 .where(mine, jobs.c.state == "queued")
@@ -62,9 +68,8 @@ class Batches:
             asked = connection.execute(
                 sa.update(jobs).where(mine, jobs.c.state == "running").values(cancel_requested=True)
             )
-            fresh = sa.and_(
-                mine, jobs.c.state == CANCELLED, jobs.c.job_id.not_in(sa.select(results.c.job_id))
-            )
+            known = sa.exists().where(results.c.job_id == jobs.c.job_id)
+            fresh = sa.and_(mine, jobs.c.state == CANCELLED, sa.not_(known))
             _record_cancelled(connection, fresh, now)
         return {"cancelled": ended.rowcount, "asked": asked.rowcount}
 
@@ -106,6 +111,8 @@ class Batches:
                     for job, row in zip(new, rows, strict=True)
                 ]
                 connection.execute(insert(connection, jobs).on_conflict_do_nothing(), made)
+                for queue in {row.queue for row in rows}:
+                    check_room(connection, {r.tenant for r in rows if r.queue == queue}, queue)
                 old = [row.job_id for row in rows]
                 connection.execute(
                     sa.update(jobs).where(jobs.c.job_id.in_(old)).values(superseded=True)
@@ -140,7 +147,7 @@ def _record_cancelled(connection: sa.Connection, which: sa.ColumnElement[bool], 
         "input_tokens": zero,
         "cached_tokens": zero,
         "output_tokens": zero,
-        "queue_us": at - jobs.c.submitted_us,
+        "queue_us": sa.case((jobs.c.submitted_us < at, at - jobs.c.submitted_us), else_=zero),
         "run_us": zero,
         "billable": sa.false(),
         "occurred_us": at,

@@ -1,10 +1,11 @@
 """What is in the queue and what goes there next: a fair share of each tenant's accepted jobs.
 
 Producers send little themselves and leave the rest to the workers, each of which feeds the queue.
-No tenant has more than `window` messages there, or more jobs under way than it is allowed to run:
-the others wait in the ledger, where they cost nothing and can be cancelled at once. By priority,
-then by deadline, then by age. A job is noted as sent before it is sent: one whose message is lost
-is found by `nowhere`, and sent again. Database errors pass through.
+No tenant has more than `window` messages there (as many again for each worker that looks at the
+same moment), or more jobs under way than it is allowed to run: the others wait in the ledger, where
+they cost nothing and can be cancelled at once. By priority, then by deadline, then by age. A job is
+noted as sent before it is sent: one whose message is lost is found by `nowhere`, and sent again.
+Database errors pass through.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from lorabatch.tables import jobs, tenants
 from lorabatch.tenants import EACH
 
 __all__ = ["Feed"]
+
+TAKE_MAX = 2000  # of all tenants together: a short transaction, and little to find again
 
 # As the indexes say it: with parameters in place of the states neither database would use them.
 UNSENT = sa.text("jobs.state = 'queued' AND jobs.sent_us IS NULL")
@@ -42,20 +45,33 @@ class Feed:
             return []
         with self._engine.begin() as connection:
             room = self._room(connection, waiting)
-            taken = [self._next(connection, name, room[name]) for name in waiting if room[name] > 0]
+            share = max(1, TAKE_MAX // len(waiting))
+            taken = [
+                self._next(connection, name, min(room[name], share))
+                for name in waiting
+                if room[name] > 0
+            ]
             _note(connection, [message.job_id for some in taken for message in some])
         return _mixed(taken)
 
     def take_these(self, job_ids: Sequence[str]) -> list[Message]:
-        """Those of these jobs that nobody has sent, noted as sent, in the order given."""
+        """Those of these jobs that nobody has sent and that there is room for, noted as sent, in
+        the order given."""
         found: dict[str, Message] = {}
+        taken: list[Message] = []
         with self._engine.begin() as connection:
             for some in chunks(sorted(job_ids)):
-                query = sa.select(*MESSAGE).where(UNSENT, jobs.c.job_id.in_(some))
-                rows = connection.execute(query.order_by(jobs.c.job_id).with_for_update())
+                mine = UNSENT, self._mine, jobs.c.job_id.in_(some)
+                query = sa.select(*MESSAGE).where(*mine).order_by(jobs.c.job_id)
+                rows = connection.execute(query.with_for_update(skip_locked=True))
                 found.update((row.job_id, Message(*row)) for row in rows)
-            _note(connection, list(found))
-        return [found[job_id] for job_id in dict.fromkeys(job_ids) if job_id in found]
+            room = self._room(connection, sorted({message.tenant for message in found.values()}))
+            for job_id in dict.fromkeys(job_ids):
+                if job_id in found and room[found[job_id].tenant] > 0:
+                    room[found[job_id].tenant] -= 1
+                    taken.append(found[job_id])
+            _note(connection, [message.job_id for message in taken])
+        return taken
 
     def give_back(self, job_ids: Sequence[str]) -> None:
         """The broker did not take these: they are unsent again, and the workers' to send."""
@@ -66,14 +82,14 @@ class Feed:
 
     def nowhere(self, resend_after_s: float, limit: int = 1000) -> list[Message]:
         """Open jobs that may have no message: queued and sent long ago, or running under a lease
-        that has run out. Oldest first."""
+        that has run out. What was not looked at for longest comes first: `mark_sent` ends that."""
         with self._engine.execution_options(read_only=True).begin() as connection:
             now = int(connection.scalar(sa.select(now_us())) or 0)
             old = now - round(resend_after_s * 1e6)
             queued = sa.and_(jobs.c.state == "queued", jobs.c.sent_us < old)
             expired = sa.and_(jobs.c.state == "running", jobs.c.lease_expires_us < now)
             query = sa.select(*MESSAGE).where(sa.or_(queued, expired), self._mine)
-            rows = connection.execute(query.order_by(jobs.c.submitted_us).limit(limit))
+            rows = connection.execute(query.order_by(jobs.c.sent_us).limit(limit))
             return [Message(*row) for row in rows]
 
     def mark_sent(self, job_ids: Sequence[str]) -> None:
@@ -102,23 +118,19 @@ class Feed:
         # Locked, so that two workers do not fill the same room.
         rows = connection.execute(limited.order_by(tenants.c.tenant).with_for_update())
         most = {row.tenant: row.max_running for row in rows}
-        counted = sa.select(jobs.c.tenant, jobs.c.state, sa.func.count()).where(
-            UNDER_WAY,
-            self._mine,
-            jobs.c.sent_us <= now_us(),  # and not to come again later
-        )
-        queued, running = dict[str, int](), dict[str, int]()
-        for tenant, state, count in connection.execute(
-            counted.group_by(jobs.c.tenant, jobs.c.state)
-        ):
-            (queued if state == "queued" else running)[tenant] = count
+        in_queue = sa.and_(jobs.c.state == "queued", jobs.c.sent_us <= now_us())  # not again later
+        counted = sa.select(
+            jobs.c.tenant, sa.func.count(), sa.func.sum(sa.case((in_queue, 1), else_=0))
+        ).where(UNDER_WAY, self._mine, jobs.c.tenant.in_(waiting))
+        totals = connection.execute(counted.group_by(jobs.c.tenant))
+        under_way = {row[0]: (int(row[1]), int(row[2])) for row in totals}
         room = {}
         for name in waiting:
-            room[name] = self._window - queued.get(name, 0)
+            count, queued = under_way.get(name, (0, 0))
+            room[name] = self._window - queued
             limit = most.get(name, most.get(EACH))
             if limit is not None:
-                free = limit - queued.get(name, 0) - running.get(name, 0)
-                room[name] = min(room[name], free)
+                room[name] = min(room[name], limit - count)
         return room
 
     def _next(self, connection: sa.Connection, tenant: str, count: int) -> list[Message]:

@@ -46,7 +46,7 @@ CELERY = "celery"  # where plain clients send by default; none of our producers 
 def lane(queue: str, tenant: str) -> str:
     """The lane of a queue that a tenant's messages go into. Workers take from all lanes in turn, so
     that nobody waits behind another's many messages, but for who shares a lane."""
-    return f"{queue}.{crc32(tenant.encode()) % LANES}"
+    return queue if queue == CELERY else f"{queue}.{crc32(tenant.encode()) % LANES}"
 
 
 def drained(queues: Sequence[str]) -> list[str]:

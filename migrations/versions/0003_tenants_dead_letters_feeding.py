@@ -4,6 +4,8 @@ Revision ID: 0003
 Revises: 0002
 """
 
+import os
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -64,6 +66,10 @@ def upgrade() -> None:
         ),
     ):
         op.add_column("jobs", column)
+    queue = os.environ.get("LORABATCH_QUEUE") or "lorabatch"
+    if queue != "lorabatch":  # what is open was for the queue of these settings
+        of_here = sa.text("UPDATE jobs SET queue = :queue WHERE state IN ('queued', 'running')")
+        op.execute(of_here.bindparams(queue=queue))
     op.create_table(
         "tenants",
         sa.Column("tenant", sa.String(length=64), nullable=False),

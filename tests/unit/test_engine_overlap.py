@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from lorabatch_worker.engine import Engine
 from tests.desk import WAIT_S, Desk, job, leave_nothing, long
+from tests.models import claim
 
 
 def kinds(engine: Engine) -> Iterator[str]:
@@ -90,3 +92,18 @@ def test_a_step_that_fails_while_outcomes_wait_loses_none(
     results = own.run(job("short", max_new_tokens=2), job("other"))
     assert (results["short"].state, results["other"].state) == ("succeeded", "failed")
     leave_nothing(own.engine)
+
+
+def test_what_ended_is_reported_before_a_suspect_begins(own: Desk) -> None:
+    """Or it would die with it."""
+    own.engine.overlaps = True
+    events: list[str] = []
+    started, finished = own.engine._on_started, own.engine._on_finished
+    own.engine._on_started = lambda ids: (events.extend(f"began {i}" for i in ids), started(ids))[1]
+    own.engine._on_finished = lambda outcomes: (
+        events.extend(f"ended {o.claim.job.job_id}" for o in outcomes),
+        finished(outcomes),
+    )[1]
+    own.engine.submit([replace(claim(job(name)), crashes=2) for name in ("one", "two")])
+    own.wait(["one", "two"])
+    assert events == ["began one", "ended one", "began two", "ended two"]

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from lorabatch import Job, Ledger
+from lorabatch import Job, Ledger, Settings
+from lorabatch import feed as feed_module
 from lorabatch.feed import Feed
+from lorabatch.queue import drained, lane
 from lorabatch.tables import jobs, tenants
 from lorabatch.tenants import EACH
+from lorabatch_worker.feeder import feeds
 
 NOON = datetime(2099, 1, 1, 12, tzinfo=UTC)
 
@@ -158,3 +161,51 @@ def test_each_limits_those_that_say_nothing(ledger: Ledger) -> None:
     for tenant in ("a", "b", "big"):
         accept(ledger, tenant, 9)
     assert taken(Feed(ledger.engine, "lorabatch", 100)) == {"a": 2, "b": 2, "big": 5}
+
+
+def test_what_is_taken_by_name_keeps_to_queue_window_and_limit(ledger: Ledger) -> None:
+    ids = accept(ledger, "t", 5)
+    assert Feed(ledger.engine, "other").take_these(ids) == []
+    assert [m.job_id for m in Feed(ledger.engine, "lorabatch", 2).take_these(ids)] == ids[:2]
+    limit(ledger, "t", 3)
+    assert [m.job_id for m in Feed(ledger.engine, "lorabatch").take_these(ids)] == ids[2:3]
+    assert Feed(ledger.engine, "lorabatch").take() == []
+
+
+def test_one_look_takes_no_more_than_so_many(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "TAKE_MAX", 6)
+    for tenant in "abc":
+        accept(ledger, tenant, 5)
+    feed = Feed(ledger.engine, "lorabatch")
+    assert taken(feed) == {"a": 2, "b": 2, "c": 2}
+    assert taken(feed) == {"a": 2, "b": 2, "c": 2}
+
+
+def test_what_was_looked_at_gives_way_to_what_was_not(ledger: Ledger) -> None:
+    ids = set(accept(ledger, "t", 6))
+    feed = Feed(ledger.engine, "lorabatch")
+    feed.take()
+    seen = set[str]()
+    for _ in range(3):
+        some = [message.job_id for message in feed.nowhere(-1, limit=2)]
+        seen.update(some)
+        with ledger.engine.begin() as connection:  # as mark_sent does, later by any clock
+            connection.execute(
+                jobs.update().where(jobs.c.job_id.in_(some)).values(sent_us=jobs.c.sent_us + 1000)
+            )
+    assert seen == ids
+
+
+def test_a_worker_feeds_and_sweeps_every_queue_that_it_drains(ledger: Ledger) -> None:
+    settings = Settings.load(consume=("lorabatch", "gold", "celery"))
+    ledger.accept([Job(job_id="there", prompt="x")], queue="gold")
+    found = feeds(settings, ledger)
+    assert list(found) == ["lorabatch", "gold", "celery"]
+    assert [m.job_id for m in found["gold"].take()] == ["there"]
+
+
+@pytest.mark.parametrize("queue", ["lorabatch", "gold", "celery"])
+def test_every_lane_is_drained(queue: str) -> None:
+    assert {lane(queue, f"tenant-{n}") for n in range(200)} <= set(drained([queue]))

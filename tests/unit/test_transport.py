@@ -13,6 +13,7 @@ from kombu.transport import TRANSPORT_ALIASES
 
 from lorabatch_worker import transport
 from lorabatch_worker.transport import Transport
+from lorabatch_worker.visibility import hide
 from tests.broker_desk import INDEX, BrokerDesk
 
 
@@ -186,3 +187,34 @@ def test_without_a_loop_all_is_as_kombu_does_it(broker_desk: BrokerDesk) -> None
         message.ack()
         assert broker_desk.noted() == (0, 0)
     broker_desk.open(0)
+
+
+def test_a_hidden_message_comes_again_later_and_holds_no_place(broker_desk: BrokerDesk) -> None:
+    broker_desk.close()
+    broker_desk.open(prefetch=1)
+    broker_desk.send("a", "b")
+    assert broker_desk.run() == ["a"]
+    hide(broker_desk.channel, broker_desk.got[0].delivery_tag, 5.0)
+    assert broker_desk.run() == ["b"], "its place is free"
+    score = dict(broker_desk.server.zrange(INDEX, 0, -1, withscores=True))
+    tag = broker_desk.got[0].delivery_tag.encode()
+    due = score[tag] + broker_desk.channel.visibility_timeout
+    assert score[broker_desk.got[1].delivery_tag.encode()] + 60 > due > score[tag]
+    assert broker_desk.noted() == (2, 2), "the server has it"
+
+
+def test_one_that_cannot_be_hidden_is_renewed_no_more(
+    broker_desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any, **__: Any) -> Any:
+        raise redis.ConnectionError
+
+    broker_desk.send("a")
+    assert broker_desk.run() == ["a"]
+    tag = broker_desk.got[0].delivery_tag
+    with monkeypatch.context() as patched:
+        patched.setattr(broker_desk.channel, "conn_or_acquire", lost)
+        with pytest.raises(redis.ConnectionError):
+            hide(broker_desk.channel, tag, 5.0)
+    qos = broker_desk.channel.qos
+    assert tag not in [t for t in qos._delivered if t not in qos._dirty]

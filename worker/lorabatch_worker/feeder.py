@@ -20,7 +20,7 @@ from lorabatch.queue import send
 from lorabatch.settings import Settings
 from lorabatch_worker.retry import reason
 
-__all__ = ["Feeder"]
+__all__ = ["Feeder", "feeds"]
 
 log = structlog.get_logger(__name__)
 
@@ -31,14 +31,19 @@ GROWTH = 1.5
 LATE_EVERY_S = 1.0
 
 
+def feeds(settings: Settings, ledger: Ledger) -> dict[str, Feed]:
+    """Of every queue that this worker drains or sends to."""
+    names = dict.fromkeys((settings.queue, *settings.consume))
+    return {name: Feed(ledger.engine, name) for name in names}
+
+
 class Feeder:
     """A thread."""
 
     def __init__(self, app: Celery, settings: Settings, ledger: Ledger) -> None:
         self._app = app
-        self._queue = settings.queue
         self._ledger = ledger
-        self._feed = Feed(ledger.engine, settings.queue)
+        self._feeds = feeds(settings, ledger)
         self._looked_s = float("-inf")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feeder", daemon=True)
@@ -61,13 +66,16 @@ class Feeder:
                 pause_s = OUTAGE_PAUSE_S
 
     def feed(self) -> int:
-        """One look: how many jobs were sent."""
-        messages = self._feed.take()
+        """One look at each queue: how many jobs were sent."""
+        return sum(self._fill(queue, feed) for queue, feed in self._feeds.items())
+
+    def _fill(self, queue: str, feed: Feed) -> int:
+        messages = feed.take()
         if messages:
             try:
-                send(self._app, self._queue, messages)
+                send(self._app, queue, messages)
             except QueueNotReady:
-                self._feed.give_back([message.job_id for message in messages])
+                feed.give_back([message.job_id for message in messages])
                 raise
         return len(messages)
 

@@ -25,6 +25,7 @@ from lorabatch.feed import Feed
 from lorabatch.ledger import Ledger, Message
 from lorabatch.queue import drained, send
 from lorabatch.settings import Settings
+from lorabatch_worker.feeder import feeds
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.retry import reason
 
@@ -44,7 +45,7 @@ class Sweeper:
         self._app = app
         self._settings = settings
         self._ledger = ledger
-        self._feed = Feed(ledger.engine, settings.queue)
+        self._feeds = feeds(settings, ledger)
         self._live = live
         self._sent_s: dict[str, float] = {}
         self._stop = threading.Event()
@@ -68,8 +69,11 @@ class Sweeper:
         after_s = self._settings.resend_after_s
         now_s = time.monotonic()
         self._sent_s = {i: s for i, s in self._sent_s.items() if now_s - s < after_s}
+        return sum(self._sweep(queue, feed) for queue, feed in self._feeds.items())
+
+    def _sweep(self, queue: str, feed: Feed) -> int:
         mine = self._live.ids() | self._sent_s.keys()
-        found = self._feed.nowhere(after_s, LOOKED_AT + len(mine))
+        found = feed.nowhere(self._settings.resend_after_s, LOOKED_AT + len(mine))
         missing = [message for message in found if message.job_id not in mine]
         if not missing:
             return 0
@@ -77,13 +81,14 @@ class Sweeper:
         lost = [message for message in missing if message.job_id not in held]
         if lost:
             try:
-                send(self._app, self._settings.queue, lost)
+                send(self._app, queue, lost)
             except QueueNotReady as error:
                 log.warning("jobs not sent again", jobs=len(lost), error=str(error))
                 return 0
             log.info("jobs sent again", jobs=len(lost))
+        now_s = time.monotonic()
         self._sent_s.update((message.job_id, now_s) for message in lost)
-        self._feed.mark_sent([message.job_id for message in missing])
+        feed.mark_sent([message.job_id for message in missing])
         return len(lost)
 
     def _broker_has(self, missing: Sequence[Message]) -> set[str]:

@@ -22,9 +22,10 @@ def hide(channel: Any, tag: str, delay_s: float) -> None:
     """Make a delivered message nobody's: the broker gives it out again after so many seconds, as if
     its visibility timeout was over then. Frees its place among those fetched ahead."""
     due = time.time() - channel.visibility_timeout + delay_s
+    # Here alone: the server keeps it. First, or it would go on being renewed if the rest fails.
+    virtual.QoS.ack(channel.qos, tag)
     with channel.conn_or_acquire() as client:
         client.zadd(channel.unacked_index_key, {tag: due}, xx=True)
-    virtual.QoS.ack(channel.qos, tag)  # here alone: the server keeps it
 
 
 class VisibilityHeartbeat(bootsteps.StartStopStep):

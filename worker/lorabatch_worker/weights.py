@@ -19,6 +19,7 @@ __all__ = ["Weights"]
 log = structlog.get_logger(__name__)
 
 EVERY_S = 5.0
+LEAST, MOST = 1e-3, 1e3  # beyond these, sums of shares would lose what is small
 
 
 class Weights:
@@ -39,7 +40,9 @@ class Weights:
         self._stop.set()
 
     def ask(self) -> None:
-        self._known = {limits.tenant: limits.weight for limits in self._tenants.list()}
+        self._known = {
+            limits.tenant: min(max(limits.weight, LEAST), MOST) for limits in self._tenants.list()
+        }
 
     def _run(self) -> None:
         while True:
