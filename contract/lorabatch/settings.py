@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     )
     drain_s: float = Field(default=30.0, ge=0.0, description="SIGTERM: time for running jobs")
     max_attempts: int = Field(default=20, ge=1, description="starts before a job is given up")
-    max_crashes: int = Field(default=3, ge=1, description="workers it may stop, the last one alone")
+    max_crashes: int = Field(default=3, ge=3, description="workers it may stop, the last one alone")
     result_expires_s: int = Field(
         default=86_400, ge=60, description="how long Redis keeps a published result"
     )

@@ -113,7 +113,10 @@ def test_acknowledgements_that_the_server_refused_come_with_the_next_delivery(
     assert sorted(broker_desk.run()) == ["a", "b"]
     for message in broker_desk.got[2:]:
         message.ack()
-    broker_desk.run()
+    for _ in range(50):  # a busy machine may be late for a timer
+        broker_desk.run()
+        if broker_desk.noted() == (0, 0):
+            break
     assert broker_desk.noted() == (0, 0)
 
 

@@ -157,7 +157,7 @@ def batch_output(
 def cancel(batch_id: str) -> None:
     """Cancel what is open of a batch; a running job ends at its next step.
 
-    To submit the file again runs again what was cancelled."""
+    Submitted again, the file runs what has ended as cancelled by then."""
     with Producer() as producer:
         counts = producer.cancel_batch(batch_id)
     typer.echo(f"{counts['cancelled']} cancelled, {counts['asked']} running ones asked to stop")

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lorabatch import Settings
-from lorabatch.batches import Batches
 from lorabatch.database import open_database
 from lorabatch.dead import DeadLetter, DeadLetters
 from lorabatch.rows import moment
@@ -38,7 +37,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Those that nobody has handled, oldest first."""
-    with _opened() as (dead, _):
+    with _opened() as dead:
         found = dead.list(tenant, SHOWN + 1)
     if as_json:
         for letter in found[:SHOWN]:
@@ -56,33 +55,30 @@ def retry(job_ids: JobIds = None, every: All = False) -> None:
     """Run their requests again, as new jobs: prints the old id and the new one.
 
     What was given up keeps its outcome. A new job has its attempts before it."""
-    with _opened() as (dead, batches):
+    with _opened() as dead:
         chosen = _chosen(dead, job_ids, every)
         again = dead.retry(chosen)
-        # Their batch's file was submitted again, which has done it.
-        before = batches.latest([job_id for job_id in chosen if job_id not in again])
-        dead.drop(list(before))
     for job_id in chosen:
-        done = f"{before[job_id]} (runs again already)" if job_id in before else again[job_id]
-        typer.echo(f"{job_id} -> {done}")
+        typer.echo(f"{job_id} -> {again[job_id]}")
     if not chosen:
         typer.echo("none")
 
 
 @app.command()
 def drop(job_ids: JobIds = None, every: All = False) -> None:
-    """Take them off the list. They keep their outcome, and can no longer be retried."""
-    with _opened() as (dead, _):
+    """Take them off the list. They keep their outcome; their batch's file, if it is submitted
+    again, runs them again."""
+    with _opened() as dead:
         chosen = _chosen(dead, job_ids, every)
         dead.drop(chosen)
     typer.echo(f"{len(chosen)} dropped")
 
 
 @contextlib.contextmanager
-def _opened() -> Iterator[tuple[DeadLetters, Batches]]:
+def _opened() -> Iterator[DeadLetters]:
     engine = open_database(Settings.load())
     try:
-        yield DeadLetters(engine), Batches(engine)
+        yield DeadLetters(engine)
     finally:
         engine.dispose()
 
