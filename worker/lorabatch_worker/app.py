@@ -81,10 +81,12 @@ def _generate(**job: Any) -> None:
 
 def _build_engine(settings: Settings) -> Runner:
     from lorabatch_worker.build import build_engine
-    from lorabatch_worker.weights import Weights
+    from lorabatch_worker.tenant_weights import TenantWeights
 
     database = connect(settings.resolved_database_url)
-    return build_engine(settings, Registry(database, settings.base_model), Weights(database).of)
+    return build_engine(
+        settings, Registry(database, settings.base_model), TenantWeights(database).of
+    )
 
 
 def __getattr__(name: str) -> Any:

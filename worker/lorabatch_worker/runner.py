@@ -37,7 +37,8 @@ class Runner(Protocol):
         on_postponed: Postpone | None = None,
     ) -> None:
         """Begin. `on_started` gets ids of jobs that entered the running batch, `on_finished`
-        the outcome of every job that ended, bad ones included. `on_postponed` gets jobs that the
+        the outcome of every job that ended, bad ones included. Before a suspect runs, `on_started`
+        waits until the ledger knows. `on_postponed` gets jobs that the
         runner gives up for now, to come again later: their adapter is being fetched, and others
         could not be taken for them. None: it keeps all."""
 

@@ -7,6 +7,7 @@ weights are as they were last, 1.0 for who is not known. Raises nothing.
 from __future__ import annotations
 
 import threading
+import time
 
 import sqlalchemy as sa
 import structlog
@@ -14,7 +15,7 @@ import structlog
 from lorabatch.tenants import EACH, Tenants
 from lorabatch_worker.retry import OUTAGES, reason
 
-__all__ = ["Weights"]
+__all__ = ["TenantWeights"]
 
 log = structlog.get_logger(__name__)
 
@@ -22,22 +23,18 @@ EVERY_S = 5.0
 LEAST, MOST = 1e-3, 1e3  # beyond these, sums of shares would lose what is small
 
 
-class Weights:
-    """`weights.of(tenant)`."""
+class TenantWeights:
+    """As they were a moment ago."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self._tenants = Tenants(engine)
         self._known: dict[str, float] = {}
-        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
         self._thread.start()
 
     def of(self, tenant: str) -> float:
         known = self._known
         return known.get(tenant, known.get(EACH, 1.0))
-
-    def close(self) -> None:
-        self._stop.set()
 
     def ask(self) -> None:
         self._known = {
@@ -52,5 +49,4 @@ class Weights:
                 log.warning("tenants' weights not read", error=reason(error))
             except Exception as error:  # noqa: BLE001 - the thread must outlive any one look
                 log.error("tenants' weights: unexpected", error=reason(error))
-            if self._stop.wait(EVERY_S):
-                return
+            time.sleep(EVERY_S)
