@@ -24,7 +24,6 @@ from typing import Any
 import redis
 import sqlalchemy as sa
 
-from bench.queue import created, postgres
 from bench.record import record
 from bench.service import ROOT, start_worker
 from lorabatch import Settings
@@ -33,6 +32,7 @@ from lorabatch.embedded import ensure_valkey, stop_valkey
 from lorabatch.tables import jobs
 from lorabatch_producer import Producer
 from lorabatch_producer.batch import submit
+from tests.postgres import fresh_database, postgres
 
 SEQS = 32
 TOKENS = 20
@@ -157,7 +157,7 @@ def main() -> None:
     with ExitStack() as stack:
         url = None
         if args.database == "postgresql":
-            url = created(postgres(stack), "backlog")
+            url = fresh_database(stack.enter_context(postgres()))
         figures = measure(url, args.jobs, args.small, stack)
     record("backlog", jobs=args.jobs, database=args.database, **figures)
 

