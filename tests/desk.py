@@ -57,8 +57,9 @@ class Desk:
         self.started: list[str] = []
         self.outcomes: list[Outcome] = []
         self.postponed: list[str] = []
+        self.blamed: list[str] | None = None
         self._changed = threading.Condition()
-        engine.start(self._on_started, self._on_finished, self._on_postponed)
+        engine.start(self._on_started, self._on_finished, self._on_postponed, self._on_broken)
 
     def _on_started(self, job_ids: Sequence[str]) -> None:
         with self._changed:
@@ -68,6 +69,17 @@ class Desk:
     def _on_postponed(self, claims: Sequence[Claim]) -> None:
         with self._changed:
             self.postponed += [claim.job.job_id for claim in claims]
+
+    def _on_broken(self, job_ids: Sequence[str]) -> None:
+        with self._changed:
+            self.blamed = list(job_ids)
+            self._changed.notify_all()
+
+    def wait_broken(self) -> list[str]:
+        """The jobs that may be why."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.blamed is not None, WAIT_S)
+        return self.blamed or []
 
     def _on_finished(self, outcomes: Sequence[Outcome]) -> None:
         with self._changed:

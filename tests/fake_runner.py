@@ -2,9 +2,9 @@
 
 Every job takes max_new_tokens steps of FAKE_STEP_S. Its text is adapter and prompt hash, so that
 an output that got swapped with another job's shows. A prompt that starts with "fail" fails.
-A prompt that starts with "poison" ends the process, by kill -9, when it runs. FAKE_HANG names a
-file: while it exists the engine makes no step. FAKE_RUNS names a file that gets the id of every job
-that starts to run.
+A prompt that starts with "poison" ends the process, by kill -9, when it runs, and one that starts
+with "breaks" has it lose its device. FAKE_RUNS names a file that gets the id of every job that
+starts to run. The process loses its device at DEVICE_LOST, and hangs for good at HANGS.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from lorabatch import Job, Result, Settings, Usage
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
 from lorabatch_worker.adapters.wanted import Wanted
-from lorabatch_worker.runner import Postpone
+from lorabatch_worker.runner import Broken, Postpone
+
+DEVICE_LOST, HANGS = signal.SIGRTMIN, signal.SIGRTMIN + 1
 
 
 def fake_text(job: Job) -> str:
@@ -42,15 +44,16 @@ class FakeRunner:
     """Implements `lorabatch_worker.runner.Runner`."""
 
     description = "fake engine"
+    device_lost = False
+    hangs = False
 
     def __init__(
         self,
         slots: int = 8,
         step_s: float = 0.005,
-        hang: Path | None = None,
         runs: Path | None = None,
     ) -> None:
-        self.slots, self.step_s, self.hang, self.runs = slots, step_s, hang, runs
+        self.slots, self.step_s, self.runs = slots, step_s, runs
         self.last_progress_s = time.monotonic()
         self._lock = threading.Lock()
         self._waiting: deque[Claim] = deque()
@@ -75,9 +78,10 @@ class FakeRunner:
         on_started: Callable[[Sequence[str]], None],
         on_finished: Callable[[Sequence[Outcome]], None],
         on_postponed: Postpone | None = None,
+        on_broken: Broken = lambda _: None,
     ) -> None:
         self._on_started, self._on_finished = on_started, on_finished
-        self._on_postponed = on_postponed
+        self._on_postponed, self._on_broken = on_postponed, on_broken
         self._thread.start()
 
     def submit(self, claims: Sequence[Claim]) -> None:
@@ -117,19 +121,25 @@ class FakeRunner:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            if self.hang is not None and self.hang.exists():
+            while self.hangs:
                 time.sleep(0.05)
-                continue
             with self._lock:
                 started = self._admit()
             if started:
                 self._on_started(started)
             time.sleep(self.step_s)
+            if self.device_lost or self._breaks():
+                self._on_broken(list(self._running))
+                return
             with self._lock:
                 ended = self._step()
             self.last_progress_s = time.monotonic()
             if ended:
                 self._on_finished(ended)
+
+    def _breaks(self) -> bool:
+        prompts = [running.claim.job.prompt or "" for running in self._running.values()]
+        return any(prompt.startswith("breaks") for prompt in prompts)
 
     def _admit(self) -> list[str]:
         started = []
@@ -195,9 +205,9 @@ class FakeRunner:
 
 
 def fake_runner(settings: Settings) -> FakeRunner:
-    files = [os.environ.get(name) for name in ("FAKE_HANG", "FAKE_RUNS")]
+    runs = os.environ.get("FAKE_RUNS")
     step_s = float(os.environ.get("FAKE_STEP_S", "0.005"))
-    return FakeRunner(settings.max_seqs, step_s, *(Path(f) if f else None for f in files))
+    return FakeRunner(settings.max_seqs, step_s, Path(runs) if runs else None)
 
 
 def main() -> int:
@@ -205,6 +215,12 @@ def main() -> int:
     from lorabatch_worker.logs import own_logging
     from lorabatch_worker.main import run_worker
 
+    def befalls(number: int, _: Any) -> None:
+        FakeRunner.device_lost |= number == DEVICE_LOST
+        FakeRunner.hangs |= number == HANGS
+
+    for number in (DEVICE_LOST, HANGS):
+        signal.signal(number, befalls)
     settings = Settings.load()
     own_logging(settings)
     app = make_worker_app(settings, fake_runner)

@@ -12,6 +12,7 @@
     │   ├── AttemptsExhausted    the job was started too often without an outcome
     │   ├── DeadlinePassed       the job had not ended by its `done_by`
     │   └── EngineFault          the engine failed while it ran this job
+    │       └── OutOfMemory      not enough memory to run it, even alone
     ├── AdapterUnavailable       the adapter's source did not answer in time
     ├── IdempotencyConflict      same tenant and key, another request
     ├── UnsupportedModel         the base model is one that the engine would get wrong
@@ -48,6 +49,7 @@ __all__ = [
     "JobFailed",
     "JobNotFound",
     "LoraBatchError",
+    "OutOfMemory",
     "PromptTooLong",
     "QueueFull",
     "QueueNotReady",
@@ -110,6 +112,10 @@ class DeadlinePassed(JobError):
 
 class EngineFault(JobError):
     code = "engine_fault"
+
+
+class OutOfMemory(EngineFault):
+    code = "oom"
 
 
 class AdapterUnavailable(LoraBatchError):

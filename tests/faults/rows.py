@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from tests.faults.kinds import brokers, cancels, clocks, databases, kills, stops, strangers
+from tests.faults.kinds import brokers, cancels, clocks, databases, devices, kills, stops, strangers
 from tests.faults.observed import Fault
 from tests.faults.traps import BOUNDARIES
 
@@ -51,6 +51,8 @@ CASES = (
     Case(7, "serialization failure (40001)", databases.not_serialized, ("postgresql",)),
     Case(7, "cut after COMMIT was sent", databases.commit_cut, ("postgresql",)),
     Case(7, "locked again and again", databases.locked_often, ("sqlite",), short=False),
+    Case(9, "device lost", devices.lost),
+    Case(9, "engine hangs", devices.hung, short=False),
     Case(14, "clocks 10 min off", clocks.off, short=False),
     Case(14, "clock steps back 1 h", clocks.stepped),
     Case(16, "SIGSTOP, at random", stops.sleep_sometime, short=False),

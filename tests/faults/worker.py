@@ -2,9 +2,9 @@
 
 The fake runner's worker with test-only switches: FAULT_CLOCK names a file with the seconds that
 this process's wall clock is ahead, which may change at any time; FAULT_TRAP as in traps.py;
-FAULT_BUSY_S is how long SQLite waits for a lock; FAULT_TRANSPORT is JSON laid over the transport's
-options. The clock is `time.time`; `datetime.now` keeps the machine's. SIGUSR2 has it print where
-its threads are.
+FAULT_BUSY_S is how long SQLite waits for a lock; FAULT_STALL_S is after how long without a step an
+engine is taken to hang; FAULT_TRANSPORT is JSON laid over the transport's options. The clock is
+`time.time`; `datetime.now` keeps the machine's. SIGUSR2 has it print where its threads are.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def main() -> int:
         _wait_for_locks(float(busy))
     if options := os.environ.get("FAULT_TRANSPORT"):
         _transport_options(json.loads(options))
+    if stall := os.environ.get("FAULT_STALL_S"):
+        import_module("lorabatch_worker.pulse").STALL_MIN_S = float(stall)  # type: ignore[attr-defined]
     if trap := os.environ.get("FAULT_TRAP"):
         from tests.faults.traps import lay_traps
 

@@ -24,9 +24,11 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
     made.close()
 
 
-def test_a_poison_job_is_given_up_and_takes_nobody_along(shop: Shop) -> None:
+@pytest.mark.parametrize("kind", ["poison", "breaks"])
+def test_a_poison_job_is_given_up_and_takes_nobody_along(shop: Shop, kind: str) -> None:
+    """One that ends the process, and one that has it lose its device and end itself."""
     fine = shop.accept(40, tokens=20)
-    poison = Job(prompt="poison", sampling_params={"max_new_tokens": 5})
+    poison = Job(prompt=kind, sampling_params={"max_new_tokens": 5})
     shop.ledger.accept([poison])
     shop.send([poison])
     for _ in range(WORKERS):  # as a supervisor would start them again

@@ -28,7 +28,7 @@ def test_what_ended_is_reported_at_once_or_while_the_next_step_runs(
     engine = own.engine
     engine.overlaps = overlaps
     events: list[str] = []
-    forward, sample = engine.runner.forward, engine._sample
+    forward, launch = engine.runner.forward, engine._launch
 
     class Waited:
         def __init__(self, draw: Any) -> None:
@@ -51,7 +51,7 @@ def test_what_ended_is_reported_at_once_or_while_the_next_step_runs(
         own._on_finished(outcomes)
 
     monkeypatch.setattr(engine.runner, "forward", launched)
-    monkeypatch.setattr(engine, "_sample", lambda *args: Waited(sample(*args)))
+    monkeypatch.setattr(engine, "_launch", lambda portion: Waited(launch(portion)))
     monkeypatch.setattr(engine, "_on_finished", report)
     own.run(job("short", max_new_tokens=2), job("long", max_new_tokens=6))
     assert events[events.index("short") - 1] == ("launch" if overlaps else "wait")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,21 +204,17 @@ def test_an_outage_at_claim_is_waited_out(bench: Bench, monkeypatch: pytest.Monk
     assert tries == [0, 0, 0]
 
 
-def test_a_hung_engine_claims_nothing_and_lets_its_leases_run_out(
-    bench: Bench, tmp_path: Path
-) -> None:
+def test_a_hung_engine_claims_nothing_and_lets_its_leases_run_out(bench: Bench) -> None:
     bench.pulse.limit_s = 0.5
-    hang = tmp_path / "hang"
-    bench.runner.hang = hang
     bench.start()
     bench.deliver("a", prompt="x", sampling_params=LONG)
     wait_until(lambda: bench.runner.load["running"] == 1)
-    hang.touch()
+    bench.runner.hangs = True
     wait_until(lambda: not bench.pulse.beating)
     bench.deliver("b", prompt="y")
     wait_until(lambda: bench.ledger.claim(["a"], "other", 600))
     assert bench.ledger.states(["a", "b"]) == {"a": "running"}
-    hang.unlink()
+    bench.runner.hangs = False
     wait_until(lambda: "b" in bench.ended)
     wait_until(lambda: bench.live.counts() == {"live": 0, "held": 1})
     idle = {"waiting": 0, "running": 0}

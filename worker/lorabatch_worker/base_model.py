@@ -15,6 +15,7 @@ import torch
 
 from lorabatch.errors import SettingsError, UnsupportedModel
 from lorabatch.settings import Settings, is_path
+from lorabatch_kernels import native
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.bundled import bundled_checkpoint, find_gguf
 from lorabatch_worker.threads import compute_with
@@ -38,6 +39,16 @@ class BaseModel:
     eos_ids: frozenset[int]
     max_context_tokens: int
     positions: int | None = None
+
+    @property
+    def kernels(self) -> str:
+        """What computes its adapters and, on a CPU, its layers: for people."""
+        if self.device.type != "cpu":
+            return "triton"
+        if not native.supports(self.dtype):
+            return f"torch operators, slower: the compiled ones take no {self.dtype}"
+        problem = native.problem()
+        return "compiled" if problem is None else f"torch operators, slower: {problem}"
 
     def tokenizer_for(self, adapter: Adapter | None) -> Any:
         """Its own, or that of an adapter that adds tokens."""

@@ -5,6 +5,9 @@ micro-batch at the next step; they leave it the moment they end. Every submitted
 exactly once, unless it is dropped or handed back by `drain`. A job that cannot run ends as a failed
 outcome with a code of the error tree.
 
+A step for which there is not enough memory is computed in portions (see portions.py). A device that
+takes no more work ends the engine: its jobs are handed back, and only a new process can use it.
+
 On a GPU a step is launched and not waited for at once: while the device computes, the host makes
 and reports the outcomes of what ended in the step before.
 """
@@ -16,10 +19,11 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as List
 
+import structlog
 import torch
 
+from lorabatch.errors import OutOfMemory
 from lorabatch.ledger import Claim, Outcome
-from lorabatch_kernels import native
 from lorabatch_worker.adapters.store import AdapterStore
 from lorabatch_worker.adapters.wanted import Wanted
 from lorabatch_worker.adapters.weights import Adapter
@@ -27,14 +31,17 @@ from lorabatch_worker.arrivals import Arrivals
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.outcome import explained, failed, finished
+from lorabatch_worker.portions import Portions, out_of_memory
 from lorabatch_worker.prompt import Preparer
-from lorabatch_worker.runner import Postpone
+from lorabatch_worker.runner import Broken, Postpone
 from lorabatch_worker.sampler import UNSOUND, Draw
 from lorabatch_worker.scheduler import Chunk, Scheduler
 from lorabatch_worker.sequence import Sequence
 from lorabatch_worker.threads import compute_with
 
 __all__ = ["Engine"]
+
+log = structlog.get_logger(__name__)
 
 IDLE_WAIT_S = 0.5
 
@@ -65,13 +72,16 @@ class Engine:
         self.step_tokens = 0
         self._progress_s = time.monotonic()
         self.overlaps = base.device.type != "cpu"
+        self.portions = Portions()
         self._ended: list[tuple[Sequence, str | None]] = []  # with the reason, not reported yet
         self.arrivals = Arrivals(self._prepare, store, base.name, self._report, fetch_room)
         self._stopping = False
+        self._broken = False
         self._deadline_s = float("inf")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._on_started: Callable[[List[str]], None] = lambda _: None
         self._on_finished: Callable[[List[Outcome]], None] = lambda _: None
+        self._on_broken: Broken = lambda _: None
 
     # -- Runner --------------------------------------------------------------
 
@@ -103,25 +113,19 @@ class Engine:
             "base_model": self.base.name,
             "device": str(self.base.device),
             "dtype": str(self.base.dtype).removeprefix("torch."),
-            "kernels": self._kernels(),
+            "kernels": self.base.kernels,
             "adapters": self.store.catalog.configured(),
         }
-
-    def _kernels(self) -> str:
-        if self.base.device.type != "cpu":
-            return "triton"
-        if not native.supports(self.base.dtype):
-            return f"torch operators, slower: the compiled ones take no {self.base.dtype}"
-        problem = native.problem()
-        return "compiled" if problem is None else f"torch operators, slower: {problem}"
 
     def start(
         self,
         on_started: Callable[[List[str]], None],
         on_finished: Callable[[List[Outcome]], None],
         on_postponed: Postpone | None = None,
+        on_broken: Broken = lambda _: None,
     ) -> None:
         self._on_started, self._on_finished = on_started, on_finished
+        self._on_broken = on_broken
         self.arrivals.postpone = on_postponed
         self._thread.start()
         self.store.preload()
@@ -162,7 +166,7 @@ class Engine:
     def _run(self) -> None:
         compute_with(self.threads)
         self.runner.warm_up(self._progressed)
-        while True:
+        while not self._broken:
             self._take_arrivals()
             if self._stopping and (
                 not self.scheduler.running or time.monotonic() > self._deadline_s
@@ -176,18 +180,18 @@ class Engine:
                 self._on_started([s.job_id for s in admitted])
             if self.scheduler.refused:
                 self._fail_refused()
+                continue
             self._progressed()
             if not chunks:
                 self._report_ended()
                 self.arrivals.wait(IDLE_WAIT_S)
                 continue
-            try:
-                self._step(chunks)
-            except Exception as error:  # noqa: BLE001 - a batch must not take the worker along
-                self._step_failed(chunks, error)
+            self._step(chunks)
 
     def _fail_refused(self) -> None:
         refused, self.scheduler.refused = self.scheduler.refused, []
+        if self._is_lost([s.job_id for s, _ in refused]):
+            return
         for adapter, error in {s.adapter: error for s, error in refused}.items():
             assert adapter is not None
             why = "it could not be put on the device"
@@ -213,19 +217,38 @@ class Engine:
             self._on_finished(ended)
 
     def _step(self, chunks: list[Chunk]) -> None:
-        logits = self.runner.forward(chunks)
-        sampling = [c.sequence for c in chunks if c.samples]
-        draw = self._sample(logits, sampling)
-        for chunk in chunks:
+        """Compute a plan, whole or in portions. What fails takes along only the jobs of its
+        portion: nothing in that can be trusted."""
+        while not self._broken and (portion := self.portions.next(chunks)):
+            launched = False
+            try:
+                draw = self._launch(portion)
+                launched = True
+                self._collect(portion, draw)
+            except Exception as error:  # noqa: BLE001 - a batch must not take the worker along
+                if not self._is_lost([c.sequence.job_id for c in portion]):
+                    self._failed(portion, error, retry=not launched and out_of_memory(error))
+                chunks = [c for c in chunks if c.sequence.job_id in self.scheduler.running]
+
+    @torch.inference_mode()
+    def _launch(self, portion: list[Chunk]) -> Draw:
+        logits = self.runner.forward(portion)
+        draw = Draw(logits, [c.sequence for c in portion if c.samples], self.runner.vocabulary)
+        for chunk in portion:
             chunk.sequence.computed = chunk.end
             self.scheduler.blocks.computed(chunk.sequence, chunk.start)
+        return draw
+
+    def _collect(self, portion: list[Chunk], draw: Draw) -> None:
+        sampling = [c.sequence for c in portion if c.samples]
         self._report_ended()
         tokens = draw.wait()
+        self.portions.fitted(self.scheduler.max_step_tokens)
         self.steps += 1
-        self.mixed_steps += len({c.sequence.slot for c in chunks}) > 1
+        self.mixed_steps += len({c.sequence.slot for c in portion}) > 1
         self.generated_tokens += len(tokens)
-        self.step_seqs += len(chunks)
-        self.step_tokens += sum(c.end - c.start for c in chunks)
+        self.step_seqs += len(portion)
+        self.step_tokens += sum(c.end - c.start for c in portion)
         for sequence, token in zip(sampling, tokens, strict=True):
             if token == UNSOUND:
                 self._end(sequence, "nonfinite_logits")
@@ -247,15 +270,26 @@ class Engine:
         if ended:
             self._report([finished(s, self.base, reason) for s, reason in ended])
 
-    @torch.inference_mode()
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> Draw:
-        return Draw(logits, sequences, self.runner.vocabulary)
-
-    def _step_failed(self, chunks: list[Chunk], error: Exception) -> None:
-        """Nothing in the step can be trusted: its jobs fail, the engine goes on."""
-        self.runner.settle()
+    def _failed(self, portion: list[Chunk], error: Exception, retry: bool) -> None:
+        if retry and self.portions.halve(portion):
+            log.warning("out of memory", next_tokens=self.portions.most_tokens)
+            return
         self._report_ended()
+        if retry:
+            error = OutOfMemory(
+                f"no memory to compute token {portion[0].end}, even by itself; make it shorter, "
+                "or give the KV cache fewer tokens or the device fewer adapter slots"
+            )
         info = explained(error, "the engine failed in a step")
-        for chunk in chunks:
-            self.scheduler.remove(chunk.sequence.job_id)
-        self._on_finished([failed(c.sequence.claim, info, self.base.name) for c in chunks])
+        gone = [c.sequence for c in portion if self.scheduler.remove(c.sequence.job_id)]
+        self._on_finished([failed(s.claim, info, self.base.name) for s in gone])
+
+    def _is_lost(self, job_ids: List[str]) -> bool:
+        """After an error: whether the device takes no more work. These jobs may be why."""
+        if self.runner.settle():
+            return False
+        log.error("the device takes no more work from this process", jobs=len(job_ids))
+        self._broken = True
+        self._report_ended()
+        self._on_broken(job_ids)
+        return True

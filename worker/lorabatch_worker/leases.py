@@ -1,7 +1,8 @@
 """The leases thread: what the clock does to live jobs.
 
 Renews all claims every lease_s / 3 while the engine makes steps; a hung engine's leases run
-out (after `Pulse.limit_s`), so that other workers take its jobs over. Jobs whose lease was lost
+out (after `Pulse.limit_s`), so that other workers take its jobs over, and then the process is given
+up, for a supervisor to start another. Jobs whose lease was lost
 leave the engine without an outcome and their messages are held. Ends jobs that were cancelled
 in the ledger, revoked or expired while they waited, or ran past their time limit. Raises nothing; a
 database that is away is asked again at the next tick.
@@ -41,6 +42,7 @@ class Leases:
         live: LiveJobs,
         runner: Runner,
         pulse: Pulse,
+        on_hung: Callable[[], None] = lambda: None,
         is_revoked: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._lease_s = settings.lease_s
@@ -48,6 +50,7 @@ class Leases:
         self._live = live
         self._runner = runner
         self._pulse = pulse
+        self._on_hung = on_hung
         self._is_revoked = is_revoked
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
@@ -60,22 +63,30 @@ class Leases:
 
     def _run(self) -> None:
         renew_s = time.monotonic() + self._lease_s / 3
-        stalled = False
+        stalled_s = 0.0  # in ticks of this thread: a process that was stopped has had none
         while not self._stop.wait(TICK_S):
             try:
                 self._end_what_must_end()
                 if not self._pulse.beating:
-                    if not stalled:
-                        log.error("the engine makes no steps: its leases are left to run out")
-                    stalled = True
-                elif time.monotonic() >= renew_s:
-                    stalled = False
+                    stalled_s = self._stalled(stalled_s)
+                    continue
+                stalled_s = 0.0
+                if time.monotonic() >= renew_s:
                     self._renew()
                     renew_s = time.monotonic() + self._lease_s / 3
             except OUTAGES as error:
                 log.warning("leases not renewed", error=reason(error))
             except Exception as error:  # noqa: BLE001 - the thread must outlive any one tick
                 log.error("leases: unexpected", error=reason(error))
+
+    def _stalled(self, before_s: float) -> float:
+        now_s = before_s + TICK_S
+        if before_s == 0.0:
+            log.error("the engine makes no steps: its leases are left to run out")
+        if before_s < self._lease_s <= now_s:
+            log.error("the engine makes no steps: this process gives up")
+            self._on_hung()
+        return now_s
 
     def _end_what_must_end(self) -> None:
         now_s = time.monotonic()

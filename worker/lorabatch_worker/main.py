@@ -1,11 +1,13 @@
 """`lorabatch-worker`: run a worker until it is told to stop.
 
 Options override LORABATCH_* variables and the settings file. Exit codes: 0 after SIGTERM, 2
-with one line on stderr when settings, database, broker, model or adapters are not usable.
+with one line on stderr when settings, database, broker, model or adapters are not usable, 3 when
+the device is lost or hangs: its jobs were handed back, and a supervisor has to start another.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from pathlib import Path
@@ -17,7 +19,7 @@ from lorabatch.errors import LoraBatchError
 from lorabatch.settings import Settings
 from lorabatch_worker.app import make_worker_app
 from lorabatch_worker.logs import own_logging
-from lorabatch_worker.pool import EXIT_NOT_READY
+from lorabatch_worker.pool import EXIT_BROKEN, EXIT_NOT_READY
 
 __all__ = ["main", "run_worker"]
 
@@ -76,7 +78,11 @@ def run_worker(app: Any, settings: Settings, **options: Any) -> int:
         **options,
     )
     controller.start()
-    return int(controller.exitcode or 0)
+    code = int(controller.exitcode or 0)
+    if code == EXIT_BROKEN:
+        logging.shutdown()
+        os._exit(code)  # what hangs in the device would keep the interpreter from ending
+    return code
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -126,12 +125,18 @@ class ModelRunner:
     def _changes_ends(self, chunk: Chunk) -> bool:
         return self.changed_ends.changes(chunk.sequence.slot)
 
-    def settle(self) -> None:
+    def settle(self) -> bool:
         """After a step that failed: wait until what it launched is over, so that its memory can be
-        used again."""
-        if self.device.type == "cuda":
-            with suppress(RuntimeError):  # an error of the device itself shows in the next step
-                torch.cuda.synchronize(self.device)
+        used again. False: the device takes no more work from this process, as after an access to
+        memory that is not there."""
+        if self.device.type != "cuda":
+            return True
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            return isinstance(error, torch.OutOfMemoryError)
+        return True
 
     def _compute(self, step: Step) -> Tensor:
         self.context.enter(step)

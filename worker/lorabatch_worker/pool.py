@@ -7,7 +7,8 @@ a reconnect the message comes again and is attached to the running job or finds 
 
 Shutdown: SIGTERM drains for drain_s and releases the rest; a second SIGTERM or SIGQUIT releases
 at once. While it runs the hub's loop is dead, so `_pump` runs the callbacks (acknowledgements).
-`on_apply` raises nothing; a start that fails prints one line and exits with EXIT_NOT_READY.
+`on_apply` raises nothing; a start that fails prints one line and exits with EXIT_NOT_READY. An
+engine that can go on only in a new process ends this one with EXIT_BROKEN.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from lorabatch_worker.links import links_of
 from lorabatch_worker.request import EXPIRES_S, HAND_BACK, REVOKED
 from lorabatch_worker.service import Service
 
-__all__ = ["EXIT_NOT_READY", "EnginePool"]
+__all__ = ["EXIT_BROKEN", "EXIT_NOT_READY", "EnginePool"]
 
 log = structlog.get_logger(__name__)
 
 EXIT_NOT_READY = 2
+EXIT_BROKEN = 3
 SIDE_THREADS = 2
 PUMP_S = 0.02
 
@@ -65,7 +67,9 @@ class EnginePool(BasePool):
     def on_start(self) -> None:
         parts = self.app.lorabatch
         try:
-            self.service = Service(self.app, parts.settings, parts.runner_factory, self._post)
+            self.service = Service(
+                self.app, parts.settings, parts.runner_factory, self._post, self._give_up
+            )
         except LoraBatchError as error:
             print(f"lorabatch-worker: {error}", file=sys.stderr, flush=True)  # noqa: T201
             raise WorkerShutdown(EXIT_NOT_READY) from None
@@ -147,7 +151,7 @@ class EnginePool(BasePool):
 
     def on_stop(self) -> None:
         if worker_state.should_terminate in (None, False):
-            self._stop(self._settings.drain_s)
+            self._stop(0.0 if worker_state.should_stop == EXIT_BROKEN else self._settings.drain_s)
 
     def on_terminate(self) -> None:
         self._stop(0.0)
@@ -180,6 +184,11 @@ class EnginePool(BasePool):
 
     def _in_a_hurry(self) -> bool:
         return self._terms > 1 or worker_state.should_terminate not in (None, False)
+
+    @staticmethod
+    def _give_up() -> None:
+        """The consumer's loop looks at this, and so does its wait for a broker."""
+        worker_state.should_stop = EXIT_BROKEN
 
     def _on_signal(self, **_: Any) -> None:
         self._terms += 1

@@ -58,9 +58,17 @@ class Service:
     """One worker process's jobs. `post` runs a call on the hub's thread."""
 
     def __init__(
-        self, app: Celery, settings: Settings, factory: Callable[[Settings], Runner], post: Post
+        self,
+        app: Celery,
+        settings: Settings,
+        factory: Callable[[Settings], Runner],
+        post: Post,
+        give_up: Callable[[], None],
     ) -> None:
+        """`give_up` is called, from any thread, when only a new process can go on."""
         self._settings = settings
+        self._give_up = give_up
+        self._blamed = frozenset[str]()
         self._post = post
         self._engine = open_database(settings)
         self._engine.hide_parameters = True  # prompts are parameters
@@ -73,7 +81,9 @@ class Service:
         self.publisher = Publisher(app, post)
         self.recorder = Recorder(self.ledger, self.live, self.publisher, settings.in_hand)
         revoked = worker_state.revoked.__contains__
-        self.leases = Leases(settings, self.ledger, self.live, self.runner, self.pulse, revoked)
+        self.leases = Leases(
+            settings, self.ledger, self.live, self.runner, self.pulse, self._hung, revoked
+        )
         self.postponed = Postponed(self.ledger, self.live, post)
         self.feeder = Feeder(app, settings, self.ledger)
         self.sweeper = Sweeper(app, settings, self.ledger, self.live)
@@ -92,7 +102,7 @@ class Service:
         )
 
     def start(self) -> None:
-        self.runner.start(self._started, self.recorder.put, self.postponed.put)
+        self.runner.start(self._started, self.recorder.put, self.postponed.put, self._broken)
         parts = (self.publisher, self.recorder, self.postponed, self.leases)
         for part in (*parts, self.intake, self.sweeper, self.feeder):
             part.start()
@@ -122,7 +132,8 @@ class Service:
         pump(lambda: self.intake.running, SETTLE_S)
         drain = threading.Thread(target=self._drain, args=(drain_s,), name="drain", daemon=True)
         drain.start()
-        pump(drain.is_alive, drain_s + SETTLE_S, hurry=True)
+        settle_s = SETTLE_S if self.pulse.beating else 0.0  # one that hangs will not settle
+        pump(drain.is_alive, drain_s + settle_s, hurry=True)
         self.postponed.close()
         self.recorder.close()
         pump(lambda: self.recorder.running, SETTLE_S)
@@ -144,16 +155,26 @@ class Service:
         for delivery in self.live.started(job_ids):
             self._post(delivery.on_started)
 
+    def _broken(self, job_ids: Sequence[str]) -> None:
+        self._blamed = frozenset(job_ids)
+        self._give_up()
+
+    def _hung(self) -> None:
+        running = self.live.claims(lambda job: job.started_s is not None and not job.ended)
+        self._broken([claim.job.job_id for claim in running])
+
     def _drain(self, drain_s: float) -> None:
         left = self.runner.drain(drain_s)
         log.info("engine drained", not_ended=len(left))
 
     def _release(self) -> None:
-        claims = self.live.claims()
-        for _ in range(RELEASE_TRIES if claims else 0):
+        claims = self.live.claims(lambda job: job.claim.job.job_id not in self._blamed)
+        blamed = self.live.claims(lambda job: job.claim.job.job_id in self._blamed)
+        for _ in range(RELEASE_TRIES if claims or blamed else 0):
             try:
                 self.ledger.release(claims)
-                log.info("jobs handed back", jobs=len(claims))
+                self.ledger.renew(blamed, 0.0)  # run out at once, as if they had ended the process
+                log.info("jobs handed back", jobs=len(claims), blamed=len(blamed))
                 return
             except OUTAGES as error:
                 log.warning("jobs not handed back yet", jobs=len(claims), error=reason(error))
