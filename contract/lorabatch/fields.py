@@ -22,19 +22,20 @@ __all__ = [
 ]
 
 MAX_PROMPT_CHARS = 4_000_000
-ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$"
 ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$"
+_ADAPTER = re.compile(ADAPTER_PATTERN)
+_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$")
 MERGED: Final = "merged"  # the owner in the names of merges
 
 
 def _identifier(text: str) -> str:
-    if not re.fullmatch(ID_PATTERN, text):
+    if not _ID.fullmatch(text):
         raise ValueError("wanted letters, digits and _ . : @ -, the first one a letter or digit")
     return text
 
 
 def _adapter_name(text: str) -> str:
-    if not re.fullmatch(ADAPTER_PATTERN, text):
+    if not _ADAPTER.fullmatch(text):
         raise ValueError("wanted NAME or OWNER/NAME of letters, digits and _ . -, no path")
     if text.startswith(f"{MERGED}/"):
         raise ValueError(f"the owner {MERGED!r} stands for merges; use merged_adapters to have one")
@@ -71,4 +72,4 @@ def storable(text: str) -> str:
 
 def is_identifier(text: object) -> bool:
     """Whether text can be a job id or a tenant."""
-    return isinstance(text, str) and len(text) <= 64 and bool(re.fullmatch(ID_PATTERN, text))
+    return isinstance(text, str) and len(text) <= 64 and bool(_ID.fullmatch(text))

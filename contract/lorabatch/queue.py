@@ -8,13 +8,13 @@ sides agree on serializer, transport options and queues. Raises QueueNotReady.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
 import redis
-from celery import Celery
-from kombu import Queue
+from celery import Celery, signals
+from kombu import Producer, Queue
 from kombu.exceptions import BatchPublishError, OperationalError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -104,23 +104,42 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
             for name in {lane(queue, message.tenant) for message in messages}:
                 producer.maybe_declare(app.amqp.queues[name], retry=True, **policy)
             for message in messages:
-                app.send_task(
-                    TASK_NAME,
-                    kwargs={
-                        "schema_version": SCHEMA_VERSION,
-                        "tenant": message.tenant,
-                        "adapter_id": message.adapter_id,
-                    },
-                    task_id=message.job_id,
-                    queue=lane(queue, message.tenant),
-                    producer=producer,
-                    declare=[],  # done, once for all
-                    ignore_result=not message.publish_result,
-                    argsrepr="",
-                    kwargsrepr="",
-                )
+                _publish(app, producer, lane(queue, message.tenant), message, policy)
     except (OperationalError, BatchPublishError, redis.RedisError) as error:
         raise QueueNotReady(f"the broker did not take {len(messages)} messages: {error}") from None
+
+
+def _publish(
+    app: Celery, producer: Producer, key: str, message: Message, policy: Mapping[str, Any]
+) -> None:
+    """What `send_task` does for a message like ours, at a third of its time."""
+    task = app.amqp.as_task_v2(
+        message.job_id,
+        TASK_NAME,
+        args=(),
+        kwargs={
+            "schema_version": SCHEMA_VERSION,
+            "tenant": message.tenant,
+            "adapter_id": message.adapter_id,
+        },
+        argsrepr="",
+        kwargsrepr="",
+        ignore_result=not message.publish_result,
+    )
+    told = {"headers": task.headers, "properties": task.properties, "body": task.body}
+    told |= {"exchange": "", "routing_key": key}
+    signals.before_task_publish.send(sender=TASK_NAME, declare=[], retry_policy=policy, **told)
+    producer.publish(
+        task.body,
+        exchange="",
+        routing_key=key,
+        serializer="json",
+        headers=task.headers,
+        retry=True,
+        retry_policy=policy,
+        **task.properties,
+    )
+    signals.after_task_publish.send(sender=TASK_NAME, **told)
 
 
 def check_broker(url: str) -> str:

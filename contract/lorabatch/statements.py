@@ -109,23 +109,25 @@ def lease(
     """Claims by job id on these locked rows, under a new token each."""
     if not rows:
         return {}
-    claims: dict[str, Claim] = {}
-    connection.execute(
-        sa.update(jobs)
-        .where(jobs.c.job_id == sa.bindparam("id"))
-        .values(
-            state="running",
-            lease_owner=owner,
-            lease_token=jobs.c.lease_token + 1,
-            lease_expires_us=expires,
-            started_us=now,
-            begun=False,
-            crashes=jobs.c.crashes + sa.bindparam("crashed"),
-            losses=jobs.c.losses + sa.bindparam("lost"),
-        ),
-        [{"id": row.job_id, "crashed": _crashed(row), "lost": _lost(row)} for row in rows],
+    lost = jobs.c.state == "running"  # the lease ran out: whoever had it has not handed it back
+    crashed = sa.and_(lost, jobs.c.begun)
+    leased = sa.update(jobs).values(
+        state="running",
+        lease_owner=owner,
+        lease_token=jobs.c.lease_token + 1,
+        lease_expires_us=expires,
+        started_us=now,
+        begun=False,
+        crashes=jobs.c.crashes + sa.case((crashed, 1), else_=0),
+        losses=jobs.c.losses + sa.case((lost, 1), else_=0),
     )
-    attempts = []
+    attempt = sa.select(jobs.c.job_id, jobs.c.lease_token, sa.literal(owner), sa.literal(now))
+    columns = ("job_id", "lease_token", "worker", "started_us")
+    for some in chunks([row.job_id for row in rows]):
+        connection.execute(leased.where(jobs.c.job_id.in_(some)))
+        these = attempt.where(jobs.c.job_id.in_(some))
+        connection.execute(job_attempts.insert().from_select(columns, these))
+    claims: dict[str, Claim] = {}
     for row in rows:
         claims[row.job_id] = Claim(
             job=stored_job(row),
@@ -139,20 +141,11 @@ def lease(
             losses=row.losses + _lost(row),
             died_alone=bool(_crashed(row)) and suspected(row.crashes, row.losses),
         )
-        attempts.append(
-            {
-                "job_id": row.job_id,
-                "lease_token": row.lease_token + 1,
-                "worker": owner,
-                "started_us": now,
-            }
-        )
-    connection.execute(job_attempts.insert(), attempts)
     return claims
 
 
 def _lost(row: Any) -> int:
-    """1 if the lease on this free row ran out: whoever had it has not handed it back."""
+    """1 if the lease on this free row ran out."""
     return int(row.state == "running")
 
 
@@ -231,14 +224,15 @@ def ago_us(at_s: float) -> int:
 
 def end_attempts(connection: sa.Connection, ended: Sequence[tuple[Any, str]], now: int) -> None:
     """Note how the attempt under the token of each of these locked rows ended."""
-    if not ended:
-        return
-    connection.execute(
-        sa.update(job_attempts)
-        .where(
-            job_attempts.c.job_id == sa.bindparam("id"),
-            job_attempts.c.lease_token == sa.bindparam("token"),
-        )
-        .values(outcome=sa.bindparam("how"), finished_us=now),
-        [{"id": row.job_id, "token": row.lease_token, "how": how} for row, how in ended],
-    )
+    by_outcome: dict[str, list[str]] = {}
+    for row, how in ended:
+        by_outcome.setdefault(how, []).append(row.job_id)
+    token = sa.select(jobs.c.lease_token).where(jobs.c.job_id == job_attempts.c.job_id)
+    last = job_attempts.c.lease_token == token.scalar_subquery()
+    for how, job_ids in by_outcome.items():
+        for some in chunks(job_ids):
+            connection.execute(
+                sa.update(job_attempts)
+                .where(job_attempts.c.job_id.in_(some), last)
+                .values(outcome=how, finished_us=now)
+            )
