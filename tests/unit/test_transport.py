@@ -206,6 +206,29 @@ def test_a_hidden_message_comes_again_later_and_holds_no_place(broker_desk: Brok
     assert broker_desk.noted() == (2, 2), "the server has it"
 
 
+def test_what_is_hidden_is_said_in_one_call(broker_desk: BrokerDesk) -> None:
+    broker_desk.send(*"abcdef")
+    broker_desk.run()
+    before = {command: broker_desk.calls(command) for command in ("zadd", "zrem")}
+    for message in broker_desk.got[1:]:
+        hide(broker_desk.channel, message.delivery_tag, 5.0)
+    broker_desk.got[0].ack()
+    broker_desk.run()
+    assert {c: broker_desk.calls(c) - n for c, n in before.items()} == {"zadd": 1, "zrem": 1}
+    assert broker_desk.noted() == (5, 5)
+
+
+def test_what_was_hidden_at_a_close_is_not_handed_back(broker_desk: BrokerDesk) -> None:
+    broker_desk.send("a", "b")
+    broker_desk.run()
+    hide(broker_desk.channel, broker_desk.got[0].delivery_tag, 5.0)
+    broker_desk.close()
+    broker_desk.open(0)
+    assert broker_desk.run() == ["b"]
+    due = broker_desk.server.zscore(INDEX, broker_desk.got[0].delivery_tag)
+    assert due < broker_desk.server.zscore(INDEX, broker_desk.got[1].delivery_tag) - 60
+
+
 def test_one_that_cannot_be_hidden_is_renewed_no_more(
     broker_desk: BrokerDesk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,7 +240,7 @@ def test_one_that_cannot_be_hidden_is_renewed_no_more(
     tag = broker_desk.got[0].delivery_tag
     with monkeypatch.context() as patched:
         patched.setattr(broker_desk.channel, "conn_or_acquire", lost)
-        with pytest.raises(redis.ConnectionError):
-            hide(broker_desk.channel, tag, 5.0)
+        hide(broker_desk.channel, tag, 5.0)
+        broker_desk.run()
     qos = broker_desk.channel.qos
     assert tag not in [t for t in qos._delivered if t not in qos._dirty]

@@ -39,11 +39,13 @@ UNREADABLE = (ValueError, TypeError, AttributeError, LookupError, RecursionError
 
 
 class QoS(stock.QoS):
-    """What is delivered and not acknowledged. Used on the hub's thread."""
+    """What is delivered and not acknowledged. Used on the hub's thread, which a server that is
+    silent stops for as long as a socket may wait: once for all that there is to say."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._acked: list[str] = []
+        self._hidden: dict[str, float] = {}
         self._send_by_s = 0.0
 
     def note(self, tags: list[str]) -> None:
@@ -60,27 +62,41 @@ class QoS(stock.QoS):
 
     def ack(self, delivery_tag: str) -> None:
         """In a worker's loop the server is told within ACK_WAIT_S of the loop's next round."""
-        loop = self.channel.connection.loop
-        if loop is None:
+        if self.channel.connection.loop is None:
             super().ack(delivery_tag)
             return
         virtual.QoS.ack(self, delivery_tag)
         self._acked.append(delivery_tag)
+        self._send_soon()
+
+    def hide(self, delivery_tag: str, noted_s: float) -> None:
+        """As `ack`, but the server keeps the message, as one that was given out at that time."""
+        virtual.QoS.ack(self, delivery_tag)
+        self._hidden[delivery_tag] = noted_s
+        self._send_soon()
+
+    def _send_soon(self) -> None:
         now_s = monotonic()
         if now_s >= self._send_by_s:
             self._send_by_s = now_s + ACK_WAIT_S
-            loop.call_later(ACK_WAIT_S, self.send_acks)
+            self.channel.connection.loop.call_later(ACK_WAIT_S, self.send_acks)
 
     def send_acks(self) -> None:
-        """Tell the server. What it does not hear it gives out again, which settles it then."""
+        """And what is hidden. What the server does not hear it gives out again: settled then."""
         tags, self._acked = self._acked, []
-        if not tags:
+        hidden, self._hidden = self._hidden, {}
+        if not tags and not hidden:
             return
         try:
             with self.pipe_or_acquire() as pipe:
-                pipe.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags).execute()
+                if tags:
+                    pipe.zrem(self.unacked_index_key, *tags).hdel(self.unacked_key, *tags)
+                if hidden:
+                    pipe.zadd(self.unacked_index_key, hidden, xx=True)
+                pipe.execute()
         except (redis.RedisError, OSError) as error:
-            log.warning("acknowledgements not sent", messages=len(tags), error=type(error).__name__)
+            count = len(tags) + len(hidden)
+            log.warning("acknowledgements not sent", messages=count, error=type(error).__name__)
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
         try:

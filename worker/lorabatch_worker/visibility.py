@@ -15,17 +15,22 @@ from typing import Any
 from celery import bootsteps
 from kombu.transport import virtual
 
+from lorabatch_worker.transport import QoS
+
 __all__ = ["VisibilityHeartbeat", "hide"]
 
 
 def hide(channel: Any, tag: str, delay_s: float) -> None:
     """Make a delivered message nobody's: the broker gives it out again after so many seconds, as if
     its visibility timeout was over then. Frees its place among those fetched ahead."""
-    due = time.time() - channel.visibility_timeout + delay_s
+    noted_s = time.time() - channel.visibility_timeout + delay_s
+    if isinstance(channel.qos, QoS):
+        channel.qos.hide(tag, noted_s)
+        return
     # Here alone: the server keeps it. First, or it would go on being renewed if the rest fails.
     virtual.QoS.ack(channel.qos, tag)
     with channel.conn_or_acquire() as client:
-        client.zadd(channel.unacked_index_key, {tag: due}, xx=True)
+        client.zadd(channel.unacked_index_key, {tag: noted_s}, xx=True)
 
 
 class VisibilityHeartbeat(bootsteps.StartStopStep):
