@@ -1,31 +1,41 @@
 """A user's files in the ledger: their lines' jobs cancelled at once, or run again.
 
 A line that failed or was cancelled runs again as another job, whose id follows from the id of the
-first; that keeps its outcome and is superseded: its batch no longer counts it. Raises JobNotFound,
-QueueFull; database errors pass through.
+first; that keeps its outcome and is superseded: its batch no longer counts it. Raises JobNotFound;
+database errors pass through.
 """
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
 from lorabatch.bindings import bound
 from lorabatch.database import now_us
-from lorabatch.errors import JobNotFound
+from lorabatch.errors import JobNotFound, QueueFull
 from lorabatch.job import Job
 from lorabatch.rows import job_row, names_of, stored_job
 from lorabatch.statements import chunks, insert, locked
 from lorabatch.tables import batches, jobs, results, usage_events
-from lorabatch.tenants import check_room
+from lorabatch.tenants import Room
 
-__all__ = ["Batches"]
+__all__ = ["Again", "Batches"]
 
 NAMESPACE = uuid.UUID("7c0c8a1e-3f7a-5d0c-9f0e-9a6f6f1f2c11")
 CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class Again:
+    """What runs again, by the ids of the old jobs those of the new; and if there was no room for
+    all, why."""
+
+    jobs: dict[str, str]
+    full: QueueFull | None = None
 
 
 class Batches:
@@ -89,36 +99,57 @@ class Batches:
                 found.update((first, again_id(found[first])) for first in look)
         return found
 
-    def run_again(self, job_ids: Sequence[str]) -> dict[str, str]:
-        """Accept those of these that failed or were cancelled as new jobs: {their id: the new}.
+    def run_again(self, job_ids: Sequence[str]) -> Again:
+        """Accept those of these that failed or were cancelled as new jobs, as many as may wait.
         With the adapters' versions of now. Once, however often it is asked for."""
         again: dict[str, str] = {}
-        ended = sa.and_(jobs.c.state.in_(("failed", CANCELLED)), sa.not_(jobs.c.superseded))
+        left: list[tuple[Room, str]] = []
         for some in chunks(job_ids):
             with self._engine.begin() as connection:
-                now = int(connection.scalar(sa.select(now_us())) or 0)
-                rows = [r for r in locked(connection, some, ended, with_body=True) if r.body]
-                if not rows:
-                    continue
-                new = [_renewed(row) for row in rows]
-                versions = bound(connection, (pair for job in new for pair in names_of(job)))
-                made = [
-                    {
-                        **job_row(job, now, versions),
-                        "publish_result": row.publish_result,
-                        "queue": row.queue,
-                    }
-                    for job, row in zip(new, rows, strict=True)
-                ]
-                connection.execute(insert(connection, jobs).on_conflict_do_nothing(), made)
-                for queue in {row.queue for row in rows}:
-                    check_room(connection, {r.tenant for r in rows if r.queue == queue}, queue)
-                old = [row.job_id for row in rows]
-                connection.execute(
-                    sa.update(jobs).where(jobs.c.job_id.in_(old)).values(superseded=True)
-                )
-                again.update((row.job_id, job.job_id) for row, job in zip(rows, new, strict=True))
-        return again
+                rows = []
+                for row, room in _with_rooms(connection, _ended_badly(connection, some)):
+                    if (reached := room.take(row.tenant)) is None:
+                        rows.append(row)
+                    else:
+                        left.append((room, reached))
+                again |= _made_again(connection, rows)
+        if not left:
+            return Again(again)
+        room, reached = left[0]
+        return Again(again, room.full(reached, f"{len(again)} run again, {len(left)} do not"))
+
+
+def _ended_badly(connection: sa.Connection, job_ids: Sequence[str]) -> list[Any]:
+    """Locked rows of those that failed or were cancelled, and were jobs."""
+    ended = sa.and_(jobs.c.state.in_(("failed", CANCELLED)), sa.not_(jobs.c.superseded))
+    return [row for row in locked(connection, job_ids, ended, with_body=True) if row.body]
+
+
+def _with_rooms(connection: sa.Connection, rows: Sequence[Any]) -> list[tuple[Any, Room]]:
+    """Each with the room in its queue."""
+    queues = {row.queue for row in rows}
+    rooms = {q: Room(connection, (r.tenant for r in rows if r.queue == q), q) for q in queues}
+    return [(row, rooms[row.queue]) for row in rows]
+
+
+def _made_again(connection: sa.Connection, rows: Sequence[Any]) -> dict[str, str]:
+    if not rows:
+        return {}
+    now = int(connection.scalar(sa.select(now_us())) or 0)
+    new = [_renewed(row) for row in rows]
+    versions = bound(connection, (pair for job in new for pair in names_of(job)))
+    made = [
+        {
+            **job_row(job, now, versions),
+            "publish_result": row.publish_result,
+            "queue": row.queue,
+        }
+        for job, row in zip(new, rows, strict=True)
+    ]
+    connection.execute(insert(connection, jobs).on_conflict_do_nothing(), made)
+    old = [row.job_id for row in rows]
+    connection.execute(sa.update(jobs).where(jobs.c.job_id.in_(old)).values(superseded=True))
+    return {row.job_id: job.job_id for row, job in zip(rows, new, strict=True)}
 
 
 def again_id(job_id: str) -> str:

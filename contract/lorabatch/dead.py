@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from lorabatch.batches import Batches
+from lorabatch.batches import Again, Batches
 from lorabatch.database import now_us
 from lorabatch.errors import JobNotFound
 from lorabatch.tables import dead_letters, jobs, results
@@ -64,14 +64,16 @@ class DeadLetters:
         with self._engine.execution_options(read_only=True).begin() as connection:
             return [DeadLetter(*row) for row in connection.execute(query)]
 
-    def retry(self, job_ids: Sequence[str]) -> dict[str, str]:
-        """Run their requests again: {id: the new job's}, which may be there already, because the
-        file of their batch was submitted again."""
+    def retry(self, job_ids: Sequence[str]) -> Again:
+        """Run their requests again, as many as may wait: the others stay on the list. The new job
+        of one may be there already, because the file of their batch was submitted again."""
         self._check(job_ids)
         batches = Batches(self._engine)
         made = batches.run_again(job_ids)
-        again = batches.latest([job_id for job_id in job_ids if job_id not in made]) | made
-        self._handled(again)
+        latest = batches.latest([job_id for job_id in job_ids if job_id not in made.jobs])
+        before = {job_id: new for job_id, new in latest.items() if new != job_id}
+        again = Again(before | made.jobs, made.full)
+        self._handled(again.jobs)
         return again
 
     def drop(self, job_ids: Sequence[str]) -> None:

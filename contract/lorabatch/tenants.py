@@ -16,7 +16,7 @@ from lorabatch.database import now_us
 from lorabatch.errors import QueueFull
 from lorabatch.tables import jobs, tenants
 
-__all__ = ["ALL", "EACH", "Limits", "Tenants", "check_room"]
+__all__ = ["ALL", "EACH", "Limits", "Room", "Tenants", "check_room"]
 
 EACH, ALL = "*each", "*all"  # no tenant's names
 
@@ -61,29 +61,56 @@ class Tenants:
             return bool(gone.rowcount)
 
 
+class Room:
+    """How many more jobs may wait in a queue: of each of these tenants that has a limit, and of all
+    together. Below zero: too many wait."""
+
+    def __init__(self, connection: sa.Connection, of: Iterable[str], queue: str) -> None:
+        """Costs a look at one small table without limits. They are locked until the transaction
+        ends, because two that insert do not see each other's jobs."""
+        names = sorted(set(of))
+        limited = tenants.c.tenant.in_([*names, EACH, ALL]), tenants.c.max_queued.is_not(None)
+        found = _limits(connection, sa.and_(*limited), lock=True)
+        most = {one.tenant: one.max_queued for one in found}
+        caps = {name: most.get(name, most.get(EACH)) for name in names} | {ALL: most.get(ALL)}
+        self._caps = {name: cap for name, cap in caps.items() if cap is not None}
+        self._left = {
+            name: cap - _waiting(connection, queue, None if name == ALL else name, cap)
+            for name, cap in self._caps.items()
+        }
+
+    def take(self, tenant: str) -> str | None:
+        """Room for one more job of a tenant; if there is none, whose limit is reached."""
+        limited = [name for name in (tenant, ALL) if name in self._left]
+        for name in limited:
+            if self._left[name] <= 0:
+                return name
+        for name in limited:
+            self._left[name] -= 1
+        return None
+
+    def overfull(self) -> str | None:
+        """Whose limit is passed."""
+        return next((name for name, left in self._left.items() if left < 0), None)
+
+    def full(self, name: str, done: str) -> QueueFull:
+        """The error for whose limit is reached; `done`: what became of the call."""
+        whose, which = f"tenant {name!r}", name
+        if name == ALL:
+            whose, which = "all tenants together", "--all"
+        return QueueFull(
+            f"{whose}: {self._caps[name]} jobs may wait and as many do; {done}: come again when "
+            f"some have ended, or raise the limit with `lorabatch tenants set {which} "
+            "--max-queued N`"
+        )
+
+
 def check_room(connection: sa.Connection, of: Iterable[str], queue: str) -> None:
     """Raise QueueFull if more jobs of one of these tenants wait in this queue than may, those that
-    were inserted in this transaction included. Costs a look at one small table without limits.
-    They are locked until it ends, because two that insert do not see each other's jobs."""
-    names = sorted(set(of))
-    limited = tenants.c.tenant.in_([*names, EACH, ALL]), tenants.c.max_queued.is_not(None)
-    found = _limits(connection, sa.and_(*limited), lock=True)
-    most = {one.tenant: one.max_queued for one in found}
-    for name in names if most else ():
-        cap = most.get(name, most.get(EACH))
-        if cap is not None and _waiting(connection, queue, name, cap) > cap:
-            raise QueueFull(
-                f"tenant {name!r}: {cap} jobs may wait and as many do; nothing of this call was "
-                "accepted: come again when some have ended, or raise the limit with `lorabatch "
-                f"tenants set {name} --max-queued N`"
-            )
-    cap = most.get(ALL)
-    if cap is not None and _waiting(connection, queue, None, cap) > cap:
-        raise QueueFull(
-            f"all tenants together: {cap} jobs may wait and as many do; nothing of this call was "
-            "accepted: come again when some have ended, or raise the limit with `lorabatch tenants "
-            "set --all --max-queued N`"
-        )
+    were inserted in this transaction included."""
+    room = Room(connection, of, queue)
+    if (name := room.overfull()) is not None:
+        raise room.full(name, "nothing of this call was accepted")
 
 
 def _limits(

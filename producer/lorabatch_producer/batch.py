@@ -114,7 +114,7 @@ def submit(
             except IdempotencyConflict as error:
                 raise _read_otherwise(batch_id, error) from None
             except QueueFull as error:
-                raise _no_more(batch_id, lines.accepted, error) from None
+                raise _no_more(batch_id, lines, error) from None
         if file_digest(file) != digest:
             raise LoraBatchError(
                 f"{path.name} changed while it was read; what was accepted belongs to batch "
@@ -137,7 +137,10 @@ class _Lines:
     def accept(self, some: Sequence[Job]) -> None:
         ended_badly = _ended_badly(self._ledger, some)  # before the new ones begin to end
         self._fill(some)
-        self.again += len(self.batches.run_again(ended_badly))
+        again = self.batches.run_again(ended_badly)
+        self.again += len(again.jobs)
+        if again.full is not None:
+            raise again.full
 
     def finish(self) -> NotSent | None:
         try:
@@ -169,11 +172,13 @@ def _ended_badly(ledger: Ledger, some: Sequence[Job]) -> list[str]:
     return [job_id for job_id, state in states.items() if state in ("failed", "cancelled")]
 
 
-def _no_more(batch_id: str, accepted: int, error: QueueFull) -> QueueFull:
+def _no_more(batch_id: str, lines: _Lines, error: QueueFull) -> QueueFull:
     reason = str(error).partition(";")[0]
+    again = f", {lines.again} of them run again" if lines.again else ""
     return QueueFull(
-        f"batch {batch_id}: {accepted} lines accepted, the rest not: {reason}; submit the same "
-        "file again to go on when some have ended, or raise the limit with `lorabatch tenants set`"
+        f"batch {batch_id}: {lines.accepted} lines accepted{again}, the rest not: {reason}; submit "
+        "the same file again to go on when some have ended, or raise the limit with `lorabatch "
+        "tenants set`"
     )
 
 

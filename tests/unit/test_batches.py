@@ -9,11 +9,13 @@ import pytest
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger, Result
-from lorabatch.batches import Batches
+from lorabatch.batches import Again, Batches
 from lorabatch.errors import JobNotFound
 from lorabatch.ledger import Outcome
 from lorabatch.result import ErrorInfo
+from lorabatch.statements import CHUNK
 from lorabatch.tables import results, usage_events
+from lorabatch.tenants import ALL, Limits, Tenants
 
 
 def line(number: int, batch_id: str = "b") -> Job:
@@ -65,12 +67,13 @@ def test_what_failed_or_was_cancelled_runs_again_once(ledger: Ledger) -> None:
     ledger.cancel(["b1"])
     ledger.claim(["b2"], "me", 30)
     again = batches.run_again(["b0", "b1", "b2", "b3"])
-    assert set(again) == {"b0", "b1"}
+    assert set(again.jobs) == {"b0", "b1"}
     assert ledger.counts("b") == {"queued": 3, "running": 1}, "each line once"
-    assert batches.run_again(["b0", "b1"]) == {}
-    job = ledger.claim([again["b0"]], "me", 30)[again["b0"]].job
+    assert batches.run_again(["b0", "b1"]) == Again({})
+    new = again.jobs["b0"]
+    job = ledger.claim([new], "me", 30)[new].job
     assert (job.custom_id, job.batch_id, job.prompt) == ("0", "b", "x")
-    assert batches.latest(["b0", "b2"]) == {"b0": again["b0"], "b2": "b2"}
+    assert batches.latest(["b0", "b2"]) == {"b0": new, "b2": "b2"}
     assert ledger.states(["b0"]) == {"b0": "failed"}, "an outcome stays"
 
 
@@ -80,10 +83,39 @@ def test_a_line_may_fail_again_and_again(ledger: Ledger) -> None:
     seen = ["b0"]
     for _ in range(3):
         fail(ledger, seen[-1])
-        seen.append(batches.run_again([batches.latest(["b0"])["b0"]])[seen[-1]])
+        seen.append(batches.run_again([batches.latest(["b0"])["b0"]]).jobs[seen[-1]])
     assert len(set(seen)) == 4
     assert batches.latest(["b0"]) == {"b0": seen[-1]}
     assert ledger.counts("b") == {"queued": 1}
+
+
+def test_as_many_run_again_as_may_wait(ledger: Ledger) -> None:
+    """Over two transactions; another tenant's limit, or another queue's jobs, are no hindrance."""
+    batches, tenants = Batches(ledger.engine), Tenants(ledger.engine)
+    lines = [line(n) for n in range(CHUNK + 3)]
+    other = Job(job_id="x", prompt="x", tenant="other")
+    ledger.accept([*lines, other])
+    ledger.cancel([job.job_id for job in [*lines, other]])
+    ledger.accept([line(n, "c") for n in range(4)])
+    ledger.accept([line(9, "c")], queue="quiet")
+    tenants.set(Limits("default", max_queued=6))
+    asked = [*(job.job_id for job in lines), "x"]
+    again = batches.run_again(asked)
+    assert len(again.jobs) == 3
+    assert "x" in again.jobs
+    assert "6 jobs may wait and as many do; 3 run again, 501 do not" in str(again.full)
+    assert ledger.counts("b") == {"queued": 2, "cancelled": CHUNK + 1}
+    tenants.set(Limits("default", max_queued=7))
+    tenants.set(Limits(ALL, max_queued=7))
+    assert batches.run_again(asked).jobs == {}
+    tenants.set(Limits(ALL, max_queued=8))
+    more = batches.run_again(asked)
+    assert len(more.jobs) == 1
+    assert not more.jobs.keys() & again.jobs.keys()
+    tenants.forget("default")
+    tenants.forget(ALL)
+    assert len(batches.run_again(asked).jobs) == CHUNK
+    assert ledger.counts("b") == {"queued": CHUNK + 3}
 
 
 def test_what_is_late_ends_and_what_runs_does_not(ledger: Ledger) -> None:

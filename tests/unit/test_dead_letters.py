@@ -10,6 +10,7 @@ from lorabatch.dead import DeadLetters
 from lorabatch.errors import AttemptsExhausted, JobNotFound
 from lorabatch.ledger import Claim, Outcome, Start
 from lorabatch.result import ErrorInfo
+from lorabatch.tenants import ALL, Limits, Tenants
 
 
 def lose(ledger: Ledger, job_id: str, begun: bool) -> Claim:
@@ -69,7 +70,7 @@ def test_the_dead_are_listed_until_somebody_handles_them(ledger: Ledger) -> None
     assert [letter.job_id for letter in dead.list()] == ["a", "b", "c"]
     assert [letter.reason for letter in dead.list("of-b")] == ["why"]
     dead.drop(["c"])
-    again = dead.retry(["a"])
+    again = dead.retry(["a"]).jobs
     assert [letter.job_id for letter in dead.list()] == ["b"]
     assert ledger.states(["a", again["a"]]) == {"a": "failed", again["a"]: "queued"}
     job = ledger.claim([again["a"]], "me", 30)[again["a"]].job
@@ -82,6 +83,7 @@ def test_the_dead_are_listed_until_somebody_handles_them(ledger: Ledger) -> None
 def test_one_that_runs_again_already_is_handled(ledger: Ledger) -> None:
     die(ledger, "a")
     again = Batches(ledger.engine).run_again(["a"])
+    Tenants(ledger.engine).set(Limits(ALL, max_queued=1))
     dead = DeadLetters(ledger.engine)
     assert dead.retry(["a"]) == again
     assert dead.list() == []

@@ -1,6 +1,6 @@
 """`lorabatch dead list`, `retry`, `drop`: jobs that were given up because they stopped the workers.
 
-Raises JobNotFound; database errors pass through.
+Raises JobNotFound, QueueFull; database errors pass through.
 """
 
 from __future__ import annotations
@@ -54,14 +54,18 @@ def show(
 def retry(job_ids: JobIds = None, every: All = False) -> None:
     """Run their requests again, as new jobs: prints the old id and the new one.
 
-    What was given up keeps its outcome. A new job has its attempts before it."""
+    What was given up keeps its outcome. A new job has its attempts before it. Where fewer may wait,
+    the others stay on the list."""
     with _opened() as dead:
         chosen = _chosen(dead, job_ids, every)
         again = dead.retry(chosen)
     for job_id in chosen:
-        typer.echo(f"{job_id} -> {again[job_id]}")
+        if job_id in again.jobs:
+            typer.echo(f"{job_id} -> {again.jobs[job_id]}")
     if not chosen:
         typer.echo("none")
+    if again.full is not None:
+        raise again.full
 
 
 @app.command()

@@ -55,6 +55,21 @@ def test_retry_prints_old_and_new(cli: Cli, ledger: Ledger) -> None:
     assert cli("dead", "retry", "--all").stdout == "none\n"
 
 
+def test_as_many_are_retried_as_may_wait(cli: Cli, ledger: Ledger) -> None:
+    die(ledger, "a", "b", "c")
+    cli("tenants", "set", "--all", "--max-queued", "2")
+    found = cli("dead", "retry", "--all", code=2)
+    retried = [line.split()[0] for line in found.stdout.splitlines()]
+    assert len(retried) == 2
+    assert found.stderr.startswith(
+        "lorabatch: all tenants together: 2 jobs may wait and as many do; 2 run again, 1 do not"
+    )
+    assert found.stderr.count("\n") == 1
+    assert sorted(retried + listed(cli)) == ["a", "b", "c"], "the other one stays on the list"
+    cli("tenants", "forget", "--all")
+    assert cli("dead", "retry", "--all").stdout.split()[0] not in retried
+
+
 def test_drop(cli: Cli, ledger: Ledger) -> None:
     die(ledger, "a", "b", "c")
     assert cli("dead", "drop", "a", "a").stdout == "1 dropped\n"

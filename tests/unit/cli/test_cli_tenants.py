@@ -118,6 +118,23 @@ def test_a_file_that_finds_a_full_queue_goes_on_where_it_ended(
     assert ledger.counts(done.split()[1]) == {"succeeded": 22, "queued": 3}
 
 
+def test_as_many_failed_lines_run_again_as_may_wait(
+    cli: Cli, ledger: Ledger, tmp_path: Path
+) -> None:
+    path = tmp_path / "in"
+    path.write_bytes(b"\n".join(short(prompt=f"p{n}") for n in range(5)))
+    batch_id = cli("batch", "submit", path).stdout.split()[1]
+    cli("batch", "cancel", batch_id)
+    cli("tenants", "set", "--each", "--max-queued", "2")
+    found = cli("batch", "submit", path, code=2)
+    assert "5 lines accepted, 2 of them run again, the rest not: tenant 'default'" in found.stderr
+    assert ledger.counts(batch_id) == {"queued": 2, "cancelled": 3}
+    run_queued(ledger)
+    assert "2 of them run again" in cli("batch", "submit", path, code=2).stderr
+    run_queued(ledger)
+    assert "1 of them run again" in cli("batch", "submit", path).stdout
+
+
 def test_a_program_gets_an_error_of_the_tree(
     cli: Cli, ledger: Ledger, settings: Settings, tmp_path: Path
 ) -> None:

@@ -141,7 +141,7 @@ def test_one_that_has_ended(cli: Cli, ledger: Ledger) -> None:
     accept(ledger, "bad", batch_id="b")
     run_queued(ledger, fails)
     assert "unknown_adapter: no adapter of that id" in said(cli, "bad")
-    again = Batches(ledger.engine).run_again(["bad"])["bad"]
+    again = Batches(ledger.engine).run_again(["bad"]).jobs["bad"]
     assert f"its line runs again as job {again}" in said(cli, "bad")
     accept(ledger, "gone")
     ledger.cancel(["gone"])
