@@ -44,18 +44,28 @@ class Batches:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
-    def add(self, batch_id: str, tenant: str, source: str, accepted: int, bad: int) -> None:
-        """Note a bulk file and its line counts; the same file again changes nothing."""
+    def add(self, batch_id: str, tenant: str, source: str) -> None:
+        """Note a bulk file, before its first line is accepted; the same again changes nothing."""
         with self._engine.begin() as connection:
             row = {
                 "batch_id": batch_id,
                 "tenant": tenant,
                 "source": source,
-                "accepted_lines": accepted,
-                "rejected_lines": bad,
+                "accepted_lines": 0,
+                "rejected_lines": 0,
                 "created_us": connection.scalar(sa.select(now_us())),
             }
             connection.execute(insert(connection, batches).on_conflict_do_nothing(), [row])
+
+    def count(self, batch_id: str, accepted: int, bad: int) -> None:
+        """Note its line counts, as far as it was read; what was read before stays counted."""
+        with self._engine.begin() as connection:
+            for column, seen in (
+                (batches.c.accepted_lines, accepted),
+                (batches.c.rejected_lines, bad),
+            ):
+                fewer = batches.c.batch_id == batch_id, column < seen
+                connection.execute(sa.update(batches).where(*fewer).values({column: seen}))
 
     def cancel(self, batch_id: str) -> dict[str, int]:
         """End what waits, in a few statements however much it is, and ask what runs to end: how

@@ -108,20 +108,21 @@ def submit(
     with path.open("rb") as file:
         digest = file_digest(file)
         batch_id = batch_id_for(tenant, digest, new)
-        for some in chunked(good(file, batch_id)):
-            try:
+        lines.batches.add(batch_id, tenant, f"{path.name} sha256:{digest}")
+        try:
+            for some in chunked(good(file, batch_id)):
                 lines.accept(some)
-            except IdempotencyConflict as error:
-                raise _read_otherwise(batch_id, error) from None
-            except QueueFull as error:
-                raise _no_more(batch_id, lines, error) from None
+        except IdempotencyConflict as error:
+            raise _read_otherwise(batch_id, error) from None
+        except QueueFull as error:
+            raise _no_more(batch_id, lines, error) from None
+        finally:
+            lines.batches.count(batch_id, lines.accepted, rejected)
         if file_digest(file) != digest:
             raise LoraBatchError(
                 f"{path.name} changed while it was read; what was accepted belongs to batch "
                 f"{batch_id}: cancel that, and submit the finished file"
             )
-    source = f"{path.name} sha256:{digest}"
-    lines.batches.add(batch_id, tenant, source, lines.accepted, rejected)
     return Submitted(batch_id, lines.accepted, rejected, lines.again, lines.finish())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,9 +15,10 @@ from lorabatch import Settings
 from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError
 from lorabatch.feed import Feed
 from lorabatch_producer import Producer
-from lorabatch_producer.batch import submit
+from lorabatch_producer.batch import batch_id_for, submit
 from lorabatch_producer.bulk import BadLine
 from lorabatch_producer.output import errors_path, write_output
+from lorabatch_producer.sending import CHUNK
 from tests.bad_inputs import CHAT, chat, line, short
 from tests.played_worker import by_adapter, run_queued
 
@@ -159,6 +161,32 @@ def test_a_file_that_grows_meanwhile_is_noticed(producer: Producer, file: Path) 
 
     with pytest.raises(LoraBatchError, match=r"in\.jsonl changed while it was read"):
         submit(producer, file, on_bad=grow)
+
+
+def test_what_was_accepted_of_a_file_that_was_interrupted_is_known(
+    producer: Producer, tmp_path: Path
+) -> None:
+    path = tmp_path / "in"
+    good = [short(prompt=f"p{n}") for n in range(CHUNK)]
+    path.write_bytes(b"\n".join([b"bad", *good, b"bad", short(prompt="last")]))
+
+    stop_at = CHUNK + 2
+
+    def interrupt(bad: BadLine) -> None:
+        if bad.number == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        submit(producer, path, "acme", on_bad=interrupt)
+    batch_id = batch_id_for("acme", hashlib.sha256(path.read_bytes()).hexdigest())
+    status = producer.status(batch_id)
+    assert (status.queued, status.rejected_lines, status.tenant) == (CHUNK, 2, "acme")
+    assert submit(producer, path, "acme").batch_id == batch_id
+    assert producer.status(batch_id).queued == CHUNK + 1
+    stop_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        submit(producer, path, "acme", on_bad=interrupt)
+    assert producer.status(batch_id).rejected_lines == 2, "no fewer than were seen before"
 
 
 def test_output_of_open_jobs_needs_partial(producer: Producer, file: Path, tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def test_a_file_that_finds_a_full_queue_goes_on_where_it_ended(
     assert "submit the same file again" in found.stderr
     assert found.stderr.count("\n") == 1
     assert ledger.counts() == {"queued": 11}
+    batch_id = found.stderr.split("batch ")[1].split(":")[0]
+    assert "0 of 11 done" in cli("batch", "status", batch_id).stdout
     run_queued(ledger)
     assert "22 lines accepted, the rest not" in cli("batch", "submit", path, code=2).stderr
     run_queued(ledger)
