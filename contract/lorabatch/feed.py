@@ -73,6 +73,15 @@ class Feed:
             _note(connection, [message.job_id for message in taken])
         return taken
 
+    def unsent(self, job_ids: Sequence[str]) -> list[str]:
+        """Those of these jobs that wait and that nobody has sent, each once, in the order given."""
+        found = set[str]()
+        with self._engine.execution_options(read_only=True).begin() as connection:
+            for some in chunks(sorted(set(job_ids))):
+                query = sa.select(jobs.c.job_id).where(UNSENT, self._mine, jobs.c.job_id.in_(some))
+                found.update(connection.scalars(query))
+        return [job_id for job_id in dict.fromkeys(job_ids) if job_id in found]
+
     def give_back(self, job_ids: Sequence[str]) -> None:
         """The broker did not take these: they are unsent again, and the workers' to send."""
         with self._engine.begin() as connection:

@@ -26,15 +26,12 @@ T = TypeVar("T")
 
 
 class NotSent(QueueNotReady):
-    """The jobs are accepted, but the broker did not take their messages; `job_ids` has them."""
+    """The jobs are accepted, but the broker did not take their messages. `job_ids`: of all jobs of
+    the call, in order; `unsent`: of those that wait without a message."""
 
-    def __init__(self, job_ids: Sequence[str], reason: object) -> None:
-        self.job_ids = list(job_ids)
-        who = (
-            f"job {self.job_ids[0]!r} is"
-            if len(self.job_ids) == 1
-            else f"{len(self.job_ids)} jobs are"
-        )
+    def __init__(self, job_ids: Sequence[str], unsent: Sequence[str], reason: object) -> None:
+        self.job_ids, self.unsent = list(job_ids), list(unsent)
+        who = f"job {unsent[0]!r} is" if len(unsent) == 1 else f"{len(unsent)} jobs are"
         super().__init__(
             f"{who} accepted, but not in the queue yet: {reason}; nothing is lost and nothing has "
             "to be sent again: the workers send what was accepted once the broker is back"
@@ -51,7 +48,7 @@ class Sender:
         self._queue = queue
         self._left = SENT_MAX
         self._reason: QueueNotReady | None = None
-        self._unsent: list[str] = []
+        self._ids: list[str] = []
 
     def chunk(self, accepted: Sequence[Job]) -> list[str]:
         """Commit up to CHUNK jobs: the ids they are known by, in order."""
@@ -59,15 +56,16 @@ class Sender:
         ids = [known[job.job_id] for job in accepted]
         if self._reason is None:
             self._send(ids[: self._left])
-        if self._reason is not None:
-            self._unsent.extend(ids)
+        if self._reason is not None or self._left:
+            self._ids.extend(ids)
         self._left = max(0, self._left - len(ids))
         return ids
 
     def finish(self) -> None:
-        """Raise NotSent if some accepted jobs could not be sent."""
-        if self._unsent:
-            raise NotSent(self._unsent, self._reason)
+        """Raise NotSent if the broker has failed and some accepted jobs have no message."""
+        unsent = self._feed.unsent(self._ids) if self._reason is not None else []
+        if unsent:
+            raise NotSent(self._ids, unsent, self._reason)
 
     def _send(self, job_ids: Sequence[str]) -> None:
         waiting = self._feed.take_these(job_ids) if job_ids else []

@@ -140,6 +140,22 @@ def test_a_broker_that_is_down_delays_jobs_and_loses_none(
     assert {m.job_id for m in fed} == {*caught.value.job_ids, *many.value.job_ids} - {"j0"}
 
 
+def test_only_jobs_that_have_no_message_are_counted_as_not_sent(
+    make: Any, ledger: Ledger, settings: Settings
+) -> None:
+    up, down = make(settings), make(settings.model_copy(update={"broker_url": DOWN}))
+    sent, ended = up.enqueue_many([{"prompt": "a", "idempotency_key": k} for k in "se"])
+    up.cancel(ended)
+    keys = "s", "e", "new", "new"
+    with pytest.raises(NotSent) as caught:
+        down.enqueue_many([{"prompt": "a", "idempotency_key": k} for k in keys])
+    *known, new, again = caught.value.job_ids
+    assert (known, again) == ([sent, ended], new)
+    assert str(caught.value).startswith(f"job {new!r} is accepted, but not in the queue yet")
+    assert caught.value.unsent == [new]
+    assert down.enqueue_many([{"prompt": "a", "idempotency_key": "s"}]) == [sent]
+
+
 def test_an_embedded_broker_that_cannot_start_is_a_broker_that_is_down(
     producer: Any, ledger: Ledger, settings: Settings
 ) -> None:
