@@ -23,7 +23,8 @@ EACH, ALL = "*each", "*all"  # no tenant's names
 
 @dataclass(frozen=True)
 class Limits:
-    """None: no limit. `weight`: twice as much gets twice the tokens, where several wait."""
+    """None: no limit of its own; 0: none may. `weight`: twice as much gets twice the tokens, where
+    several wait."""
 
     tenant: str
     weight: float = 1.0
@@ -95,13 +96,15 @@ class Room:
 
     def full(self, name: str, done: str) -> QueueFull:
         """The error for whose limit is reached; `done`: what became of the call."""
-        whose, which = f"tenant {name!r}", name
+        cap, whose, which = self._caps[name], f"tenant {name!r}", name
         if name == ALL:
             whose, which = "all tenants together", "--all"
+        fix = f"raise the limit with `lorabatch tenants set {which} --max-queued N`"
+        if not cap:
+            return QueueFull(f"{whose}: no jobs may wait; {done}: {fix}")
         return QueueFull(
-            f"{whose}: {self._caps[name]} jobs may wait and as many do; {done}: come again when "
-            f"some have ended, or raise the limit with `lorabatch tenants set {which} "
-            "--max-queued N`"
+            f"{whose}: {cap} jobs may wait and as many do; {done}: come again when some have "
+            f"ended, or {fix}"
         )
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -30,6 +30,21 @@ app = typer.Typer(no_args_is_help=True, help="Tenants: shares and limits.")
 Name = Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)]
 Each = Annotated[bool, typer.Option("--each", help="Every tenant that says nothing of its own.")]
 All = Annotated[bool, typer.Option("--all", help="All tenants together; --max-queued alone.")]
+NO_LIMIT = -1
+MOST = 2**31 - 1  # what the column takes
+
+
+def _most(text: str) -> int:
+    if text == "none":
+        return NO_LIMIT
+    if not (text.isascii() and text.isdecimal()) or int(text) > MOST:
+        raise typer.BadParameter(f"{printable(text[:80])!r}: wanted 0 to {MOST:,}, or none")
+    return int(text)
+
+
+def _limit(what: str) -> Any:
+    more = " none: no limit of its own, that of --each holds."
+    return typer.Option(parser=_most, metavar="N|none", help=what + more)
 
 
 @app.command("list")
@@ -62,10 +77,11 @@ def set_limits(
         float | None, typer.Option(help="Twice as much gets twice the tokens.")
     ] = None,
     max_running: Annotated[
-        int | None, typer.Option(min=0, help="Jobs under way at once; 0: no limit.")
+        int | None,
+        _limit("Jobs under way at once; 0: what waits goes on waiting."),
     ] = None,
     max_queued: Annotated[
-        int | None, typer.Option(min=0, help="Jobs that may wait; 0: no limit.")
+        int | None, _limit("Jobs that may wait; 0: whatever comes is refused.")
     ] = None,
 ) -> None:
     """Say what a tenant may have. What is left out stays as it was."""
@@ -76,11 +92,12 @@ def set_limits(
         said = Limits(
             tenant,
             before.weight if weight is None else weight,
-            before.max_running if max_running is None else max_running or None,
-            before.max_queued if max_queued is None else max_queued or None,
+            _said(max_running, before.max_running),
+            _said(max_queued, before.max_queued),
         )
         tenants.set(said)
-    typer.echo(_sentence(said))
+        others = {limits.tenant: limits for limits in tenants.list()}.get(EACH)
+    typer.echo(_sentence(said, others))
 
 
 @app.command()
@@ -134,6 +151,12 @@ def _before(tenants: Tenants, tenant: str) -> Limits:
     return known.get(tenant, Limits(tenant, weight))
 
 
+def _said(given: int | None, before: int | None) -> int | None:
+    if given is None:
+        return before
+    return None if given == NO_LIMIT else given
+
+
 def _shown(tenant: str) -> str:
     return SHOWN_NAMES.get(tenant, tenant)
 
@@ -146,11 +169,18 @@ def _cells(limits: Limits) -> tuple[str, str, str, str]:
     return printable(_shown(limits.tenant)), weight, running, queued
 
 
-def _sentence(limits: Limits) -> str:
-    queued = "any number" if limits.max_queued is None else f"at most {limits.max_queued:,}"
+def _sentence(limits: Limits, others: Limits | None) -> str:
+    """`others`: what holds where it says nothing of its own."""
+    if limits.tenant in SHOWN_NAMES or others is None:
+        others = Limits(EACH)
+    queued = f"{_number(limits.max_queued, others.max_queued)} may wait"
     if limits.tenant == ALL:
-        return f"{_shown(limits.tenant)}: {queued} may wait"
-    running = "any number" if limits.max_running is None else f"at most {limits.max_running:,}"
-    return (
-        f"{_shown(limits.tenant)}: weight {limits.weight:g}, {running} under way, {queued} may wait"
-    )
+        return f"{_shown(limits.tenant)}: {queued}"
+    running = _number(limits.max_running, others.max_running)
+    return f"{_shown(limits.tenant)}: weight {limits.weight:g}, {running} under way, {queued}"
+
+
+def _number(most: int | None, others: int | None) -> str:
+    if most is None:
+        return "any number" if others is None else f"{_number(others, None)} (as each other)"
+    return f"at most {most:,}" if most else "none"

@@ -9,6 +9,7 @@ import pytest
 
 from lorabatch import Ledger, Settings
 from lorabatch.errors import QueueFull
+from lorabatch.feed import Feed
 from lorabatch.tenants import ALL, EACH, Limits, Tenants
 from lorabatch_producer import Producer
 from lorabatch_producer.batch import submit
@@ -26,8 +27,28 @@ def test_what_is_left_out_stays_as_it_was(cli: Cli, ledger: Ledger) -> None:
     assert first == "acme: weight 2.5, any number under way, at most 1,000 may wait\n"
     cli("tenants", "set", "acme", "--max-running", "3")
     assert said(ledger) == [Limits("acme", 2.5, 3, 1000)]
-    cli("tenants", "set", "acme", "--max-queued", "0")
+    cli("tenants", "set", "acme", "--max-queued", "none")
     assert said(ledger) == [Limits("acme", 2.5, 3, None)]
+
+
+def test_0_pauses_a_tenant_and_none_ends_that(cli: Cli, ledger: Ledger) -> None:
+    cli("tenants", "set", "--each", "--max-running", "5", "--max-queued", "5")
+    waits = cli("enqueue", "hi", "--tenant", "acme").stdout.strip()
+    Feed(ledger.engine, "lorabatch").give_back([waits])
+    paused = cli("tenants", "set", "acme", "--max-running", "0", "--max-queued", "0").stdout
+    assert paused == "acme: weight 1, none under way, none may wait\n"
+    assert said(ledger)[1] == Limits("acme", 1.0, 0, 0)
+    assert Feed(ledger.engine, "lorabatch").take() == []
+    refused = cli("enqueue", "hi", "--tenant", "acme", code=2).stderr
+    assert "tenant 'acme': no jobs may wait; nothing of this call was accepted: raise" in refused
+    ended = cli("tenants", "set", "acme", "--max-running", "none", "--max-queued", "none").stdout
+    assert ended == (
+        "acme: weight 1, at most 5 (as each other) under way, at most 5 (as each other) may wait\n"
+    )
+    assert [m.job_id for m in Feed(ledger.engine, "lorabatch").take()] == [waits]
+    cli("enqueue", "hi", "--tenant", "acme")
+    cli("tenants", "set", "--all", "--max-queued", "0")
+    assert "together: no jobs may wait" in cli("enqueue", "hi", code=2).stderr
 
 
 def test_each_and_all(cli: Cli, ledger: Ledger) -> None:
@@ -76,6 +97,7 @@ def test_list_and_forget(cli: Cli, ledger: Ledger) -> None:
         (["acme", "--weight", "inf"], "inf is no number above 0"),
         (["acme", "--max-running", "-1"], "'--max-running'"),
         (["acme", "--max-queued", "1.5"], "'--max-queued'"),
+        (["acme", "--max-queued", "2147483648"], "wanted 0 to 2,147,483,647, or none"),
         (["--all", "--weight", "2"], "--max-queued, and nothing else"),
         (["--all", "--max-running", "2", "--max-queued", "2"], "--max-queued, and nothing else"),
     ],
