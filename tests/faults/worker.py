@@ -3,8 +3,9 @@
 The fake runner's worker with test-only switches: FAULT_CLOCK names a file with the seconds that
 this process's wall clock is ahead, which may change at any time; FAULT_TRAP as in traps.py;
 FAULT_BUSY_S is how long SQLite waits for a lock; FAULT_STALL_S is after how long without a step an
-engine is taken to hang; FAULT_TRANSPORT is JSON laid over the transport's options. The clock is
-`time.time`; `datetime.now` keeps the machine's. SIGUSR2 has it print where its threads are.
+engine is taken to hang; FAULT_TRANSPORT is JSON laid over the transport's options; FAULT_NEWER makes
+it one of a newer version, which knows the next schema and this task. The clock is `time.time`;
+`datetime.now` keeps the machine's. SIGUSR2 has it print where its threads are.
 """
 
 from __future__ import annotations
@@ -56,6 +57,24 @@ def _transport_options(changed: dict[str, float]) -> None:
     app.make_app = make_app
 
 
+def _newer(task: str) -> None:
+    app: Any = import_module("lorabatch_worker.app")
+    delivery: Any = import_module("lorabatch_worker.delivery")
+    delivery.VERSIONS = range(1, delivery.VERSIONS.stop + 1)
+
+    original = app.make_app
+
+    def run(**_: Any) -> str:
+        return "done"
+
+    def make_app(*args: Any, **options: Any) -> Any:
+        made = original(*args, **options)
+        made.task(run, name=task)
+        return made
+
+    app.make_app = make_app
+
+
 def main() -> int:
     if clock := os.environ.get("FAULT_CLOCK"):
         _shift_clock(Path(clock))  # before anything takes `time` by name
@@ -65,6 +84,8 @@ def main() -> int:
         _transport_options(json.loads(options))
     if stall := os.environ.get("FAULT_STALL_S"):
         import_module("lorabatch_worker.pulse").STALL_MIN_S = float(stall)  # type: ignore[attr-defined]
+    if task := os.environ.get("FAULT_NEWER"):
+        _newer(task)
     if trap := os.environ.get("FAULT_TRAP"):
         from tests.faults.traps import lay_traps
 

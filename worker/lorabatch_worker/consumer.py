@@ -4,8 +4,10 @@ In celery 5.7 an exception that is no connection error, raised while a message i
 while an acknowledgement runs on the hub, ends the worker; the message is given out again and
 ends the next one. Here a generate message that cannot be read becomes a recorded failure, any
 other is rejected, and an acknowledgement on a channel that is gone is logged: the broker gives
-that message out again. Raises the broker's connection errors, on which Celery reconnects.
-Bytes in the queue that are no kombu message are the transport's (transport.py).
+that message out again. What another worker may know, a task that this one does not have or a
+pointer of a newer schema, is parked: the broker keeps it, and gives it out again after a visibility
+timeout, for as long as no worker takes it. Raises the broker's connection errors, on which Celery
+reconnects. Bytes in the queue that are no kombu message are the transport's (transport.py).
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import structlog
 from celery.utils.log import get_logger
 from celery.worker.consumer import Consumer
 
+from lorabatch.errors import shown
 from lorabatch.queue import TASK_NAME
-from lorabatch_worker.delivery import unreadable
+from lorabatch_worker.delivery import newer_pointer, unreadable
+from lorabatch_worker.visibility import hide
 
 __all__ = ["JobConsumer"]
 
@@ -38,6 +42,8 @@ class JobConsumer(Consumer):
                 ours = message.headers.get("task") == TASK_NAME
                 if ours and (why := unreadable(message, self.app)):
                     self.pool.refuse(message.headers, why, lambda: self._acknowledge(message))
+                elif ours and (newer := newer_pointer(message)):
+                    _park(message, newer)
                 else:
                     receive(message)
             except fatal:
@@ -47,6 +53,10 @@ class JobConsumer(Consumer):
                 self.call_soon_ack(message.reject_log_error, celery_log, self.connection_errors)
 
         return on_message
+
+    def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+        """Of another program or version: Celery would fail and drop it."""
+        _park(message, f"no task {shown(exc.args[0])} here")
 
     def call_soon(self, p: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run on the hub's thread; a failure is logged and stops nothing."""
@@ -63,3 +73,11 @@ class JobConsumer(Consumer):
 
     def _acknowledge(self, message: Any) -> None:
         self.call_soon_ack(message.ack_log_error, celery_log, self.connection_errors)
+
+
+def _park(message: Any, why: str) -> None:
+    task_id = message.headers.get("id")
+    if task_id is None:  # protocol 1
+        task_id = message.payload.get("id")
+    log.warning("message parked", job_id=task_id, why=why)
+    hide(message.channel, message.delivery_tag, message.channel.visibility_timeout)

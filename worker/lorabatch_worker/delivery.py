@@ -21,9 +21,11 @@ from lorabatch.job import SCHEMA_VERSION, Job, is_identifier
 from lorabatch.result import ErrorInfo, Result
 from lorabatch_worker.links import refused_links
 
-__all__ = ["Delivery", "failed_result", "read", "tenant_of", "unreadable"]
+__all__ = ["Delivery", "failed_result", "newer_pointer", "read", "tenant_of", "unreadable"]
 
 POINTER_FIELDS = frozenset({"schema_version", "tenant", "adapter_id"})
+WHOLE_FIELDS = frozenset({"prompt", "messages"})
+VERSIONS = range(1, SCHEMA_VERSION + 1)
 
 
 @dataclass(eq=False)
@@ -70,7 +72,7 @@ def read(delivery: Delivery) -> Job | None:
             f"job {name}: {len(delivery.args)} positional arguments; give keyword arguments only"
         )
     fields = dict(delivery.kwargs)
-    if fields.keys() <= POINTER_FIELDS and fields.get("schema_version") == SCHEMA_VERSION:
+    if fields.keys() <= POINTER_FIELDS and fields.get("schema_version") in VERSIONS:
         return None
     if fields.get("job_id", delivery.task_id) != delivery.task_id:
         raise InvalidJob(
@@ -87,11 +89,9 @@ def unreadable(message: Any, app: Celery) -> str | None:
     worker, so it is looked at first.
     """
     try:
-        payload = message.payload
+        payload = _payload(message)
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises, it is the message's fault
         return f"the body cannot be read ({type(error).__name__}); send JSON"
-    if isinstance(payload, dict) and "args" in payload:  # protocol 1
-        payload = (payload["args"], payload.get("kwargs", {}), payload)
     if not isinstance(payload, list | tuple) or len(payload) != 3:
         return "the body is not [args, kwargs, options]"
     args, kwargs, options = payload
@@ -100,6 +100,23 @@ def unreadable(message: Any, app: Celery) -> str | None:
     if isinstance(options, dict) and (why := refused_links(options, app)):
         return why
     return _bad_header(message.headers)
+
+
+def newer_pointer(message: Any) -> str | None:
+    """Why a message that can be read is for newer workers; None if it is not. A whole job is not:
+    it is refused, and who sent it is told; what a pointer leads to was accepted."""
+    fields = _payload(message)[1]
+    version = fields.get("schema_version")
+    if WHOLE_FIELDS & fields.keys() or not isinstance(version, int) or version < VERSIONS.stop:
+        return None
+    return f"schema_version {version} is newer than {VERSIONS[-1]}; upgrade this worker"
+
+
+def _payload(message: Any) -> Any:
+    payload = message.payload
+    if isinstance(payload, dict) and "args" in payload:  # protocol 1
+        return payload["args"], payload.get("kwargs", {}), payload
+    return payload
 
 
 def _bad_header(headers: Mapping[str, Any]) -> str | None:

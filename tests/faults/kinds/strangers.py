@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
 from lorabatch.queue import TASK_NAME
 from lorabatch.tables import jobs
+from tests.faults.crew import Member
 from tests.faults.observed import Observed
 from tests.faults.shop import Shop
 from tests.faults.waiting import until
@@ -20,13 +22,14 @@ STRANGERS = 3
 
 
 def newer_message(shop: Shop, rng: random.Random, count: int) -> Observed:
-    """Whole jobs are refused and say so; of accepted jobs only the message is newer."""
-    shop.crew.ready(2)
+    """Whole jobs are refused and say so; pointers to accepted jobs wait for a newer worker."""
+    members = shop.crew.ready(2)
     batch = shop.accept(rng, count)
     pointers, whole = shop.make(rng, STRANGERS), shop.make(rng, STRANGERS)
-    shop.ledger.accept(pointers)
+    shop.ledger.accept(pointers, as_sent=True)
     shop.note(pointers)
     batch.add(pointers)
+    ids = [job.job_id for job in pointers]
     for job in pointers:
         fields = {"schema_version": NEWER, "tenant": job.tenant, "adapter_id": job.adapter_id}
         shop.client.send_task(TASK_NAME, kwargs=fields, task_id=job.job_id, ignore_result=True)
@@ -36,7 +39,12 @@ def newer_message(shop: Shop, rng: random.Random, count: int) -> Observed:
     shop.note(whole)
     batch.add(whole, plain=True)
     batch.allowed.update(dict.fromkeys((job.job_id for job in whole), FAILED))
-    return Observed(batch)
+    wrong = _parked(shop, members, ids)
+    if set(shop.ledger.states(ids).values()) != {"queued"}:
+        wrong.append("pointers of a newer schema were not left alone")
+    shop.wait_ended(batch, len(batch.jobs) - STRANGERS)
+    shop.crew.ready(1, FAULT_NEWER="new.task")
+    return Observed(batch, wrong=lambda: wrong)
 
 
 def newer_row(shop: Shop, rng: random.Random, count: int) -> Observed:
@@ -60,14 +68,36 @@ def newer_row(shop: Shop, rng: random.Random, count: int) -> Observed:
 
 
 def unknown_task(shop: Shop, rng: random.Random, count: int) -> Observed:
-    """Refused by name, in the log and to who waits for it; the jobs beside it go on."""
+    """It waits for a worker that knows it; the jobs beside it go on."""
     members = shop.crew.ready(2)
     name = f"lorabatch.summarize{rng.randrange(10**6)}"
     sent = [shop.client.send_task(name, kwargs={"text": "x"}) for _ in range(STRANGERS)]
     batch = shop.accept(rng, count)
-    until("refused", lambda: all(result.state == "FAILURE" for result in sent))
-    logged = any(member.news().count(name) > 0 for member in members)
-    return Observed(batch, wrong=lambda: [] if logged else ["dropped without a word in the log"])
+    wrong = _parked(shop, members, [result.id for result in sent])
+    if any(name not in line for line in _parkings(members)):
+        wrong.append(f"the log does not name {name}")
+    shop.wait_ended(batch)
+    shop.crew.ready(1, FAULT_NEWER=name)
+    until("run by one that knows it", lambda: all(result.state == "SUCCESS" for result in sent))
+    return Observed(batch, wrong=lambda: wrong)
+
+
+def _parked(shop: Shop, members: list[Member], ids: Sequence[str]) -> list[str]:
+    """Wait until these messages were seen and are still there, and then seen once more."""
+
+    def times(most: int) -> bool:
+        lines = _parkings(members)
+        return all(sum(job_id in line for line in lines) >= most for job_id in ids)
+
+    until("parked", lambda: times(1))
+    gone = set(ids) - shop.ids_in_broker()
+    until("given out again", lambda: times(2))
+    return [f"parked, and gone: {sorted(gone)}"] if gone else []
+
+
+def _parkings(members: list[Member]) -> list[str]:
+    lines = [line for member in members for line in member.news().splitlines()]
+    return [line for line in lines if "message parked" in line]
 
 
 def _write(shop: Shop, bodies: dict[str, dict[str, object]]) -> None:
