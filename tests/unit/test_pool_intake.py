@@ -64,6 +64,7 @@ class Bench:
                 pulse=self.pulse,
                 recorder=self.recorder,
                 publisher=self.publisher,
+                give_back=self.postponed.give_back,
             )
         )
 
@@ -175,15 +176,20 @@ def test_too_many_attempts_end_a_job(bench: Bench) -> None:
     assert "3 times" in error.message
 
 
-def test_a_row_of_a_newer_version_stays_held(bench: Bench) -> None:
+def test_a_row_of_a_newer_version_goes_back_to_the_broker(bench: Bench) -> None:
     bench.ledger.accept([Job(job_id="new", prompt="x"), Job(job_id="old", prompt="x")])
     with bench.ledger.engine.begin() as connection:
         body = {"schema_version": 2, "prompt": "x"}
         connection.execute(sa.update(jobs).where(jobs.c.job_id == "new").values(body=body))
+    given_back: list[float] = []
     bench.deliver("new")
+    newer = Delivery("new", lambda _: None, on_postponed=given_back.append, kwargs=POINTER)
+    bench.intake.put(newer)
     bench.deliver("old")
     bench.start()
-    wait_until(lambda: "old" in bench.ended and bench.live.counts()["held"] == 1)
+    wait_until(lambda: "old" in bench.ended and given_back)
+    wait_until(lambda: bench.live.counts() == {"live": 0, "held": 1})
+    assert given_back == [bench.settings.visibility_timeout_s]
     assert "new" not in bench.ended
     assert bench.ledger.states(["new"]) == {"new": "queued"}
 

@@ -4,7 +4,8 @@ A group is what was held and is due, and what is delivered while it is gathered 
 Every message takes one of these ways: refused (recorded as a failed job, published, acknowledged),
 attached to a job that is live here, claimed and submitted, settled (its job has ended already), or
 held (somebody else has the lease). Outages are waited out and nothing is acknowledged meanwhile.
-Raises nothing. A job whose row cannot be read, say one of a newer version, stays held.
+Raises nothing. A message that makes a group fail, say of a row of a newer version, is parked: it
+goes back to the broker, for any worker to take after a visibility timeout.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class IntakeParts:
     pulse: Pulse
     recorder: Recorder
     publisher: Publisher
+    give_back: Callable[[str, Sequence[Delivery], float], None]
     is_revoked: Callable[[str], bool] = lambda _: False
 
 
@@ -113,7 +115,7 @@ class Intake:
         return group
 
     def _take_all(self, group: Sequence[Delivery]) -> None:
-        """Take a group; if one of it makes that fail, take each alone and hold the culprit."""
+        """Take a group; if one of it makes that fail, take each alone and park the culprit."""
         if not group:
             return
         try:
@@ -126,8 +128,8 @@ class Intake:
                     self._take_all([delivery])
                 return
             job_id = group[0].job_id or group[0].task_id
-            log.error("message held: it cannot be taken", job_id=job_id, error=reason(error))
-            self._p.live.hold(job_id, list(group), self._p.settings.lease_s)
+            log.error("message parked", job_id=job_id, why=reason(error))
+            self._p.give_back(job_id, group, self._p.settings.visibility_timeout_s)
 
     def _take(self, group: Sequence[Delivery]) -> None:
         wanted: dict[str, list[Delivery]] = {}

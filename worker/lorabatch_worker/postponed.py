@@ -16,6 +16,7 @@ from functools import partial
 import structlog
 
 from lorabatch.ledger import Claim, Ledger
+from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.retry import Stopped, reason, until_it_works
 
@@ -74,7 +75,12 @@ class Postponed:
     def _give_up(self, claims: Sequence[Claim]) -> None:
         """They are not ours any more. What the ledger did not hear of, it hears by the lease."""
         for job_id, deliveries in self._live.lose(claims).items():
-            self._live.hold(job_id, [d for d in deliveries if d.on_postponed is None], AGAIN_S)
-            for delivery in deliveries:
-                if delivery.on_postponed is not None:
-                    self._post(partial(delivery.on_postponed, AGAIN_S))
+            self.give_back(job_id, deliveries, AGAIN_S)
+
+    def give_back(self, job_id: str, deliveries: Sequence[Delivery], again_s: float) -> None:
+        """From any thread: messages back to the broker, which gives them out again after so long.
+        One that cannot go back is held as long."""
+        self._live.hold(job_id, [d for d in deliveries if d.on_postponed is None], again_s)
+        for delivery in deliveries:
+            if delivery.on_postponed is not None:
+                self._post(partial(delivery.on_postponed, again_s))

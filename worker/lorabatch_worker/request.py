@@ -51,7 +51,7 @@ class JobRequest(Request):
         with contextlib.suppress(*self._connection_errors):  # it is given out again in any case
             hide(self._message.channel, self._message.delivery_tag, delay_s)
         self.acknowledged = True
-        self.send_event("task-retried", exception="its adapter is on its way", traceback="")
+        self.send_event("task-retried", exception="handed back, for later", traceback="")
 
     def revoked(self) -> bool:
         """Never drop the message here: `_announce_revoked` marks it for the intake."""

@@ -97,6 +97,7 @@ class Service:
                 pulse=self.pulse,
                 recorder=self.recorder,
                 publisher=self.publisher,
+                give_back=self.postponed.give_back,
                 is_revoked=revoked,
             )
         )
