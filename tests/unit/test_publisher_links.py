@@ -188,10 +188,8 @@ def test_a_link_that_cannot_be_sent_stops_neither_the_others_nor_the_end(
     assert bench.ended == ["job"]
 
 
-@pytest.mark.parametrize(("outages", "arrives"), [(2, True), (99, False)])
-def test_a_broker_that_is_away_is_tried_again_and_then_passed_over(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, outages: int, arrives: bool
-) -> None:
+def away_for(bench: Bench, monkeypatch: pytest.MonkeyPatch, outages: int) -> list[str]:
+    """The broker refuses the first so many calls: the names of what is sent, as it comes."""
     tries: list[str] = []
     send = bench.app.send_task
 
@@ -202,11 +200,31 @@ def test_a_broker_that_is_away_is_tried_again_and_then_passed_over(
         return send(name, *args, **options)
 
     monkeypatch.setattr(bench.app, "send_task", failing)
+    return tries
+
+
+def test_a_broker_that_is_away_is_tried_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = away_for(bench, monkeypatch, publishing.TRIES - 1)
     bench.end(DONE, bench.delivery(callbacks=[bench.task("save")]))
     assert tries == ["save"] * publishing.TRIES
-    assert bool(bench.sent()) is arrives
+    assert len(bench.sent()) == 1
     assert bench.ended == ["job"]
-    assert bench.stored("job").get(timeout=1) == VALUE
+
+
+@pytest.mark.parametrize(("ended", "link"), [(DONE, "callbacks"), (FAILED, "errbacks")])
+def test_a_message_whose_links_the_broker_does_not_take_goes_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, ended: Result, link: str
+) -> None:
+    away_for(bench, monkeypatch, 10**6)
+    given_back: list[float] = []
+    delivery = bench.delivery(**{link: [bench.task("save")]})
+    delivery.on_postponed = given_back.append
+    bench.end(ended, delivery, bench.delivery("plain"))
+    assert given_back == [publishing.AGAIN_S]
+    assert bench.ended == ["plain"], "nothing else waits for it"
+    assert bench.stored("job").state == ("SUCCESS" if ended is DONE else "FAILURE")
 
 
 def test_errbacks_are_called_though_the_result_cannot_be_stored(

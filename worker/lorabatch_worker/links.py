@@ -6,7 +6,8 @@ argument, here with (request, exception, None), any other as a task with the job
 job calls none.
 
 They come after the commit and before the acknowledgement, so at least once: what is delivered again
-calls them again. They are in the message alone. A job that a pointer of the sweeper brought to its
+calls them again, and a message whose links the broker does not take is delivered again. They are in
+the message alone. A job that a pointer of the sweeper brought to its
 end calls them when its own message comes again; with a message that the broker lost they are lost.
 
 Refused by name: a chord, because its parts are counted in the result backend, where one that is

@@ -4,8 +4,9 @@ acknowledgement.
 It comes after the commit and before the acknowledgement, on purpose: a crash in between leaves
 the message with the broker, its next delivery finds the job ended in the ledger, publishes
 again and is acknowledged. The ledger is the truth; a backend that stays away for a few tries
-is logged and passed over. So is a link (links.py) that raises, or that the broker does not take for
-a few tries; usually the acknowledgement is lost then, too, and the next delivery calls the link.
+is logged and passed over. A link (links.py) is in its message alone: one that raises is logged and
+passed over; while the broker does not take it, its message goes back to the broker instead of being
+acknowledged, and its next delivery, AGAIN_S later, calls the links again.
 Raises nothing. Not covered: chords.
 """
 
@@ -35,6 +36,7 @@ log = structlog.get_logger(__name__)
 TRIES = 3
 PAUSE_S = 0.2
 BACKEND_REST_S = 5.0
+AGAIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,20 @@ class Publisher:
 
     def _run(self) -> None:
         while (ended := self._queue.get()) is not None:
-            for task_id in sorted(ended.wanted | ended.links.keys()):
-                self._publish(task_id, ended)
+            called = {
+                task_id: self._publish(task_id, ended)
+                for task_id in sorted(ended.wanted | ended.links.keys())
+            }
             for delivery in ended.deliveries:
-                self._post(lambda d=delivery, r=ended.result: d.on_ended(r))  # type: ignore[misc]
+                if called.get(delivery.task_id, True) or delivery.on_postponed is None:
+                    self._post(partial(delivery.on_ended, ended.result))
+                else:
+                    self._post(partial(delivery.on_postponed, AGAIN_S))
 
-    def _publish(self, task_id: str, ended: _Ended) -> None:
-        """In Celery's order: links, so that the stored result names them; the result; errbacks."""
+    def _publish(self, task_id: str, ended: _Ended) -> bool:
+        """In Celery's order: links, so that the stored result names them; the result; errbacks.
+        False: the broker did not take a link."""
+        called = True
         state, value = told(ended.result)
         links = ended.links.get(task_id)
         stored: dict[str, Any] = {}
@@ -96,13 +105,14 @@ class Publisher:
             stored = {"request": links, "store_result": task_id in ended.wanted}
         if links is not None and state == states.SUCCESS:
             for call in after_success(self._app, links, value):
-                self._attempt("link not called", task_id, call, OUTAGES)
+                called &= self._attempt("link not called", task_id, call, OUTAGES)
         self._attempt(
             "result not published", task_id, partial(self._store, task_id, state, value, stored)
         )
         if links is not None and isinstance(value, Exception) and state == states.FAILURE:
             for call in after_failure(self._app, links, value):
-                self._attempt("link not called", task_id, call, OUTAGES)
+                called &= self._attempt("link not called", task_id, call, OUTAGES)
+        return called
 
     def _attempt(
         self,
@@ -110,20 +120,22 @@ class Publisher:
         task_id: str,
         call: Callable[[], None],
         passing: tuple[type[Exception], ...] = (Exception,),
-    ) -> None:
-        """Make a call, a few times if what it raises may pass; at last log that it `failed`."""
+    ) -> bool:
+        """Make a call, a few times if what it raises may pass; at last log that it `failed`. False:
+        it may work later."""
         resting = time.monotonic() - self._failed_s < BACKEND_REST_S
         for left in reversed(range(1 if resting else TRIES)):
             try:
                 call()
-                return
+                break
             except Exception as error:  # noqa: BLE001 - the ledger has the result whatever this is
                 may_pass = isinstance(error, passing)
                 if not left or not may_pass:
                     self._failed_s = time.monotonic() if may_pass else self._failed_s
                     log.warning(failed, job_id=task_id, error=type(error).__name__)
-                    return
+                    return not may_pass
                 time.sleep(PAUSE_S)
+        return True
 
     def _store(self, task_id: str, state: str, value: Any, options: Mapping[str, Any]) -> None:
         """`options`: the request, for one with links; the rest of its chain fails with it."""
