@@ -27,6 +27,7 @@ from lorabatch_worker.sweeper import task_id_of
 
 TESTS = Path(__file__).parents[1]
 WORKER = "from lorabatch_worker.main import main; main()"
+KEPT = ("PATH", "HOME", "PYTHONPATH")  # the last: which checkout's code a worker runs
 FAST = {
     "LORABATCH_MAX_SEQS": "8",
     "LORABATCH_LEASE_S": "2",
@@ -61,10 +62,11 @@ class Worker:
 
     def __init__(self, log: Path, env: dict[str, str]) -> None:
         self.log = log
+        kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 self.command,
-                env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env},
+                env={**kept, **env},
                 stdout=file,
                 stderr=file,
             )
