@@ -99,6 +99,9 @@ class FakeRunner:
     def warm(self, wanted: Wanted) -> str:
         return "loaded"
 
+    def place(self, wanted: Wanted) -> str:
+        return "memory" if wanted.version is None else "disk"
+
     def abort(self, job_id: str, reason: str) -> None:
         with self._lock:
             if job_id in self._running or any(c.job.job_id == job_id for c in self._waiting):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -27,6 +27,7 @@ __all__ = [
     "loads",
     "masked",
     "occupancies",
+    "places",
     "queue_lengths",
     "running_broker",
     "workers",
@@ -77,6 +78,31 @@ def loads(settings: Settings) -> dict[str, dict[str, float]]:
         except (OperationalError, redis.RedisError):
             return {}
     return {name: _figures(reply.get("pool", {})) for name, reply in sorted(replies.items())}
+
+
+def places(
+    settings: Settings, tenant: str, adapters: Mapping[str, str | None], answers: int
+) -> dict[str, dict[str, str]]:
+    """Where each of these adapters (a version, or None for what each worker has of that name) is,
+    by worker: "device", "memory", "disk" or "nowhere". `answers`: how many to wait
+    for, for PING_S at most."""
+    with _running_app(settings) as app:
+        if app is None:
+            return {}
+        return {
+            name: _asked(app, {"tenant": tenant, "adapter_id": name, "version": version}, answers)
+            for name, version in adapters.items()
+        }
+
+
+def _asked(app: Celery, arguments: dict[str, str | None], answers: int) -> dict[str, str]:
+    """Workers of before this question answer with an error, which is none."""
+    inspect = app.control.inspect(timeout=PING_S, limit=answers)
+    try:
+        replies = inspect._request("adapter_place", **arguments) or {}
+    except (OperationalError, redis.RedisError):
+        return {}
+    return {worker: said["ok"] for worker, said in sorted(replies.items()) if "ok" in said}
 
 
 def _figures(pool: dict[str, Any]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from lorabatch.statements import BODILESS
 from lorabatch.tables import NEVER_US, adapter_faults, jobs, results, usage_events
 from lorabatch.tenants import EACH, Limits, Tenants
 
-__all__ = ["MOST", "Ahead", "Bound", "Facts", "How", "SetAside", "facts"]
+__all__ = ["MOST", "Ahead", "Bound", "Facts", "How", "SetAside", "adapters_of", "facts"]
 
 MOST = 100_000
 MINUTE_US = 60_000_000
@@ -106,6 +106,13 @@ class Facts:
     ahead: Ahead | None
     how: How | None
     again: str | None
+
+
+def adapters_of(found: Facts) -> dict[str, str | None]:
+    """Names and versions; None: what each worker has of that name."""
+    if found.adapters or found.adapter_id is None:
+        return {bound.adapter_id: bound.version for bound in found.adapters}
+    return {found.adapter_id: None}
 
 
 def facts(engine: sa.Engine, job_id: str) -> Facts:

@@ -11,19 +11,26 @@ from lorabatch.errors import AttemptsExhausted
 from lorabatch.rows import moment
 from lorabatch_producer.console import printable
 from lorabatch_producer.services import NO_WORKER
-from lorabatch_producer.why import Ahead, Bound, Facts
+from lorabatch_producer.why import Ahead, Bound, Facts, adapters_of
 
 __all__ = ["lines"]
 
 Loads = Mapping[str, Mapping[str, float]]
+Places = Mapping[str, Mapping[str, str]]
+PLACES = {
+    "device": "on the device of",
+    "memory": "in memory of",
+    "disk": "in the disk cache of",
+    "nowhere": "not yet with",
+}
 
 
-def lines(facts: Facts, workers: Loads) -> list[str]:
-    """`workers`: those that answer, each with its figures."""
-    return [printable(line) for line in _lines(facts, workers)]
+def lines(facts: Facts, workers: Loads, places: Places) -> list[str]:
+    """`workers`: those that answer, each with its figures. `places`: of adapters, by worker."""
+    return [printable(line) for line in _lines(facts, workers, places)]
 
 
-def _lines(facts: Facts, workers: Loads) -> Iterator[str]:
+def _lines(facts: Facts, workers: Loads, places: Places) -> Iterator[str]:
     who = f"job {facts.job_id} of tenant {facts.tenant}"
     since = {"queued": facts.submitted_us, "running": facts.started_us}
     if facts.state not in since:
@@ -44,6 +51,8 @@ def _lines(facts: Facts, workers: Loads) -> Iterator[str]:
             f"adapter {facts.adapter_id!r} was not registered when it was accepted: each worker "
             "takes what it has of that name"
         )
+    for name in adapters_of(facts):
+        yield _place(name, places.get(name, {}))
     if facts.done_by_us is not None:
         yield _deadline(facts, facts.done_by_us)
     if facts.ahead is not None:
@@ -135,6 +144,17 @@ def _adapter(facts: Facts, adapter: Bound) -> Iterator[str]:
             f"that version failed {times} on workers of {fault.base_model!r} and is {until} "
             f"({fault.code}: {fault.reason})"
         )
+
+
+def _place(name: str, by_worker: Mapping[str, str]) -> str:
+    if not by_worker:
+        return f"adapter {name!r}: no worker answered whether it has it"
+    shown = [
+        f"{said} {', '.join(w for w, at in by_worker.items() if at == place)}"
+        for place, said in PLACES.items()
+        if place in by_worker.values()
+    ]
+    return f"adapter {name!r} is {'; '.join(shown)}"
 
 
 def _deadline(facts: Facts, done_by_us: int) -> str:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from lorabatch import Job
 from lorabatch.errors import JobFailed
 from lorabatch.queue import TASK_NAME
+from lorabatch_producer import services
 from lorabatch_producer.cli import app
 
 WAIT_S = 30
@@ -174,6 +175,24 @@ def test_status_shows_how_full_the_steps_were(
     for result in sent:
         with pytest.raises(TaskRevokedError):
             result.get(timeout=WAIT_S)
+    running.wait_broker_empty()
+
+
+def test_why_says_where_a_jobs_adapter_is(running: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in running.env.items():
+        monkeypatch.setenv(name, value)
+    slots = int(running.env["LORABATCH_MAX_SEQS"])
+    sent = start_long(running, slots)
+    (job,) = running.accept(1)
+    shown = CliRunner().invoke(app, ["why", job.job_id]).stdout
+    assert re.search(
+        r"^adapter 'adapter-0' is in memory of lorabatch-\d+@\S+$", shown, re.MULTILINE
+    )
+    unheard = services._asked(running.client, {"no": "such argument"}, 1)
+    assert unheard == {}, "an error is no answer"
+    running.client.control.revoke([r.id for r in sent], terminate=True)
+    for result in sent:
+        wait_cancelled(running, result.id)
     running.wait_broker_empty()
 
 

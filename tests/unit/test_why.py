@@ -76,7 +76,7 @@ def test_there_is_an_end_to_counting(
     accept(ledger, "a", "b", "c", "d", priority=1)
     accept(ledger, "j")
     assert (ahead("j").jobs, ahead("j").more) == (3, True)
-    text = "\n".join(lines(why.facts(ledger.engine, "j"), {}))
+    text = "\n".join(lines(why.facts(ledger.engine, "j"), {}, {}))
     assert "more than 3 jobs of its tenant come before it" in text
     change(ledger, "a", state="cancelled")
     assert (ahead("j").jobs, ahead("j").more) == (3, False)
@@ -116,7 +116,7 @@ def test_the_estimate_is_of_the_last_minute(ledger: Ledger, ahead: Ahead) -> Non
     accept(ledger, *map(str, range(9)), priority=1)
     accept(ledger, "j")
     assert ahead("j").ended_last_minute == 2, "what was cancelled while it waited never ran"
-    assert lines(why.facts(ledger.engine, "j"), {})[-2] == (
+    assert lines(why.facts(ledger.engine, "j"), {}, {})[-2] == (
         "2 jobs of its tenant ended in the last minute: at that rate those before it take "
         "about 4.5 min"
     )

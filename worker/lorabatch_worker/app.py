@@ -17,14 +17,14 @@ from lorabatch.queue import TASK_NAME, make_app
 from lorabatch.registry import Registry
 from lorabatch.settings import Settings
 from lorabatch_worker import transport
-from lorabatch_worker.control import warm_adapter
+from lorabatch_worker.control import adapter_place, warm_adapter
 from lorabatch_worker.logs import own_logging
 from lorabatch_worker.runner import Runner
 from lorabatch_worker.visibility import VisibilityHeartbeat
 
 __all__ = ["WorkerParts", "make_worker_app"]
 
-REMOTE_CONTROL = (warm_adapter,)  # Celery knows them by their import
+REMOTE_CONTROL = (adapter_place, warm_adapter)  # Celery knows them by their import
 
 
 @dataclass(frozen=True)

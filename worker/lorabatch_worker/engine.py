@@ -24,6 +24,7 @@ import torch
 
 from lorabatch.errors import OutOfMemory
 from lorabatch.ledger import Claim, Outcome
+from lorabatch_worker.adapters.place import place_of
 from lorabatch_worker.adapters.store import AdapterStore
 from lorabatch_worker.adapters.wanted import Wanted
 from lorabatch_worker.adapters.weights import Adapter
@@ -141,6 +142,9 @@ class Engine:
 
     def warm(self, wanted: Wanted) -> str:
         return self.store.warm(wanted)
+
+    def place(self, wanted: Wanted) -> str:
+        return place_of(wanted, self.scheduler.slots, self.store)
 
     def drain(self, timeout_s: float) -> list[Claim]:
         self._deadline_s = time.monotonic() + timeout_s

@@ -60,6 +60,10 @@ class Runner(Protocol):
         """Begin to load an adapter ahead of its jobs, if that has not been done: "loaded",
         "loading", or why it cannot be."""
 
+    def place(self, wanted: Wanted) -> str:
+        """Where an adapter is by now: "device", "memory", "disk" (fetched before) or "nowhere".
+        Loads nothing and waits for nothing."""
+
     def drain(self, timeout_s: float) -> list[Claim]:
         """Admit nothing more, let running jobs end for at most `timeout_s`, stop the thread.
         Returns the claims that did not end; their outcomes will not be reported."""

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from lorabatch_producer.client import Producer
-from lorabatch_producer.services import loads
-from lorabatch_producer.why import facts
+from lorabatch_producer.services import loads, places
+from lorabatch_producer.why import adapters_of, facts
 from lorabatch_producer.why_lines import lines
 
 __all__ = ["why"]
@@ -23,9 +23,15 @@ def why(
     with Producer() as producer:
         found = facts(producer.ledger.engine, job_id)
         workers = loads(producer.settings) if found.how is None else {}
-    said = lines(found, workers)
+        asked = adapters_of(found) if workers else {}
+        where = places(producer.settings, found.tenant, asked, len(workers))
+    said = lines(found, workers, where)
     if as_json:
-        typer.echo(json.dumps({**dataclasses.asdict(found), "workers": workers, "lines": said}))
+        typer.echo(
+            json.dumps(
+                {**dataclasses.asdict(found), "workers": workers, "places": where, "lines": said}
+            )
+        )
         return
     for line in said:
         typer.echo(line)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from lorabatch import Job, Ledger
+from lorabatch import Job, Ledger, Settings
 from lorabatch.batches import Batches
 from lorabatch.errors import JobNotFound
 from lorabatch.feed import Feed
@@ -166,6 +166,36 @@ def test_workers_that_answer(cli: Cli, ledger: Ledger, monkeypatch: pytest.Monke
     assert figures == {"waiting": 1234, "running": 5, "max-concurrency": 32}
     monkeypatch.setattr(why_command, "loads", lambda settings: {"a@b": figures, "c@d": {}})
     assert "2 workers answer: a@b (1,234 waiting, 5 running), c@d\n" in said(cli, "j")
+
+
+def test_where_its_adapter_is(cli: Cli, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(ledger)
+    accept(ledger, "bound", adapter_id="sql", tenant="acme")
+    accept(ledger, "free", adapter_id="pirate")
+    accept(ledger, "base")
+    asked: list[Any] = []
+    found = {"w1": "device", "w2": "nowhere", "w3": "device", "w4": "memory", "w5": "disk"}
+
+    def places(settings: Settings, *question: Any) -> dict[str, dict[str, str]]:
+        asked.append(question)
+        return dict.fromkeys(question[1], found)
+
+    monkeypatch.setattr(why_command, "places", places)
+    assert "adapter 'sql': no worker answered whether it has it\n" in said(cli, "bound")
+    monkeypatch.setattr(why_command, "loads", lambda settings: {name: {} for name in found})
+    assert (
+        "adapter 'sql' is on the device of w1, w3; in memory of w4; in the disk cache of w5; "
+        "not yet with w2\n"
+    ) in said(cli, "bound")
+    assert "adapter 'pirate' is on the device" in said(cli, "free")
+    assert "adapter" not in said(cli, "base")
+    assert asked[1:] == [
+        ("acme", {"sql": VERSION}, 5),
+        ("default", {"pirate": None}, 5),
+        ("default", {}, 5),
+    ]
+    found.clear()
+    assert "adapter 'pirate': no worker answered whether it has it\n" in said(cli, "free")
 
 
 def test_the_limit_is_reached(cli: Cli, ledger: Ledger) -> None:

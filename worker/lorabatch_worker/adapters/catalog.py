@@ -117,6 +117,11 @@ class AdapterCatalog:
         version = entry.version or self._fetched.get(entry.adapter_id)
         return version is not None and self._disk.get(version) is not None
 
+    def was_fetched(self, wanted: Wanted) -> bool:
+        """Whether the disk cache has it; asks nobody."""
+        version = wanted.version or self._fetched.get(wanted.adapter_id)
+        return version is not None and self._disk.has(version)
+
     @contextlib.contextmanager
     def hold(self, entry: Entry) -> Iterator[Path]:
         """The folder with its files, fetched if need be; they stay inside the block."""

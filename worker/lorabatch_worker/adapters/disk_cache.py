@@ -75,6 +75,10 @@ class DiskCache:
             return None
         return folder
 
+    def has(self, version: str) -> bool:
+        """Whether it is here, which is no use of it."""
+        return VERSION.fullmatch(version) is not None and (self._root / version).is_dir()
+
     @contextlib.contextmanager
     def hold(self, version: str) -> Iterator[Path | None]:
         """As `get`; no worker takes the folder out inside the block."""

@@ -58,7 +58,11 @@ class AdapterSlots:
         return sum(one.users for one in self._resident.values())
 
     def is_resident(self, adapter: Adapter | None) -> bool:
-        return adapter is None or adapter.version in self._resident
+        return adapter is None or self.has(adapter.version)
+
+    def has(self, version: str) -> bool:
+        """From any thread."""
+        return version in self._resident
 
     def acquire(self, sequence: Sequence) -> bool:
         """Give the sequence its adapter's slot, loading it if need be. False: no room beside those

@@ -77,7 +77,7 @@ class AdapterStore:
 
     def request(self, wanted: Wanted | WantedMerge) -> Loading:
         """The adapter, now or when it is loaded; its failure is the future's exception."""
-        known = self._known(wanted)
+        known = self.known(wanted)
         if known is not None:  # at once: all threads may be busy with slow ones
             ready = Loading()
             ready.set_result(known)
@@ -182,11 +182,11 @@ class AdapterStore:
     def _to_fetch_from(self, wanted: Wanted | WantedMerge) -> str | None:
         """The kind of source, the first one of a merge; None if all of it is on this machine."""
         parts = wanted.parts if isinstance(wanted, WantedMerge) else (wanted,)
-        entries = (self.catalog.find(part) for part in parts if not self._known(part))
+        entries = (self.catalog.find(part) for part in parts if not self.known(part))
         return next((e.location.kind for e in entries if not self.catalog.at_hand(e)), None)
 
     def _load(self, wanted: Wanted | WantedMerge) -> Adapter:
-        known = self._known(wanted)  # loaded while this waited for its thread
+        known = self.known(wanted)  # loaded while this waited for its thread
         if known is not None:
             return known
         if isinstance(wanted, WantedMerge):
@@ -280,7 +280,7 @@ class AdapterStore:
 
     # -- what is in memory -------------------------------------------------------
 
-    def _known(self, wanted: Wanted | WantedMerge) -> Adapter | None:
+    def known(self, wanted: Wanted | WantedMerge) -> Adapter | None:
         """The adapter if it is in memory and its files are as they were."""
         if isinstance(wanted, Wanted):
             if wanted.version is not None:
@@ -289,7 +289,7 @@ class AdapterStore:
         merged = self._memory.get(wanted)
         if merged is None or all(part.version for part in wanted.parts):
             return merged
-        parts = [self._known(part) for part in wanted.parts]  # of names that may mean others now
+        parts = [self.known(part) for part in wanted.parts]  # of names that may mean others now
         current = [part for part in parts if part is not None]
         same = len(current) == len(parts) and merged_version(current, wanted.spec) == merged.version
         return merged if same else None
