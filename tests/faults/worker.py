@@ -3,8 +3,8 @@
 The fake runner's worker with test-only switches: FAULT_CLOCK names a file with the seconds that
 this process's wall clock is ahead, which may change at any time; FAULT_TRAP as in traps.py;
 FAULT_BUSY_S is how long SQLite waits for a lock; FAULT_STALL_S is after how long without a step an
-engine is taken to hang; FAULT_TRANSPORT is JSON laid over the transport's options; FAULT_NEWER makes
-it one of a newer version, which knows the next schema and this task. The clock is `time.time`;
+engine is taken to hang; FAULT_TRANSPORT is JSON laid over the transport's options; FAULT_NEWER has
+it be of a newer version, which knows the next schema and this task. The clock is `time.time`;
 `datetime.now` keeps the machine's. SIGUSR2 has it print where its threads are.
 """
 
