@@ -2,8 +2,9 @@
 
     python -m bench.plots [--results FOLDER] [--format svg|png]
 
-One picture a question and device: throughput, adapters, breakdown, context, service, many. Of rows
-of the same question and conditions the last one counts. A question without rows gets no picture.
+One picture a question and device: throughput, adapters, breakdown, context, service, many, soak. Of
+rows of the same question and conditions the last one counts. A question without rows gets no
+picture.
 Each picture says under what conditions its figures were measured. Raises RowError for rows that
 cannot be read, SystemExit where there is nothing to draw.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 
 from bench import pictures
 from bench.picture_many import many
+from bench.picture_soak import soak
 from bench.record import RESULTS
 from bench.rows import Row, newest, newest_figures, read_rows
 
@@ -36,6 +38,7 @@ PICTURES: dict[str, tuple[Draw, tuple[str, ...]]] = {
     "context": (pictures.context, ("context",)),
     "service": (pictures.service, ("prefix", "end_to_end")),
     "many": (many, ("many",)),
+    "soak": (soak, ("soak",)),
 }
 """Picture -> how to draw it, and the questions whose rows it takes."""
 
@@ -47,6 +50,7 @@ CONDITIONS = {
     "prefix": ("dtype", "jobs", "prefix_tokens", "adapters"),
     "end_to_end": ("dtype", "jobs", "engine"),
     "many": ("dtype", "slots", "host_bytes"),
+    "soak": ("database",),
 }
 """What two rows of a question must agree in for the later one to replace the other."""
 
@@ -99,12 +103,13 @@ def device_name(row: Row) -> str:
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-def draw(results: Path, form: str = "svg") -> list[Path]:
-    """Draw all that the folder has rows of; the pictures' paths."""
+def draw(results: Path, form: str = "svg", names: Iterable[str] = PICTURES) -> list[Path]:
+    """Draw these, of what the folder has rows of; the pictures' paths."""
     made = []
     folder = results / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (picture, questions) in PICTURES.items():
+    for name in names:
+        picture, questions = PICTURES[name]
         by_device: dict[str, list[Row]] = {}
         for question in questions:
             for row in rows_of(question, results):

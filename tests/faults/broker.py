@@ -59,6 +59,11 @@ class Broker:
         """Its URL for who goes through a proxy."""
         return f"redis://:{self.password}@{host}:{port}/0"
 
+    @property
+    def pid(self) -> int:
+        """Of the server, if no `prefix` stands before it."""
+        return self._process.pid
+
     def start(self) -> None:
         config = self._folder / "valkey.conf"
         config.write_text(

@@ -49,6 +49,11 @@ class Member:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    @property
+    def ready(self) -> bool:
+        """Whether it has begun to work; it may have ended since."""
+        return '"ready"' in self.text()
+
     def mark(self) -> None:
         """`news` begins here."""
         self._seen = len(self.text())
@@ -59,7 +64,7 @@ class Member:
     def wait_ready(self) -> Member:
         def ready() -> bool:
             assert self.alive, self.text()[-4000:]
-            return '"ready"' in self.text()
+            return self.ready
 
         until("worker ready", ready)
         return self

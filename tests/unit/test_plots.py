@@ -44,6 +44,23 @@ ROWS: dict[str, dict[str, Any]] = {
         "host_bytes": 1 << 30,
         "of_few": {"8 equal": 1.0, "8 zipf": 1.0, "1000 zipf": 0.9, "1000 even": 0.8},
     },
+    "soak": {
+        "database": "sqlite",
+        "minutes": 1.0,
+        "jobs": 600,
+        "faults": {"SIGTERM": 2},
+        "lost": 0,
+        "duplicated": 0,
+        "survivor": {"warm_minutes": 0.2, "rss_mb_grown": 0.5},
+        "series": {
+            "minutes": [0.5, 1.0],
+            "rss_mb": [90.0, 91.0],
+            "fds": [20, 21],
+            "threads": [10, 10],
+            "broker_mb": [2.0, 2.1],
+            "open_jobs": [3, 4],
+        },
+    },
     "end_to_end": {"engine": "real", "jobs": 9, "engine_to_service": 0.9, "seconds": SECONDS},
 }
 
@@ -69,6 +86,7 @@ def test_every_question_with_rows_gets_a_picture_that_tells_its_conditions(tmp_p
         "context-2-x-test-cpu.svg",
         "service-2-x-test-cpu.svg",
         "many-2-x-test-cpu.svg",
+        "soak-2-x-test-cpu.svg",
     ]
     for path in made:
         drawn = path.read_text()

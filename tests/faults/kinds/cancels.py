@@ -10,7 +10,7 @@ from tests.faults.observed import Observed
 from tests.faults.shop import Shop
 from tests.faults.waiting import until
 
-__all__ = ["queued", "racing", "running"]
+__all__ = ["cancel", "queued", "racing", "running"]
 
 CANCELLED = frozenset({"cancelled"})
 EITHER = frozenset({"cancelled", "succeeded"})
@@ -21,7 +21,7 @@ def queued(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     """A third of what has just been accepted."""
     shop.crew.ready(2)
     batch = shop.accept(rng, jobs)
-    _cancel(shop, batch, rng.sample(batch.ids, k=max(1, jobs // 3)))
+    cancel(shop, batch, rng.sample(batch.ids, k=max(1, jobs // 3)))
 
     def wrong() -> list[str]:
         started = shop.started()
@@ -40,7 +40,7 @@ def running(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     until("they run", lambda: all(shop.started()[job_id] for job_id in long))
     time.sleep(rng.uniform(0.0, 0.5))
     asked_us = shop.now_us()
-    _cancel(shop, batch, long)
+    cancel(shop, batch, long)
     batch.allowed.update(dict.fromkeys(long, CANCELLED))
     return Observed(batch, recovered=lambda: shop.taken_up_s(long, asked_us))
 
@@ -52,12 +52,12 @@ def racing(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     ids = batch.ids
     while ids:
         some, ids = ids[:3], ids[3:]
-        _cancel(shop, batch, some)
+        cancel(shop, batch, some)
         time.sleep(rng.uniform(0.0, 0.02))
     return Observed(batch)
 
 
-def _cancel(shop: Shop, batch: Batch, job_ids: list[str]) -> None:
-    """What each was at that moment says what it may end as."""
+def cancel(shop: Shop, batch: Batch, job_ids: list[str]) -> None:
+    """What each job was at that moment says what it may end as."""
     for job_id, state in shop.ledger.cancel(job_ids).items():
         batch.allowed[job_id] = EITHER if state == "running" else frozenset({state})

@@ -17,7 +17,15 @@ from tests.faults.observed import Observed
 from tests.faults.shop import Shop
 from tests.faults.waiting import until
 
-__all__ = ["commit_cut", "deadlock", "locked", "locked_often", "not_serialized", "refused"]
+__all__ = [
+    "Lock",
+    "commit_cut",
+    "deadlock",
+    "locked",
+    "locked_often",
+    "not_serialized",
+    "refused",
+]
 
 LONG_LEASE = {"LORABATCH_LEASE_S": "60"}
 LOCKS_BACK_OFF_S = "0.2"
@@ -36,7 +44,7 @@ def refused(shop: Shop, rng: random.Random, jobs: int) -> Observed:
 def locked(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     """Another process has SQLite's lock for longer than a worker waits for it."""
     members = shop.crew.ready(2, FAULT_BUSY_S=LOCKS_BACK_OFF_S, **LONG_LEASE)
-    lock = _Lock(shop)
+    lock = Lock(shop)
     observed = _away(shop, rng, jobs, members, lock.take, lock.give)
     lock.close()
     return observed
@@ -128,7 +136,7 @@ def locked_often(shop: Shop, rng: random.Random, count: int) -> Observed:
     members = shop.crew.ready(2, FAULT_BUSY_S=LOCKS_BACK_OFF_S)
     batch = shop.accept(rng, count)
     done = threading.Event()
-    lock = _Lock(shop)
+    lock = Lock(shop)
     for _ in range(4):
         lock.take()
         done.wait(rng.uniform(0.3, 0.8))
@@ -139,7 +147,7 @@ def locked_often(shop: Shop, rng: random.Random, count: int) -> Observed:
     return Observed(batch, hit=hit, recovered=_recorded(shop, batch, shop.now_us()))
 
 
-class _Lock:
+class Lock:
     """SQLite's write lock, from another connection."""
 
     def __init__(self, shop: Shop) -> None:

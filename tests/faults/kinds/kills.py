@@ -11,7 +11,7 @@ from tests.faults.observed import Fault, Observed
 from tests.faults.shop import Shop
 from tests.faults.waiting import until
 
-__all__ = ["kill_at", "kill_sometime"]
+__all__ = ["MOST", "kill_at", "kill_sometime"]
 
 PLAIN = 0.25
 PORTIONS = 3

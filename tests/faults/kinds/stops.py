@@ -14,7 +14,7 @@ from tests.faults.observed import Fault, Observed
 from tests.faults.shop import LEASE_S, Shop
 from tests.faults.waiting import NotWithin, until
 
-__all__ = ["sleep_at", "sleep_sometime", "stop_by"]
+__all__ = ["sleep_at", "sleep_sometime", "stop_by", "stopped"]
 
 HAND_BACK_LIMIT_S = 30.0
 STEPS = (20, 200)
@@ -51,7 +51,7 @@ def sleep_sometime(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     batch = shop.accept(rng, jobs, tokens=STEPS, plain=0.25)
     shop.wait_moment(rng, batch, 0.5)
     victim.signal(signal.SIGSTOP)
-    until("stopped", lambda: _stopped(victim))
+    until("stopped", lambda: stopped(victim))
     return _asleep(shop, victim, batch)
 
 
@@ -60,9 +60,9 @@ def sleep_at(boundary: str) -> Fault:
         victim, _ = shop.crew.ready(2)
         victim.arm(boundary, rng.randint(1, 4), signal.SIGSTOP)
         batch = shop.accept(rng, jobs, tokens=STEPS, plain=0.25)
-        until("stopped", lambda: _stopped(victim) or shop.ended(batch) == len(batch.jobs))
+        until("stopped", lambda: stopped(victim) or shop.ended(batch) == len(batch.jobs))
         victim.disarm()
-        if not _stopped(victim):
+        if not stopped(victim):
             return Observed(batch, hit=False)
         # in the middle of a commit it has the rows' locks, so nobody takes over
         observed = _asleep(shop, victim, batch, taken=boundary != "before-commit")
@@ -95,5 +95,5 @@ def _refused(victim: Member) -> list[str]:
     return [] if too_late else ["the stale commit was not seen to be refused"]
 
 
-def _stopped(victim: Member) -> bool:
+def stopped(victim: Member) -> bool:
     return psutil.Process(victim.process.pid).status() == psutil.STATUS_STOPPED
