@@ -1,4 +1,4 @@
-"""The soak in small: a stream of jobs, three faults on it, what is seen of one worker that stays."""
+"""The soak in small: a stream of jobs, faults on it, and what is seen of one worker that stays."""
 
 from __future__ import annotations
 
