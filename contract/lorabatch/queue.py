@@ -66,6 +66,7 @@ def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
     backend = settings.result_backend_url or url
     if backend == LEDGER:
         backend = f"{LEDGER}+{settings.resolved_database_url}"
+    restore_s = min(5.0, settings.visibility_timeout_s / 4)
     app = Celery(name, broker=url, backend=backend, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
@@ -79,9 +80,10 @@ def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
         broker_connection_retry_on_startup=True,
         broker_transport_options={
             "visibility_timeout": settings.visibility_timeout_s,
-            "unacked_restore_interval": min(5.0, settings.visibility_timeout_s / 4),
+            "unacked_restore_interval": restore_s,
             "unacked_restore_throttle": 1,
-            "unacked_mutex_expire": 30,
+            # who is cut off while it has the lock keeps it for so long; it only saves work
+            "unacked_mutex_expire": restore_s,
             "queue_order_strategy": "round_robin",
             "socket_timeout": 10,
             "socket_connect_timeout": 5,

@@ -1,11 +1,12 @@
 """Row 4 on a real network: workers, router and servers in network namespaces of one machine.
 
     python -m tests.faults.namespaces [--tries 3] [--jobs 120] [--only NAME] [--seed N]
-                                      [--longest-s 20]
+                                      [--longest-s 20] [--long-s 60]
 
 Needs root, `ip netns`, `ss -K`, and no firewall; on PostgreSQL. Each fault lasts for up to
---longest-s and is lifted; the figure is how long after that the first job was claimed. Two workers,
-both behind the router, with the product's own timeouts. Writes its table into docs/reliability.md
+--longest-s and is lifted; the figure is how long after that the first job was claimed. Then the
+partitions again, of --long-s each (0: not again). Two workers, both behind the router, with the
+product's own timeouts. Writes its table into docs/reliability.md
 and lines to bench/results/faults.jsonl. Exits 1 as `python -m tests.faults` does.
 """
 
@@ -60,19 +61,35 @@ HURTS: dict[str, Hurt] = {
     "half-open, broker": partial(_half_open, BROKER),
     "half-open, database": partial(_half_open, DATABASE),
 }
+AT_ONCE = ("resets", "half-open")
+PARTITIONS = (
+    "no way to the broker",
+    "no way to the database",
+    "no way back",
+    "no way there or back",
+)
+
+Span = tuple[float, float]
+
+
+def cases(longest_s: float, long_s: float) -> dict[str, tuple[Hurt, Span]]:
+    """What to do, and for how many seconds, at least and at most."""
+    some = (longest_s / 4, longest_s)
+    found = {n: (hurt, (0.0, 0.0) if n.startswith(AT_ONCE) else some) for n, hurt in HURTS.items()}
+    long = PARTITIONS if long_s else ()
+    return found | {f"{n}, {long_s:g} s": (HURTS[n], (long_s, long_s)) for n in long}
 
 
 def part(
-    network: Network, hurt: Hurt, longest_s: float, shop: Shop, rng: random.Random, jobs: int
+    network: Network, hurt: Hurt, span: Span, shop: Shop, rng: random.Random, jobs: int
 ) -> Observed:
     (member, _) = shop.crew.ready(2)
     batch = shop.accept(rng, jobs - jobs // 2)
     shop.wait_moment(rng, batch)
-    at_once = hurt in [HURTS[name] for name in HURTS if name.startswith(("resets", "half"))]
     hurt(network)
     try:
         shop.accept(rng, jobs // 2, into=batch)
-        time.sleep(0.0 if at_once else rng.uniform(longest_s / 4, longest_s))
+        time.sleep(rng.uniform(*span))
     finally:
         network.heal()
     return consuming_again(shop, batch, shop.now_us(), member)
@@ -111,6 +128,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=120)
     parser.add_argument("--only", default="")
     parser.add_argument("--longest-s", type=float, default=20.0)
+    parser.add_argument("--long-s", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reliability.md")
     parser.add_argument("--forward", default="", help=argparse.SUPPRESS)
@@ -124,10 +142,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="lorabatch-faults-"))
     sums = []
     with Network() as network, town(network, folder) as shop:
-        for name, hurt in HURTS.items():
+        for name, (hurt, span) in cases(args.longest_s, args.long_s).items():
             if args.only not in name:
                 continue
-            one = Sum(Case(4, name, partial(part, network, hurt, args.longest_s)), shop.database)
+            one = Sum(Case(4, name, partial(part, network, hurt, span)), shop.database)
             sums.append(one)
             for number in range(args.tries):
                 rng = random.Random(f"{args.seed}/{name}/{number}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from typing import Any
 
 import kombu.transport
@@ -15,6 +17,7 @@ from lorabatch_worker import transport
 from lorabatch_worker.transport import Transport
 from lorabatch_worker.visibility import hide
 from tests.broker_desk import INDEX, BrokerDesk
+from tests.faults.waiting import until
 
 
 def test_all_that_there_is_room_for_comes_in_one_answer(broker_desk: BrokerDesk) -> None:
@@ -135,6 +138,49 @@ def test_a_reply_is_waited_for_as_kombu_does_it(broker_desk: BrokerDesk) -> None
         message.ack()
     broker_desk.run()
     assert broker_desk.noted() == (0, 0)
+
+
+def test_a_connection_that_is_gone_leaves_nothing_in_the_loop(broker_desk: BrokerDesk) -> None:
+    rounds = len(broker_desk.hub.on_tick)
+    gone = weakref.ref(broker_desk.connection.transport)
+    for _ in range(3):
+        broker_desk.connection.collect()
+        broker_desk.connection.register_with_event_loop(broker_desk.hub)
+    gc.collect()
+    assert len(broker_desk.hub.on_tick) == rounds
+    assert gone() is None
+
+
+def test_a_close_that_the_server_did_not_answer_is_a_lost_connection(
+    broker_desk: BrokerDesk,
+) -> None:
+    broker_desk.send("a", "b")
+    assert broker_desk.run() == ["a", "b"]
+    broker_desk.got[0].ack()
+    kept = broker_desk.connection.transport.client
+    broker_desk.channel._disconnect_pools()  # so far does kombu come
+    broker_desk.connection.transport.client = None
+    broker_desk.channel.qos.send_acks()
+    with pytest.raises(redis.ConnectionError, match="was closed"):
+        broker_desk.channel.close()
+    assert broker_desk.noted() == (2, 2), "they come again when their time is over"
+    broker_desk.connection.transport.client = kept
+
+
+def test_who_is_cut_off_while_giving_messages_back_stops_the_others_for_seconds_only(
+    broker_desk: BrokerDesk,
+) -> None:
+    broker_desk.close()
+    broker_desk.open(0, queues="lorabatch")
+    broker_desk.send("a")
+    assert broker_desk.run() == ["a"]
+    broker_desk.server.zadd(INDEX, dict.fromkeys(broker_desk.server.zrange(INDEX, 0, -1), 1))
+    options = broker_desk.app.conf.broker_transport_options
+    expire_s = options["unacked_mutex_expire"]
+    assert broker_desk.server.lock("unacked_mutex", timeout=expire_s).acquire(blocking=False)
+    qos = broker_desk.channel.qos
+    until("given back", lambda: qos.restore_visible(interval=1) or broker_desk.run(), 15.0)
+    assert [message.headers["id"] for message in broker_desk.got] == ["a", "a"]
 
 
 def test_a_key_prefix_is_left_to_kombu(broker_desk: BrokerDesk) -> None:

@@ -52,6 +52,7 @@ def make_worker_app(
         worker_disable_rate_limits=True,
         worker_disable_prefetch=False,
         worker_enable_prefetch_count_reduction=False,
+        broker_connection_max_retries=None,  # for ever: an end would lose what runs
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,

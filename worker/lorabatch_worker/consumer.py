@@ -6,13 +6,15 @@ ends the next one. Here a generate message that cannot be read becomes a recorde
 other is rejected, and an acknowledgement on a channel that is gone is logged: the broker gives
 that message out again. What another worker may know, a task that this one does not have or a
 pointer of a newer schema, is parked: the broker keeps it, and gives it out again after a visibility
-timeout, for as long as no worker takes it. Raises the broker's connection errors, on which Celery
-reconnects. Bytes in the queue that are no kombu message are the transport's (transport.py).
+timeout, for as long as no worker takes it. A broker that is away is asked for every few seconds.
+Raises the broker's connection errors, on which Celery reconnects. Bytes in the queue that are no
+kombu message are the transport's (transport.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -28,6 +30,8 @@ __all__ = ["JobConsumer"]
 
 log = structlog.get_logger(__name__)
 celery_log = get_logger(__name__)
+
+RECONNECT_S = 5
 
 
 class JobConsumer(Consumer):
@@ -70,6 +74,14 @@ class JobConsumer(Consumer):
         return self.hub.call_soon(guarded)
 
     call_soon_ack = call_soon
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Until there is a connection. Celery would ask less and less often, twice a minute at
+        last, and the broker be back for half a minute before anybody came."""
+        conn.ensure_connection = partial(
+            conn.ensure_connection, interval_start=1, interval_step=1, interval_max=RECONNECT_S
+        )
+        return super().ensure_connected(conn)
 
     def _acknowledge(self, message: Any) -> None:
         self.call_soon_ack(message.ack_log_error, celery_log, self.connection_errors)

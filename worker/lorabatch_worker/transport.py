@@ -15,7 +15,8 @@ from __future__ import annotations
 from importlib.resources import files
 from queue import Empty
 from time import monotonic, time
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import kombu.transport
 import redis
@@ -201,6 +202,13 @@ class Channel(stock.Channel):
             if tag in self.qos._delivered and self.qos._delivered[tag] is None:
                 self.qos.ack(tag)  # a consumer without acknowledgements
 
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        """A close that the server did not answer leaves a channel without its connection. kombu
+        then raises what neither it nor Celery takes for a lost connection, and the worker ends."""
+        if self.connection is None or self.connection.client is None:
+            raise redis.ConnectionError("the connection of this channel was closed")
+        return super()._connparams(asynchronous)
+
     def close(self) -> None:
         if not self.closed and isinstance(self.qos, QoS):
             self.qos.send_acks()
@@ -213,8 +221,15 @@ class Transport(stock.Transport):
     Channel = Channel
     loop: Any = None
 
+    _ticks: ClassVar[WeakKeyDictionary[Any, set[Any]]] = WeakKeyDictionary()
+
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
+        """A worker's loop has one connection. kombu would leave what the ones before it had put
+        into every round of the loop, and with it all that they were made of."""
+        loop.on_tick -= self._ticks.pop(loop, set())
+        before = set(loop.on_tick)
         super().register_with_event_loop(connection, loop)
+        self._ticks[loop] = loop.on_tick - before
         self.loop = loop
 
 
