@@ -30,6 +30,9 @@ __all__ = ["check_schema", "connect", "now_us", "open_database", "upgrade"]
 
 # How soon a server that went without a word is missed: in seconds, tcp_user_timeout in ms.
 SERVER_LOST = {"connect_timeout": 10, "tcp_user_timeout": 20_000, "keepalives_idle": 30}
+# How soon the server misses a client in mid-transaction, in seconds. Until then it keeps its locks,
+# and jobs whose row is locked are nobody's to claim: without this for two hours after a cut.
+CLIENT_LOST_S = 60
 
 
 class now_us(sa.sql.expression.FunctionElement[int]):
@@ -53,11 +56,20 @@ def _now_postgresql(element: now_us, compiler: SQLCompiler, **kw: Any) -> str:
 def connect(url: str) -> sa.Engine:
     """An engine whose transactions are safe for many writers. Opens nothing yet."""
     if not url.startswith("sqlite"):
-        return sa.create_engine(url, pool_pre_ping=True, connect_args=SERVER_LOST)
+        engine = sa.create_engine(url, pool_pre_ping=True, connect_args=SERVER_LOST)
+        sa.event.listen(engine, "connect", _postgres_connect)
+        return engine
     engine = sa.create_engine(url, connect_args={"timeout": 30.0})
     sa.event.listen(engine, "connect", _sqlite_connect)
     sa.event.listen(engine, "begin", _sqlite_begin)
     return engine
+
+
+def _postgres_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET idle_in_transaction_session_timeout = '{CLIENT_LOST_S}s'")
+    cursor.close()
+    connection.commit()
 
 
 def _sqlite_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
