@@ -7,6 +7,7 @@ are dated by the database's clock, never by a worker's. Raises DatabaseNotReady.
 from __future__ import annotations
 
 import sqlite3
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,17 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from lorabatch.embedded import file_lock
 from lorabatch.errors import DatabaseNotReady
 from lorabatch.settings import Settings
+from lorabatch.tables import schema_readers
 
-__all__ = ["check_schema", "connect", "now_us", "open_database", "upgrade"]
+__all__ = [
+    "alembic_config",
+    "check_schema",
+    "connect",
+    "migrate",
+    "now_us",
+    "open_database",
+    "upgrade",
+]
 
 
 # How soon a server that went without a word is missed: in seconds, tcp_user_timeout in ms.
@@ -33,6 +43,9 @@ SERVER_LOST = {"connect_timeout": 10, "tcp_user_timeout": 20_000, "keepalives_id
 # How soon the server misses a client in mid-transaction, in seconds. Until then it keeps its locks,
 # and jobs whose row is locked are nobody's to claim: without this for two hours after a cut.
 CLIENT_LOST_S = 60
+LOCK_NOT_AVAILABLE = "55P03"
+LOCK_TRIES = 240
+LOCK_PAUSE_S = 0.5
 
 
 class now_us(sa.sql.expression.FunctionElement[int]):
@@ -98,33 +111,72 @@ def alembic_config(url: str) -> Config:
 
 
 def upgrade(url: str) -> tuple[str | None, str]:
-    """Bring the schema to this version's head: (revision before, revision after)."""
+    """Bring the schema to this version's head, while workers go on: (revision before, after). A
+    newer one that serves this version is left as it is. Raises DatabaseNotReady."""
+    config = alembic_config(url)
     engine = connect(url)
     try:
         with engine.connect() as connection:
             before = MigrationContext.configure(connection).get_current_revision()
+        if before is not None and before not in _revisions(config):
+            check_schema(engine)
+            return before, before
     except sa.exc.DatabaseError as error:
         raise _not_reachable(engine, error) from None
     finally:
         engine.dispose()
-    config = alembic_config(url)
-    command.upgrade(config, "head")
+    migrate(config)
     return before, _head(config)
 
 
+def migrate(config: Config) -> None:
+    """Run the revisions that are missing. One that does not get its locks is tried again: others
+    work in between. Raises DatabaseNotReady if somebody holds them for minutes."""
+    for _ in range(LOCK_TRIES):
+        try:
+            command.upgrade(config, "head")
+            return
+        except sa.exc.OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != LOCK_NOT_AVAILABLE:
+                raise
+        time.sleep(LOCK_PAUSE_S)
+    raise DatabaseNotReady(
+        f"the schema was not changed: a lock that it needs was not free in {LOCK_TRIES} tries; end "
+        "the long transaction (SELECT * FROM pg_stat_activity ORDER BY xact_start) and run "
+        "`lorabatch db upgrade` again"
+    )
+
+
 def check_schema(engine: sa.Engine) -> None:
-    """Raise DatabaseNotReady unless the schema is at this version's head."""
+    """Raise DatabaseNotReady unless the schema is this version's, or a newer one that serves it."""
+    config = alembic_config(str(engine.url))
+    head = _head(config)
     try:
         with engine.connect() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
+            known = current is None or current in _revisions(config)
+            oldest = None if known else _oldest_code(connection, current)
     except sa.exc.DatabaseError as error:
         raise _not_reachable(engine, error) from None
-    head = _head(alembic_config(str(engine.url)))
-    if current != head:
+    if current == head or oldest in _revisions(config):
+        return
+    if known:
         raise DatabaseNotReady(
             f"database {engine.url!r} is at schema {current or 'none'}, wanted {head}: "
             "run `lorabatch db upgrade`"
         )
+    raise DatabaseNotReady(
+        f"database {engine.url!r} is at schema {current}, which serves versions from schema "
+        f"{oldest or current} on, and this one knows {head}: install a newer lorabatch here"
+    )
+
+
+def _oldest_code(connection: sa.Connection, revision: str | None) -> str | None:
+    """What a revision that this version does not know says of older ones."""
+    if not sa.inspect(connection).has_table(schema_readers.name):
+        return None
+    query = sa.select(schema_readers.c.oldest_code)
+    return connection.scalar(query.where(schema_readers.c.revision == revision))
 
 
 def open_database(settings: Settings) -> sa.Engine:
@@ -141,6 +193,11 @@ def open_database(settings: Settings) -> sa.Engine:
         engine.dispose()
         raise
     return engine
+
+
+def _revisions(config: Config) -> set[str]:
+    """That this version has."""
+    return {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
 
 
 def _head(config: Config) -> str:

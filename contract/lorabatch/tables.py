@@ -19,7 +19,9 @@ __all__ = [
     "job_attempts",
     "jobs",
     "metadata",
+    "queues",
     "results",
+    "schema_readers",
     "tenants",
     "usage_events",
 ]
@@ -148,6 +150,14 @@ jobs = sa.Table(
     _partial("ix_jobs_due", "done_by_us", where=f"state = 'queued' AND done_by_us < {NEVER_US}"),
 )
 
+queues = sa.Table(
+    "queues",
+    metadata,
+    sa.Column("queue", sa.String(64), primary_key=True),
+    sa.Column("base_model", sa.String(255), nullable=False, comment="of all its workers"),
+    sa.Column("updated_us", Micros, nullable=False),
+)
+
 tenants = sa.Table(
     "tenants",
     metadata,
@@ -258,4 +268,11 @@ usage_events = sa.Table(
     sa.Index(None, "tenant", "occurred_us"),
     sa.Index(None, "occurred_us"),
     sa.Index(None, "job_id"),
+)
+
+schema_readers = sa.Table(
+    "schema_readers",
+    metadata,
+    sa.Column("revision", sa.String(32), primary_key=True),
+    sa.Column("oldest_code", sa.String(32), nullable=False, comment="that works with its schema"),
 )

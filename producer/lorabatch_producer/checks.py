@@ -114,7 +114,7 @@ def _database(settings: Settings) -> Check:
         return Check("database", "missing", str(error))
     finally:
         engine.dispose()
-    return Check("database", "ok", f"{masked(url)}, schema at head")
+    return Check("database", "ok", f"{masked(url)}, its schema serves this version")
 
 
 def _broker(settings: Settings) -> Check:

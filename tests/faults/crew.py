@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.faults.waiting import until
 
-__all__ = ["ROOT", "Crew", "Member"]
+__all__ = ["ROOT", "STOP_LIMIT_S", "Crew", "Member"]
 
 ROOT = Path(__file__).parents[2]
 STOP_LIMIT_S = 60

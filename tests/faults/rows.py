@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 
 from tests.faults.kinds import brokers, cancels, clocks, databases, devices, kills, stops, strangers
+from tests.faults.kinds.upgrades import migrated
 from tests.faults.observed import Fault
 from tests.faults.traps import BOUNDARIES
 
@@ -64,4 +65,5 @@ CASES = (
     Case(21, "message of a newer schema", strangers.newer_message),
     Case(21, "row of a newer schema", strangers.newer_row),
     Case(21, "unknown task", strangers.unknown_task),
+    Case(22, "schema upgraded under load", migrated),
 )

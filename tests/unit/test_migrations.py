@@ -15,21 +15,23 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-from lorabatch import Settings
+from lorabatch import Settings, database
 from lorabatch.database import (
     _migrations,
     alembic_config,
     check_schema,
     connect,
+    migrate,
     open_database,
     upgrade,
 )
 from lorabatch.errors import DatabaseNotReady
 from lorabatch.ledger import Ledger
-from lorabatch.tables import metadata
+from lorabatch.tables import metadata, schema_readers
+from tests.later import LATEST, later_config
 
 ROOT = Path(__file__).parents[2]
-HEAD = "0003"
+HEAD = "0004"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -79,16 +81,80 @@ def test_down_to_nothing_and_up_again(url: str, engine: sa.Engine) -> None:
 
 
 def test_a_database_that_is_not_upgraded_is_refused(url: str, engine: sa.Engine) -> None:
-    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0003: run `lorabatch db up"):
+    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0004: run `lorabatch db up"):
         check_schema(engine)
 
 
-def test_a_newer_schema_is_refused(url: str, engine: sa.Engine) -> None:
+def test_a_newer_schema_that_says_nothing_of_this_version_is_refused(
+    url: str, engine: sa.Engine
+) -> None:
     upgrade(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(DatabaseNotReady, match="at schema 9999, wanted 0003"):
+    for look in (lambda: check_schema(engine), lambda: upgrade(url)):
+        with pytest.raises(DatabaseNotReady, match=f"at schema 9999, .* knows {HEAD}: install"):
+            look()
+
+
+def test_a_newer_schema_that_serves_this_version_is_taken(url: str, engine: sa.Engine) -> None:
+    migrate(later_config(url))
+    check_schema(engine)
+    assert upgrade(url) == (LATEST, LATEST)
+    command.downgrade(later_config(url), HEAD)
+    assert differences(engine) == []
+    assert said(engine) == {HEAD: "0003"}
+
+
+def test_a_newer_schema_that_wants_newer_code_is_refused(url: str, engine: sa.Engine) -> None:
+    migrate(later_config(url))
+    with engine.begin() as connection:
+        connection.execute(sa.update(schema_readers).values(oldest_code="9001"))
+    with pytest.raises(DatabaseNotReady, match="at schema 9002, .* from schema 9001 on"):
         check_schema(engine)
+
+
+def said(engine: sa.Engine) -> dict[str, str]:
+    with engine.connect() as connection:
+        return {
+            row.revision: row.oldest_code for row in connection.execute(schema_readers.select())
+        }
+
+
+def test_revisions_say_which_code_they_serve(engine: sa.Engine, url: str) -> None:
+    upgrade(url)
+    shown = said(engine)
+    after_this_rule = {f"{n:04}" for n in range(4, int(HEAD) + 1)}
+    assert shown.keys() == after_this_rule, "oldest_code is missing"
+    assert all(shown[revision] <= revision for revision in shown)
+    assert [shown[revision] for revision in sorted(shown)] == sorted(shown.values())
+
+
+def test_a_lock_that_others_hold_is_not_waited_for(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upgrade(postgres_url)
+    monkeypatch.setattr(database, "LOCK_PAUSE_S", 0.0)
+    monkeypatch.setattr(database, "LOCK_TRIES", 2)
+    engine = connect(postgres_url)
+    with engine.begin() as connection:
+        connection.execute(sa.select(sa.func.count()).select_from(metadata.tables["jobs"]))
+        with pytest.raises(DatabaseNotReady, match="not free in 2 tries; end the long transaction"):
+            migrate(later_config(postgres_url))
+    migrate(later_config(postgres_url))
+    check_schema(engine)
+    engine.dispose()
+
+
+def test_an_index_that_was_left_half_made_is_made_anew(postgres_url: str) -> None:
+    config = later_config(postgres_url)
+    command.upgrade(config, "9001")
+    engine = connect(postgres_url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE INDEX ix_jobs_remark ON jobs (remark)")
+    migrate(config)
+    (made,) = [i for i in sa.inspect(engine).get_indexes("jobs") if i["name"] == "ix_jobs_remark"]
+    assert made["column_names"] == ["remark", "tenant"]
+    engine.dispose()
 
 
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="The ledger's database.")
 
 @app.command()
 def upgrade() -> None:
-    """Bring the schema to this version; safe to run again."""
+    """Bring the schema to this version, while workers go on; safe to run again."""
     settings = Settings.load()
     url = settings.resolved_database_url
     if settings.embedded_database:
@@ -28,10 +28,10 @@ def upgrade() -> None:
 
 @app.command()
 def check() -> None:
-    """Say whether the schema is this version's; exit code 2 if not."""
+    """Say whether the schema serves this version; exit code 2 if not."""
     engine = connect(Settings.load().resolved_database_url)
     try:
         check_schema(engine)
     finally:
         engine.dispose()
-    typer.echo(f"{engine.url!r}: at this version's schema")
+    typer.echo(f"{engine.url!r}: its schema serves this version")

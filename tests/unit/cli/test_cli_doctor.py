@@ -44,7 +44,7 @@ def test_the_doctor_finds_all_well(
     assert valkey_running(home) is None
     cli("enqueue", "hi")
     found = lines(cli("doctor"))
-    assert found["database"].endswith("schema at head")
+    assert found["database"].endswith("its schema serves this version")
     assert "valkey 9" in found["broker"]
 
 
