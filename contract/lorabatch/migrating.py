@@ -1,11 +1,11 @@
 """How a migration changes a database that workers are using.
 
-A revision adds, with defaults that the database fills in; what is no longer used goes with a revision
-of a later release (docs/decisions/0015-versions-meet.md). It says `oldest_code`, the oldest revision
-whose code works with what it leaves, which is noted in the database for code that is older than the
-schema. An index on a table that is in use is a revision of its own, by `index_in_use`, and may begin
-again. On PostgreSQL no statement waits longer than LOCK_MS for a lock, because all claims would wait
-behind it: `lorabatch.database.migrate` tries again. Database errors pass through.
+A revision adds, with defaults that the database fills in; what is no longer used goes with one of
+a later release (docs/decisions/0015-versions-meet.md). It says `oldest_code`, the oldest revision
+whose code works with what it leaves; that is noted in the database, for code that is older than
+the schema. An index on a table that is in use is a revision of its own, by `index_in_use`, and may
+begin again. On PostgreSQL no statement waits longer than LOCK_MS for a lock, because all claims
+would wait behind it: `lorabatch.database.migrate` tries again. Database errors pass through.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ sides agree on serializer, transport options and queues. Raises QueueNotReady.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
@@ -20,15 +21,16 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from lorabatch.embedded import ensure_valkey
-from lorabatch.errors import QueueNotReady
+from lorabatch.errors import QueueNotReady, SettingsError, shown
 from lorabatch.job import SCHEMA_VERSION
 from lorabatch.ledger import Message
-from lorabatch.settings import Settings
+from lorabatch.settings import QUEUE_PATTERN, Settings
 
 __all__ = [
     "LANES",
     "TASK_NAME",
     "check_broker",
+    "check_name",
     "drained",
     "lane",
     "make_app",
@@ -41,6 +43,16 @@ LEDGER = "lorabatch"  # the result backend that reads the ledger, by its entry p
 SEND_BATCH = 1000
 LANES = 16
 CELERY = "celery"  # where plain clients send by default; none of our producers does
+
+
+def check_name(queue: str) -> str:
+    """The name of a queue as it is given. Raises SettingsError."""
+    if not re.fullmatch(QUEUE_PATTERN, queue):
+        raise SettingsError(
+            f"queue {shown(queue)}: wanted letters, digits and _ . : -, the first one a letter or "
+            "digit, at most 64"
+        )
+    return queue
 
 
 def lane(queue: str, tenant: str) -> str:

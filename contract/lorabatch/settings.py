@@ -29,6 +29,7 @@ from lorabatch.location import AdapterSource, is_path
 __all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path"]
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_QUEUE = "lorabatch"
 PREFIX = "LORABATCH_"
 # Variables of the environment alone: where lorabatch.toml is; 0 turns compiled CPU kernels off.
 READ_ELSEWHERE = ("config", "native")
@@ -63,14 +64,15 @@ class Settings(BaseSettings):
         default=None, description="results for Celery clients; lorabatch: ledger; unset: broker"
     )
     database_url: str | None = Field(default=None, description="SQLAlchemy URL; unset: SQLite")
-    queue: str = Field(default="lorabatch", description="where producers send")
+    queue: str = Field(default=DEFAULT_QUEUE, description="where producers send")
     consume: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=("lorabatch", "celery"), description="comma list: the queues a worker drains"
+        default_factory=lambda known: _own_queues(known.get("queue", DEFAULT_QUEUE)),
+        description="comma list: what a worker drains; unset: queue, and celery beside lorabatch",
     )
     transport: Literal["atomic", "stock"] = Field(
         default="atomic", description="how workers fetch messages; stock: as kombu does"
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N; cuda:any: a free one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: bfloat16 on cuda and on CPUs that have it, else float32"
     )
@@ -212,8 +214,8 @@ class Settings(BaseSettings):
     @field_validator("device")
     @classmethod
     def _device(cls, device: str) -> str:
-        if not re.match(r"^(auto|cpu|cuda(:\d+)?)$", device):
-            raise ValueError("allowed: auto, cpu, cuda, cuda:N")
+        if not re.match(r"^(auto|cpu|cuda(:(\d+|any))?)$", device):
+            raise ValueError("allowed: auto, cpu, cuda, cuda:N, cuda:any")
         return device
 
     @field_validator("broker_url", "result_backend_url")
@@ -276,6 +278,12 @@ class Settings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'lorabatch.db'}"
+
+
+def _own_queues(queue: str) -> tuple[str, ...]:
+    """Plain Celery clients, which send to celery by default, mean the base model of the default
+    queue."""
+    return (queue, "celery") if queue == DEFAULT_QUEUE else (queue,)
 
 
 def explain_settings(error: ValidationError) -> str:

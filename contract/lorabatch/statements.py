@@ -70,7 +70,8 @@ def locked(
 def known_jobs(connection: sa.Connection, asked: Sequence[Job]) -> dict[tuple[str, str], Any]:
     """Rows by (tenant, idempotency key)."""
     found: dict[tuple[str, str], Any] = {}
-    columns = (jobs.c.job_id, jobs.c.tenant, jobs.c.idempotency_key, jobs.c.request_hash)
+    names = ("job_id", "tenant", "idempotency_key", "request_hash", "queue")
+    columns = [jobs.c[name] for name in names]
     for chunk in chunks(asked):
         keys = [job.key for job in chunk]
         tenants = {job.tenant for job in chunk}
@@ -81,8 +82,11 @@ def known_jobs(connection: sa.Connection, asked: Sequence[Job]) -> dict[tuple[st
     return found
 
 
-def same_request(job: Job, request_hash: str, known: dict[tuple[str, str], Any]) -> str:
-    """The id that this request is known by; IdempotencyConflict if its key asked otherwise."""
+def same_request(
+    job: Job, request_hash: str, known: dict[tuple[str, str], Any], queue: str | None
+) -> str:
+    """The id that this request is known by; IdempotencyConflict if its key asked otherwise, or for
+    workers of another queue. None: of any."""
     row = known.get((job.tenant, job.key))
     if row is None:
         raise IdempotencyConflict(
@@ -93,6 +97,12 @@ def same_request(job: Job, request_hash: str, known: dict[tuple[str, str], Any])
         raise IdempotencyConflict(
             f"job {job.job_id!r}: idempotency key {job.key!r} of tenant {job.tenant!r} belongs to "
             f"job {row.job_id!r}, which asks for something else; use a new key"
+        )
+    if queue not in (row.queue, None):
+        raise IdempotencyConflict(
+            f"job {job.job_id!r}: idempotency key {job.key!r} of tenant {job.tenant!r} belongs to "
+            f"job {row.job_id!r} in queue {row.queue!r}, and this is for {queue!r}; use a new key, "
+            "or that queue"
         )
     return str(row.job_id)
 

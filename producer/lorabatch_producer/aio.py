@@ -46,13 +46,23 @@ class AsyncProducer:
         """Close all connections; a later call opens new ones."""
         await asyncio.to_thread(self.producer.close)
 
-    async def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
-        """Accept and send one job: its id, or the known one for a known idempotency key."""
-        return await asyncio.to_thread(self.producer.enqueue, job, **fields)
+    async def enqueue(
+        self,
+        job: Job | Mapping[str, Any] | None = None,
+        /,
+        *,
+        queue: str | None = None,
+        **fields: Any,
+    ) -> str:
+        """Accept and send one job: its id, or the known one for a known idempotency key. `queue`:
+        whose workers run it, and so with which base model; None: that of our settings."""
+        return await asyncio.to_thread(self.producer.enqueue, job, queue=queue, **fields)
 
-    async def enqueue_many(self, jobs: Iterable[Job | Mapping[str, Any]]) -> list[str]:
-        """Accept and send jobs in chunks of 1000: their ids, in order."""
-        return await asyncio.to_thread(self.producer.enqueue_many, jobs)
+    async def enqueue_many(
+        self, jobs: Iterable[Job | Mapping[str, Any]], queue: str | None = None
+    ) -> list[str]:
+        """Accept and send jobs in chunks of 1000: their ids, in order. `queue`: as in `enqueue`."""
+        return await asyncio.to_thread(self.producer.enqueue_many, jobs, queue)
 
     async def result(self, job_id: str) -> Result | None:
         """The result; None while the job is open. Raises JobNotFound."""

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from lorabatch import Job, Ledger
 from lorabatch.batches import Batches
 from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError, QueueFull
+from lorabatch.queues import Queues
 from lorabatch.statements import known_jobs
 from lorabatch.tables import batches as batch_rows
 from lorabatch_producer.bulk import BadLine, base_names, read_lines
@@ -94,10 +95,12 @@ def submit(
 ) -> Submitted:
     """Accept and send every good line of a file; `on_bad` is told of the others as they come."""
     rejected = 0
+    theirs = Queues(producer.ledger.engine).list().get(producer.settings.queue)
+    names = base_names(producer.settings, theirs)
 
     def good(file: BinaryIO, batch_id: str) -> Iterator[Job]:
         nonlocal rejected
-        for line in read_lines(file, batch_id, tenant, base_names(producer.settings)):
+        for line in read_lines(file, batch_id, tenant, names):
             if isinstance(line, BadLine):
                 rejected += 1
                 on_bad(line)
@@ -186,7 +189,7 @@ def _no_more(batch_id: str, lines: _Lines, error: QueueFull) -> QueueFull:
 def _read_otherwise(batch_id: str, error: IdempotencyConflict) -> IdempotencyConflict:
     return IdempotencyConflict(
         f"batch {batch_id}: this file was submitted before, and its lines meant something else "
-        f"then (another LORABATCH_BASE_MODEL or version); submit it as a new batch ({error})"
+        f"then (another queue, base model or version); submit it as a new batch ({error})"
     )
 
 

@@ -66,8 +66,11 @@ class _Refused(Exception):
         self.code = code
 
 
-def base_names(settings: Settings) -> frozenset[str]:
-    """What `body.model` may call the base model, unless an adapter has that name."""
+def base_names(settings: Settings, base_model: str | None = None) -> frozenset[str]:
+    """What `body.model` may call the base model, unless an adapter has that name. `base_model`: of
+    the queue's workers, if it is known; settings may be of another."""
+    if base_model not in (None, settings.base_model, *settings.base_model_aliases):
+        settings = settings.model_copy(update={"base_model": base_model, "base_model_aliases": ()})
     full = settings.base_model
     plain = full.partition("@")[0] if not full.startswith(("/", "./", "../", "~")) else full
     names = {full, plain, plain.rstrip("/").rpartition("/")[2], *settings.base_model_aliases}

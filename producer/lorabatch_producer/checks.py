@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lorabatch
 from lorabatch import Settings
@@ -21,7 +21,7 @@ from lorabatch.errors import DatabaseNotReady, QueueNotReady
 from lorabatch.queue import check_broker
 from lorabatch.settings import DEFAULT_BASE_MODEL, AdapterSource, is_path
 from lorabatch_producer.installed import gpus, installed_version
-from lorabatch_producer.services import NO_WORKER, masked, running_broker, workers
+from lorabatch_producer.services import NO_WORKER, accounts, masked, running_broker
 
 __all__ = ["Check", "checks"]
 
@@ -49,8 +49,7 @@ def checks(settings: Settings) -> Iterator[Check]:
     yield _home(settings.home)
     yield _database(settings)
     yield _broker(settings)
-    found = workers(settings)
-    yield Check("workers", "ok" if found else "warning", ", ".join(found) or NO_WORKER)
+    yield _workers(accounts(settings), settings.queue)
     yield _base_model(settings.base_model)
     if not settings.adapters:
         yield Check("adapters", "warning", "none: set LORABATCH_ADAPTERS, e.g. sql=/path/to/sql")
@@ -131,6 +130,29 @@ def _broker(settings: Settings) -> Check:
         return Check("broker", "ok", f"{check_broker(url)} at {masked(url)}")
     except QueueNotReady as error:
         return Check("broker", "missing", str(error))
+
+
+def _workers(found: dict[str, dict[str, Any]], queue: str) -> Check:
+    """Each with its queues and base model. One queue has one base model."""
+    models: dict[str, set[str]] = {}
+    for pool in found.values():
+        for name in pool.get("queues", ()):
+            models.setdefault(name, set()).add(pool["base_model"])
+    text = ", ".join(f"{name}{_about(pool)}" for name, pool in found.items())
+    if not found:
+        return Check("workers", "warning", NO_WORKER)
+    for name, several in sorted(models.items()):
+        if len(several) > 1:
+            what = f"queue {name!r} is drained with {' and '.join(sorted(several))}"
+            return Check("workers", "warning", f"{text}; {what}: stop one of them")
+    if models and queue not in models:
+        what = f"none drains {queue!r}, where jobs are sent from here (LORABATCH_QUEUE)"
+        return Check("workers", "warning", f"{text}; {what}")
+    return Check("workers", "ok", text)
+
+
+def _about(pool: dict[str, Any]) -> str:
+    return f" ({'+'.join(pool['queues'])}: {pool['base_model']})" if "queues" in pool else ""
 
 
 def _base_model(location: str) -> Check:

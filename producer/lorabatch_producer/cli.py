@@ -17,7 +17,18 @@ from typer.core import TyperGroup
 
 import lorabatch
 from lorabatch.errors import LoraBatchError
-from lorabatch_producer.commands import batch, db, dead, doctor, jobs, report, server, tenants, why
+from lorabatch_producer.commands import (
+    batch,
+    db,
+    dead,
+    doctor,
+    jobs,
+    queues,
+    report,
+    server,
+    tenants,
+    why,
+)
 from lorabatch_producer.console import printable
 
 __all__ = ["app", "main"]
@@ -62,6 +73,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(batch.app, name="batch")
 app.add_typer(dead.app, name="dead")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(queues.app, name="queues")
 app.add_typer(report.app, name="report")
 app.add_typer(db.app, name="db")
 for command in entry_points(group="lorabatch.commands"):  # of packages that are not the producer's

@@ -22,7 +22,7 @@ from celery import Celery
 from lorabatch import Job, Ledger, Result, Settings
 from lorabatch.batches import Batches
 from lorabatch.database import open_database
-from lorabatch.queue import make_app
+from lorabatch.queue import check_name, make_app
 from lorabatch.result import JobState
 from lorabatch_producer.batch import BatchStatus, batch_status
 from lorabatch_producer.fields import make_job
@@ -75,23 +75,34 @@ class Producer:
                 self._app = make_app(self.settings)
             return self._app
 
-    def sender(self) -> Sender:
-        """What accepts and sends chunks of checked jobs."""
-        return Sender(self.ledger, self.app, self.settings.queue)
+    def sender(self, queue: str | None = None) -> Sender:
+        """What accepts and sends chunks of checked jobs, into our settings' queue or this one."""
+        where = self.settings.queue if queue is None else check_name(queue)
+        return Sender(self.ledger, self.app, where)
 
-    def enqueue(self, job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> str:
-        """Accept and send one job: its id, or the known one for a known idempotency key."""
-        sender = self.sender()
+    def enqueue(
+        self,
+        job: Job | Mapping[str, Any] | None = None,
+        /,
+        *,
+        queue: str | None = None,
+        **fields: Any,
+    ) -> str:
+        """Accept and send one job: its id, or the known one for a known idempotency key. `queue`:
+        whose workers run it, and so with which base model; None: that of our settings."""
+        sender = self.sender(queue)
         (job_id,) = sender.chunk([make_job(job, **fields)])
         sender.finish()
         return job_id
 
-    def enqueue_many(self, jobs: Iterable[Job | Mapping[str, Any]]) -> list[str]:
-        """Accept and send jobs in chunks of 1000: their ids, in order.
+    def enqueue_many(
+        self, jobs: Iterable[Job | Mapping[str, Any]], queue: str | None = None
+    ) -> list[str]:
+        """Accept and send jobs in chunks of 1000: their ids, in order. `queue`: as in `enqueue`.
 
         A job that is refused ends the call; the chunks before its own stay accepted.
         """
-        sender = self.sender()
+        sender = self.sender(queue)
         job_ids: list[str] = []
         for some in chunked(jobs, CHUNK):
             job_ids.extend(sender.chunk([make_job(job) for job in some]))

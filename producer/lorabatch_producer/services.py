@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -23,6 +23,7 @@ from lorabatch.queue import drained, make_app
 
 __all__ = [
     "NO_WORKER",
+    "accounts",
     "answering",
     "loads",
     "masked",
@@ -69,35 +70,41 @@ def occupancies(settings: Settings) -> dict[str, float | None]:
     return {name: load.get("occupancy") for name, load in loads(settings).items()}
 
 
-def loads(settings: Settings) -> dict[str, dict[str, float]]:
+def loads(settings: Settings, queue: str | None = None) -> dict[str, dict[str, float]]:
     """As `workers`, and the figures that each one gives of itself: `waiting`, `running` and more;
-    none from one that is still starting."""
+    none from one that is still starting. `queue`: those that drain it alone."""
+    found = accounts(settings)
+    drain = {n: p for n, p in found.items() if queue is None or queue in p.get("queues", [queue])}
+    return {name: _figures(pool) for name, pool in drain.items()}
+
+
+def accounts(settings: Settings) -> dict[str, dict[str, Any]]:
+    """As `workers`, and what each one says of itself: `queues`, `base_model` and its figures."""
     with _running_app(settings) as app:
         try:
             replies = (app and app.control.inspect(timeout=PING_S).stats()) or {}
         except (OperationalError, redis.RedisError):
             return {}
-    return {name: _figures(reply.get("pool", {})) for name, reply in sorted(replies.items())}
+    return {name: reply.get("pool", {}) for name, reply in sorted(replies.items())}
 
 
 def places(
-    settings: Settings, tenant: str, adapters: Mapping[str, str | None], answers: int
+    settings: Settings, tenant: str, adapters: Mapping[str, str | None], workers: list[str]
 ) -> dict[str, dict[str, str]]:
     """Where each of these adapters (a version, or None for what each worker has of that name) is,
-    by worker: "device", "memory", "disk" or "nowhere". `answers`: how many to wait
-    for, for PING_S at most."""
+    by worker: "device", "memory", "disk" or "nowhere". Waits for PING_S at most."""
     with _running_app(settings) as app:
         if app is None:
             return {}
         return {
-            name: _asked(app, {"tenant": tenant, "adapter_id": name, "version": version}, answers)
+            name: _asked(app, {"tenant": tenant, "adapter_id": name, "version": version}, workers)
             for name, version in adapters.items()
         }
 
 
-def _asked(app: Celery, arguments: dict[str, str | None], answers: int) -> dict[str, str]:
+def _asked(app: Celery, arguments: dict[str, str | None], workers: list[str]) -> dict[str, str]:
     """Workers of before this question answer with an error, which is none."""
-    inspect = app.control.inspect(timeout=PING_S, limit=answers)
+    inspect = app.control.inspect(workers, timeout=PING_S, limit=len(workers))
     try:
         replies = inspect._request("adapter_place", **arguments) or {}
     except (OperationalError, redis.RedisError):
@@ -122,9 +129,9 @@ def _running_app(settings: Settings) -> Iterator[Celery | None]:
         app.close()
 
 
-def queue_lengths(settings: Settings, url: str) -> dict[str, int]:
-    """Messages that no worker has taken, by queue: ours and those that workers drain."""
-    names = dict.fromkeys((settings.queue, *settings.consume))
+def queue_lengths(settings: Settings, url: str, others: Iterable[str] = ()) -> dict[str, int]:
+    """Messages that no worker has taken, by queue: ours, those that workers drain, and others."""
+    names = dict.fromkeys((settings.queue, *settings.consume, *others))
     once = Retry(NoBackoff(), 0)
     client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, retry=once)
     try:

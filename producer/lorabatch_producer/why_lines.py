@@ -57,7 +57,7 @@ def _lines(facts: Facts, workers: Loads, places: Places) -> Iterator[str]:
         yield _deadline(facts, facts.done_by_us)
     if facts.ahead is not None:
         yield _estimate(facts.ahead)
-    yield _workers(workers)
+    yield _workers(facts.queue, workers)
 
 
 def _queued(facts: Facts) -> Iterator[str]:
@@ -176,9 +176,9 @@ def _estimate(ahead: Ahead) -> str:
     )
 
 
-def _workers(workers: Loads) -> str:
+def _workers(queue: str, workers: Loads) -> str:
     if not workers:
-        return NO_WORKER
+        return f"{NO_WORKER}, for queue {queue!r} (LORABATCH_CONSUME)"
     shown = []
     for name, load in workers.items():
         counts = [f"{load[key]:,.0f} {key}" for key in ("waiting", "running") if key in load]

@@ -201,7 +201,9 @@ class EnginePool(BasePool):
 
     def _get_info(self) -> dict[str, Any]:
         counts = self.service.counts() if self.service else {}
-        return {**super()._get_info(), **counts}
+        settings = self.app.lorabatch.settings
+        about = {"queues": list(settings.consume), "base_model": settings.base_model}
+        return {**super()._get_info(), **about, **counts}
 
     def _take(self, delivery: Delivery) -> Delivery:
         assert self.service is not None

@@ -24,6 +24,7 @@ from celery.worker import state as worker_state
 from lorabatch.database import open_database
 from lorabatch.ledger import Ledger
 from lorabatch.queue import check_broker, resolve_broker
+from lorabatch.queues import Queues
 from lorabatch.settings import Settings
 from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.feeder import Feeder
@@ -72,6 +73,8 @@ class Service:
         self._post = post
         self._engine = open_database(settings)
         self._engine.hide_parameters = True  # prompts are parameters
+        aliases = settings.base_model_aliases
+        Queues(self._engine).drain(settings.consume, settings.base_model, aliases)
         self.broker = check_broker(resolve_broker(settings))
         self.runner = factory(settings)
         self.pulse = Pulse(self.runner, settings.lease_s)

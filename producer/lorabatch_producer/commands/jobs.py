@@ -42,6 +42,9 @@ def enqueue(
         bool, typer.Option("--raw", help="The prompt as it is, not as a chat message.")
     ] = False,
     key: Annotated[str | None, typer.Option(help="Idempotency key: the same job once.")] = None,
+    queue: Annotated[
+        str | None, typer.Option(help="Whose workers run it, with their base model.")
+    ] = None,
     priority: Annotated[int, typer.Option(help="Higher runs first, -100 to 100.")] = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Wait and print the text.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds to wait at most.")] = None,
@@ -70,7 +73,7 @@ def enqueue(
         "stop": stop or None,
     }
     job = make_job(asked, **{name: value for name, value in sampling.items() if value is not None})
-    _enqueue(job, wait, timeout, as_json)
+    _enqueue(job, queue, wait, timeout, as_json)
 
 
 def _prompt(prompt: str, system: str | None, raw: bool) -> dict[str, Any]:
@@ -80,10 +83,12 @@ def _prompt(prompt: str, system: str | None, raw: bool) -> dict[str, Any]:
     return {"messages": [*turns, {"role": "user", "content": prompt}]}
 
 
-def _enqueue(job: Job, wait: bool, timeout_s: float | None, as_json: bool) -> None:
+def _enqueue(
+    job: Job, queue: str | None, wait: bool, timeout_s: float | None, as_json: bool
+) -> None:
     with Producer() as producer:
         try:
-            job_id = producer.enqueue(job)
+            job_id = producer.enqueue(job, queue=queue)
         except NotSent as error:
             if not wait:
                 typer.echo(error.job_ids[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from lorabatch import Settings
 from lorabatch.embedded import stop_valkey
 from lorabatch.errors import JobNotFound
 from lorabatch.queue import resolve_broker
+from lorabatch.queues import Queues
 from lorabatch.settings import PREFIX, AdapterSource
 from lorabatch_producer.client import Producer
 from lorabatch_producer.commands.batch import show_batch
@@ -47,7 +49,7 @@ def status(
         if job_or_batch is None:
             counts = producer.ledger.counts()
             typer.echo("jobs     " + ", ".join(f"{counts.get(s, 0):,} {s}" for s in STATES))
-            _servers(producer.settings)
+            _servers(producer.settings, Queues(producer.ledger.engine).list())
             return
         known = producer.ledger.states([job_or_batch])
         if known:
@@ -59,7 +61,7 @@ def status(
             raise JobNotFound(f"{job_or_batch!r}: no such job or batch in this ledger") from None
 
 
-def _servers(settings: Settings) -> None:
+def _servers(settings: Settings, known: Iterable[str]) -> None:
     kind = "embedded" if settings.embedded_database else "server"
     typer.echo(f"database {masked(settings.resolved_database_url)} ({kind})")
     url = running_broker(settings)
@@ -69,7 +71,7 @@ def _servers(settings: Settings) -> None:
         return
     kind = "embedded" if settings.embedded_broker else "server"
     typer.echo(f"broker   {masked(url)} ({kind})")
-    lengths = queue_lengths(settings, url)
+    lengths = queue_lengths(settings, url, known)
     typer.echo("queues   " + ", ".join(f"{name} {n:,}" for name, n in lengths.items()))
     found = [
         name if share is None else f"{name} (occupancy {share:.0%})"
@@ -92,7 +94,8 @@ def settings() -> None:
     for heading in ("variable", "value", "default", "meaning"):
         table.add_column(heading, overflow="fold")
     for name, field in Settings.model_fields.items():
-        value, default = getattr(loaded, name), field.default
+        value = getattr(loaded, name)
+        default = field.get_default(call_default_factory=True, validated_data={})
         cells = (setting_text(value), setting_text(default), field.description or "")
         style = "" if name not in loaded.model_fields_set else "bold"
         table.add_row(*map(Text, (PREFIX + name.upper(), *cells)), style=style)

@@ -22,9 +22,9 @@ def why(
     """Say why a job waits: what is before it, limits, its adapter, workers; or how it ended."""
     with Producer() as producer:
         found = facts(producer.ledger.engine, job_id)
-        workers = loads(producer.settings) if found.how is None else {}
+        workers = loads(producer.settings, found.queue) if found.how is None else {}
         asked = adapters_of(found) if workers else {}
-        where = places(producer.settings, found.tenant, asked, len(workers))
+        where = places(producer.settings, found.tenant, asked, list(workers))
     said = lines(found, workers, where)
     if as_json:
         typer.echo(

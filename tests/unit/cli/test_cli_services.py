@@ -16,6 +16,7 @@ from lorabatch.tables import usage_events
 from lorabatch_producer import services
 from lorabatch_producer.console import printable
 from tests.command_line import Cli
+from tests.later import newest
 from tests.played_worker import run_queued
 
 
@@ -70,8 +71,8 @@ def test_a_bad_setting_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_db(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "at schema none" in cli("db", "check", code=2).stderr
-    assert cli("db", "upgrade").stdout.endswith(": empty -> 0003\n")
-    assert cli("db", "upgrade").stdout.endswith(": at 0003 already\n")
+    assert cli("db", "upgrade").stdout.endswith(f": empty -> {newest()}\n")
+    assert cli("db", "upgrade").stdout.endswith(f": at {newest()} already\n")
     cli("db", "check")
     monkeypatch.setenv("LORABATCH_DATABASE_URL", "postgresql://u:hunter2@127.0.0.1:1/x")
     found = cli("db", "check", code=2).stderr + cli("db", "upgrade", code=2).stderr
@@ -82,7 +83,7 @@ def test_db(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_db_on_postgresql(cli: Cli, monkeypatch: pytest.MonkeyPatch, postgres_url: str) -> None:
     monkeypatch.setenv("LORABATCH_DATABASE_URL", postgres_url)
     assert "run `lorabatch db upgrade`" in cli("enqueue", "hi", code=2).stderr
-    assert "empty -> 0003" in cli("db", "upgrade").stdout
+    assert f"empty -> {newest()}" in cli("db", "upgrade").stdout
     cli("enqueue", "hi")
     assert "1 queued" in cli("status").stdout
     assert "1 jobs, 0 differences" in cli("report", "audit").stdout

@@ -164,7 +164,7 @@ def test_workers_that_answer(cli: Cli, ledger: Ledger, monkeypatch: pytest.Monke
     pool = {"waiting": 1234, "running": 5, "max-concurrency": 32, "writes": {"a": 1}, "pid": "x"}
     figures = services._figures(pool)
     assert figures == {"waiting": 1234, "running": 5, "max-concurrency": 32}
-    monkeypatch.setattr(why_command, "loads", lambda settings: {"a@b": figures, "c@d": {}})
+    monkeypatch.setattr(why_command, "loads", lambda settings, queue: {"a@b": figures, "c@d": {}})
     assert "2 workers answer: a@b (1,234 waiting, 5 running), c@d\n" in said(cli, "j")
 
 

@@ -1,0 +1,125 @@
+"""A queue for each base model: who may drain it, and that a job stays in its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from typer.testing import CliRunner
+
+from lorabatch import Job, Ledger, Result, Settings
+from lorabatch.batches import Batches
+from lorabatch.dead import DeadLetters
+from lorabatch.errors import AttemptsExhausted, IdempotencyConflict, SettingsError
+from lorabatch.ledger import Outcome
+from lorabatch.queues import Queues
+from lorabatch.result import ErrorInfo
+from lorabatch.tables import jobs
+from lorabatch_producer import Producer, checks
+from lorabatch_producer.batch import submit
+from lorabatch_producer.cli import app
+
+
+def queue_of(ledger: Ledger, job_id: str) -> str:
+    with ledger.engine.connect() as connection:
+        return str(connection.scalar(sa.select(jobs.c.queue).where(jobs.c.job_id == job_id)))
+
+
+def test_a_worker_drains_where_producers_of_its_settings_send() -> None:
+    assert Settings.load().consume == ("lorabatch", "celery")
+    assert Settings.load(queue="second").consume == ("second",)
+    assert Settings.load(queue="second", consume="a,b").consume == ("a", "b")
+
+
+def test_a_queue_has_one_base_model(ledger: Ledger) -> None:
+    queues = Queues(ledger.engine)
+    queues.drain(["a", "b"], "acme/one")
+    queues.drain(["b"], "acme/one")
+    queues.drain(["c"], "acme/two")
+    wanted = r"queue 'b' is for base model 'acme/one' .* 'acme/two'.*queues set b acme/two`"
+    with pytest.raises(SettingsError, match=wanted):
+        queues.drain(["b", "c"], "acme/two")
+    queues.drain(["b"], "/models/one", aliases=("acme/one",))
+    queues.set("b", "acme/two")
+    queues.drain(["b", "c"], "acme/two")
+    assert queues.list() == {"a": "acme/one", "b": "acme/two", "c": "acme/two"}
+
+
+def test_the_same_key_in_another_queue_is_a_conflict(ledger: Ledger) -> None:
+    job = Job(job_id="j", tenant="acme", prompt="hi", idempotency_key="k")
+    again = job.model_copy(update={"job_id": "other"})
+    ledger.accept([job], queue="second")
+    assert ledger.accept([again], queue="second") == {"other": "j"}
+    with pytest.raises(IdempotencyConflict, match="'j' in queue 'second', and this is for 'lora"):
+        ledger.accept([again])
+    assert ledger.accept([again], as_sent=True) == {"other": "j"}, "its message came from there"
+
+
+def test_what_runs_again_stays_in_its_queue(ledger: Ledger) -> None:
+    made = [Job(job_id=name, tenant="acme", prompt="hi") for name in ("dead", "cancelled")]
+    ledger.accept(made, queue="second")
+    ledger.cancel(["cancelled"])
+    claim = ledger.claim(["dead"], "w", 9.0)["dead"]
+    error = ErrorInfo(code=AttemptsExhausted.code, message="given up")
+    failed = Result(
+        job_id="dead", tenant="acme", adapter_id=None, state="failed", error=error, attempt=1
+    )
+    ledger.record([Outcome(claim, failed)])
+    new = DeadLetters(ledger.engine).retry(["dead"]) | Batches(ledger.engine).run_again(
+        ["cancelled"]
+    )
+    assert new.keys() == {"dead", "cancelled"}
+    assert [queue_of(ledger, job_id) for job_id in new.values()] == ["second", "second"]
+
+
+def test_a_file_is_for_the_base_model_of_its_queue(settings: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    line = '{"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": '
+    chat = '"messages": [{"role": "user", "content": "hi"}]}}'
+    file.write_text(f'{line}{{"model": "acme/two", {chat}\n')
+    with Producer(settings.model_copy(update={"queue": "second"})) as producer:
+        Queues(producer.ledger.engine).drain(["second"], "acme/two")
+        batch_id = submit(producer, file).batch_id
+        with producer.ledger.engine.connect() as connection:
+            mine = jobs.c.batch_id == batch_id
+            rows = connection.execute(sa.select(jobs.c.adapter_id, jobs.c.queue).where(mine)).all()
+        assert [tuple(row) for row in rows] == [(None, "second")]
+    with (
+        Producer(settings) as producer,
+        pytest.raises(IdempotencyConflict, match="another queue, base model or version"),
+    ):
+        submit(producer, file)
+
+
+def test_the_doctor_looks_at_queues() -> None:
+    def pool(queue: str, model: str) -> dict[str, object]:
+        return {"queues": [queue], "base_model": model}
+
+    def said(found: dict[str, dict[str, object]]) -> tuple[str, str]:
+        check = checks._workers(found, "a")
+        return check.state, check.text
+
+    assert said({"w": pool("a", "one")}) == ("ok", "w (a: one)")
+    assert said({"old": {}}) == ("ok", "old")
+    assert said({"w": pool("b", "one")}) == (
+        "warning",
+        "w (b: one); none drains 'a', where jobs are sent from here (LORABATCH_QUEUE)",
+    )
+    state, text = said({"v": pool("a", "one"), "w": pool("a", "two")})
+    assert (state, text.partition("; ")[2]) == (
+        "warning",
+        "queue 'a' is drained with one and two: stop one of them",
+    )
+
+
+def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORABATCH_HOME", str(home))
+
+    def run(*words: str) -> str:
+        return CliRunner().invoke(app, ["queues", *words]).output
+
+    assert run("list") == "none: no worker has run\n"
+    assert run("set", "b", "acme/two") == "b: acme/two\n" == run("list")
+    assert run("list", "--json") == '{"b": "acme/two"}\n'
+    assert "queue '-': wanted letters" in run("set", "--", "-", "x")
