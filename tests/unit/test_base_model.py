@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -147,21 +148,32 @@ def test_a_broken_checkpoint_is_refused_with_the_reason(
     assert "\n" not in str(caught.value)
 
 
-def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device("auto") == torch.device("cpu")
+    assert pick_device("auto", tmp_path) == torch.device("cpu")
     for wanted in ("cuda", "cuda:0"):
         with pytest.raises(SettingsError, match="LORABATCH_DEVICE: 'cuda.*sees 0 CUDA devices"):
-            pick_device(wanted)
+            pick_device(wanted, tmp_path)
+    with pytest.raises(SettingsError, match="of the 0 GPUs that torch sees"):
+        pick_device("cuda:any", tmp_path)
 
 
-def test_a_cuda_device_beyond_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_gpu_that_no_other_worker_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == torch.device("cuda")
-    assert pick_device("cuda:1") == torch.device("cuda:1")
+    ids = [SimpleNamespace(uuid="a"), SimpleNamespace(uuid="b")]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", ids.__getitem__)
+    found = [pick_device("cuda:any", tmp_path / "home") for _ in range(2)]
+    assert found == [torch.device("cuda:0"), torch.device("cuda:1")]
+
+
+def test_a_cuda_device_beyond_the_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("auto", tmp_path) == torch.device("cuda")
+    assert pick_device("cuda:1", tmp_path) == torch.device("cuda:1")
     with pytest.raises(SettingsError, match="'cuda:2' asked for, but torch sees 2"):
-        pick_device("cuda:2")
+        pick_device("cuda:2", tmp_path)
 
 
 def test_a_hub_that_cannot_be_reached(

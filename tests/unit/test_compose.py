@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lorabatch import Settings
+from lorabatch_worker.free_gpu import ANY
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -47,10 +48,10 @@ def test_the_schema_check_can_fail(tmp_path: Path) -> None:
 
 
 def test_its_services_are_those_that_exist() -> None:
-    assert sorted(services()) == ["migrate", "postgres", "redis", "worker"]
+    assert sorted(services()) == ["migrate", "postgres", "redis", "second", "worker"]
 
 
-@pytest.mark.parametrize("service", ["migrate", "worker"])
+@pytest.mark.parametrize("service", ["migrate", "second", "worker"])
 def test_the_settings_it_sets_are_settings_and_valid(
     service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,11 +74,34 @@ def test_redis_keeps_what_it_was_given() -> None:
     assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
 
 
-def test_workers_start_after_the_migration_and_reserve_a_gpu() -> None:
-    worker = services()["worker"]
+@pytest.mark.parametrize("service", ["second", "worker"])
+def test_workers_start_after_the_migration_and_take_a_gpu_each(service: str) -> None:
+    worker = services()[service]
     assert worker["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
     (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert worker["environment"]["LORABATCH_DEVICE"] == ANY
+
+
+@pytest.mark.parametrize("service", ["second", "worker"])
+def test_there_may_be_several_of_a_worker(service: str) -> None:
+    worker = services()[service]
+    alone = {"container_name", "hostname", "ports", "network_mode", "pid"}
+    assert not worker.keys() & alone
+    shared = [volume for volume in worker["volumes"] if not volume.endswith(":ro")]
+    assert shared == ["data:/data"], "the folder of the locks"
+
+
+def test_the_second_base_model_has_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert services()["second"]["profiles"] == ["second"]
+    assert "profiles" not in services()["worker"]
+    drained = {}
+    for service in ("worker", "second"):
+        with monkeypatch.context() as patched:
+            for name, value in services()[service]["environment"].items():
+                patched.setenv(name, str(value))
+            drained[service] = Settings.load().consume
+    assert drained == {"worker": ("lorabatch", "celery"), "second": ("second",)}
 
 
 def test_a_worker_has_time_to_drain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ BAD = [
     ("LOG_LEVEL", "loud", "LORABATCH_LOG_LEVEL: "),
     ("LOG_FORMAT", "xml", "LORABATCH_LOG_FORMAT: "),
     ("DTYPE", "int8", "LORABATCH_DTYPE: "),
-    ("DEVICE", "gpu", "LORABATCH_DEVICE: allowed: auto, cpu, cuda, cuda:N (got 'gpu')"),
+    ("DEVICE", "gpu", "LORABATCH_DEVICE: allowed: auto, cpu, cuda, cuda:N, cuda:any (got 'gpu')"),
     ("BROKER_URL", "amqp://host", "LORABATCH_BROKER_URL: allowed: a redis://"),
     ("RESULT_BACKEND_URL", "file:///x", "LORABATCH_RESULT_BACKEND_URL: allowed: a redis://"),
     ("RESULT_BACKEND_URL", "lorabatches", "URL, lorabatch, or lorabatch+ before a database URL"),

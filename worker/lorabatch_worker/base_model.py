@@ -18,6 +18,7 @@ from lorabatch.settings import Settings, is_path
 from lorabatch_kernels import native
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.bundled import bundled_checkpoint, find_gguf
+from lorabatch_worker.free_gpu import ANY, take_gpu
 from lorabatch_worker.threads import compute_with
 
 __all__ = ["BaseModel", "load_base_model"]
@@ -63,7 +64,7 @@ def load_base_model(settings: Settings) -> BaseModel:
 
     quiet: Any = logging.disable_progress_bar
     quiet()
-    device = pick_device(settings.device)
+    device = pick_device(settings.device, settings.home)
     dtype = pick_dtype(settings.dtype, device)
     if device.type == "cpu":
         # One here; the engine's thread takes all. The OpenMP runtime lets its threads spin between
@@ -131,7 +132,11 @@ def locate(settings: Settings) -> Path:
     return Path(path)
 
 
-def pick_device(wanted: str) -> torch.device:
+def pick_device(wanted: str, home: Path) -> torch.device:
+    if wanted == ANY:
+        cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+        ids = [str(torch.cuda.get_device_properties(number).uuid) for number in cuda]
+        return torch.device("cuda", take_gpu(home, ids))
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
