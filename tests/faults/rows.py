@@ -5,7 +5,17 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from tests.faults.kinds import brokers, cancels, clocks, databases, devices, kills, stops, strangers
+from tests.faults.kinds import (
+    brokers,
+    cancels,
+    clocks,
+    databases,
+    devices,
+    kills,
+    memory,
+    stops,
+    strangers,
+)
 from tests.faults.kinds.upgrades import migrated
 from tests.faults.observed import Fault
 from tests.faults.traps import BOUNDARIES
@@ -46,6 +56,8 @@ CASES = (
     Case(4, "partition, to the broker", brokers.partition(to_server=True), short=False),
     Case(4, "partition, from the broker", brokers.partition(to_client=True), short=False),
     Case(4, "partition, both ways", brokers.partition(to_server=True, to_client=True)),
+    Case(5, "broker full", memory.broker_full()),
+    Case(5, "broker full, connections lost", memory.broker_full(reconnect=True), short=False),
     Case(6, "database refuses", databases.refused, ("postgresql",)),
     Case(6, "database locked for seconds", databases.locked, ("sqlite",)),
     Case(7, "deadlock (40P01)", databases.deadlock, ("postgresql",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.intake import Intake, IntakeParts
 from lorabatch_worker.leases import Leases
 from lorabatch_worker.live import LiveJobs
-from lorabatch_worker.postponed import AGAIN_S, Postponed
+from lorabatch_worker.postponed import AGAIN_S, ON_ITS_WAY, Postponed
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.pulse import Pulse
 from lorabatch_worker.recorder import Recorder
@@ -247,17 +248,17 @@ def _expiry(bench: Bench) -> int:
 def test_what_is_postponed_goes_back_to_the_ledger_and_the_broker(bench: Bench) -> None:
     bench.runner.slots = 0  # all wait
     bench.start()
-    given_back: dict[str, float] = {}
+    given_back: list[tuple[str, float, str]] = []
     for name in ("one", "two", "stays"):
         delivery = Delivery(name, lambda _: None, kwargs={"prompt": "x"})
         if name != "stays":
-            delivery.on_postponed = partial(given_back.__setitem__, name)
+            delivery.on_postponed = lambda *back, name=name: given_back.append((name, *back))  # type: ignore[misc]
         bench.intake.put(delivery)
     wait_until(lambda: bench.runner.load["waiting"] == 3)
     bench.ledger.cancel(["two"])
     bench.runner.postpone()
     wait_until(lambda: bench.live.counts() == {"live": 0, "held": 1})
-    assert given_back == {"one": AGAIN_S, "two": AGAIN_S}
+    assert given_back == [(name, AGAIN_S, ON_ITS_WAY) for name in ("one", "two")]
     assert bench.ledger.states(["one", "two", "stays"]) == {
         "one": "queued",
         "two": "cancelled",

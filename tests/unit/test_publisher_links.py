@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery, chain, group
 from celery.app.task import Context
 from celery.exceptions import TaskRevokedError
@@ -227,14 +229,41 @@ def test_a_message_whose_links_the_broker_does_not_take_goes_back(
     assert bench.stored("job").state == ("SUCCESS" if ended is DONE else "FAILURE")
 
 
-def test_errbacks_are_called_though_the_result_cannot_be_stored(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Away(type(bench.app.backend)):  # type: ignore[misc]
-        def _store_result(self, *args: Any, **kwargs: Any) -> Any:
-            raise ConnectionError("away")
+@pytest.fixture
+def full_backend(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no result."""
 
-    monkeypatch.setattr(bench.app, "_get_backend", lambda: Away(app=bench.app, url="memory://"))
+    class Full(type(bench.app.backend)):  # type: ignore[misc]
+        def _store_result(self, *args: Any, **kwargs: Any) -> Any:
+            raise redis.exceptions.OutOfMemoryError("command not allowed")
+
+    monkeypatch.setattr(bench.app, "_get_backend", lambda: Full(app=bench.app, url="memory://"))
+
+
+@pytest.mark.parametrize(
+    ("age_s", "again_s"), [(0, 10.0), (60, 60.0), (10_000, 600.0), (90_000, None)]
+)
+@pytest.mark.usefixtures("full_backend")
+def test_what_the_backend_refuses_comes_again_until_it_would_have_expired(
+    bench: Bench, age_s: float, again_s: float | None
+) -> None:
+    bench.app.conf.result_expires = 86_400
+    back: list[float] = []
+    delivery = bench.delivery()
+    delivery.on_postponed = lambda delay_s, why: back.append(delay_s)
+    nobody = bench.delivery("nobody-waits", publish=False)
+    nobody.on_postponed = delivery.on_postponed
+    ended_us = round((time.time() - age_s) * 1e6)
+    bench.end(DONE.model_copy(update={"finished_us": ended_us}), delivery, nobody)
+    if again_s is None:
+        assert (back, bench.ended) == ([], ["job", "nobody-waits"])
+    else:
+        assert back == [pytest.approx(again_s, abs=9.0)]
+        assert bench.ended == ["nobody-waits"], "not acknowledged"
+
+
+@pytest.mark.usefixtures("full_backend")
+def test_errbacks_are_called_though_the_result_cannot_be_stored(bench: Bench) -> None:
     bench.end(FAILED, bench.delivery(errbacks=[bench.task("warn")]))
     assert [(name, args) for name, args, _ in bench.sent()] == [("warn", ["job"])]
     assert bench.ended == ["job"]

@@ -67,7 +67,7 @@ class Bench:
         self.log: list[str] = []
         self.live = LiveJobs()
         self.backend = Backend(self.log)
-        app: Any = SimpleNamespace(backend=self.backend)
+        app: Any = SimpleNamespace(backend=self.backend, conf=SimpleNamespace(result_expires=60))
         self.publisher = Publisher(app, lambda call: call())
         self.recorder = Recorder(ledger, self.live, self.publisher, in_hand=128)
         self.publisher.start()

@@ -49,6 +49,7 @@ def make_worker_app(
         worker_consumer="lorabatch_worker.consumer:JobConsumer",
         worker_concurrency=settings.max_seqs,
         worker_prefetch_multiplier=settings.lookahead,
+        broker_channel_error_retry=True,  # a full broker refuses who comes back
         worker_disable_rate_limits=True,
         worker_disable_prefetch=False,
         worker_enable_prefetch_count_reduction=False,

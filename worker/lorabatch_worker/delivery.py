@@ -32,12 +32,12 @@ VERSIONS = range(1, SCHEMA_VERSION + 1)
 class Delivery:
     """A message and what to do at its end. What is `on_` runs on the hub's thread. `on_ended`
     acknowledges, so it may only be called once the ledger has the outcome. `on_postponed` has the
-    broker give the message out again after so many seconds."""
+    broker give the message out again after so many seconds, and says why."""
 
     task_id: str
     on_ended: Callable[[Result], None]
     on_started: Callable[[], None] = lambda: None
-    on_postponed: Callable[[float], None] | None = None
+    on_postponed: Callable[[float, str], None] | None = None
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     publish: bool = True

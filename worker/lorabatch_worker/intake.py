@@ -59,7 +59,7 @@ class IntakeParts:
     pulse: Pulse
     recorder: Recorder
     publisher: Publisher
-    give_back: Callable[[str, Sequence[Delivery], float], None]
+    give_back: Callable[[str, Sequence[Delivery], float, str], None]
     is_revoked: Callable[[str], bool] = lambda _: False
 
 
@@ -128,8 +128,9 @@ class Intake:
                     self._take_all([delivery])
                 return
             job_id = group[0].job_id or group[0].task_id
-            log.error("message parked", job_id=job_id, why=reason(error))
-            self._p.give_back(job_id, group, self._p.settings.visibility_timeout_s)
+            why = reason(error)
+            log.error("message parked", job_id=job_id, why=why)
+            self._p.give_back(job_id, group, self._p.settings.visibility_timeout_s, why)
 
     def _take(self, group: Sequence[Delivery]) -> None:
         wanted: dict[str, list[Delivery]] = {}

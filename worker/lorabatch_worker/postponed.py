@@ -25,6 +25,7 @@ __all__ = ["Postponed"]
 log = structlog.get_logger(__name__)
 
 AGAIN_S = 10.0
+ON_ITS_WAY = "its adapter is on its way"
 
 
 class Postponed:
@@ -75,12 +76,14 @@ class Postponed:
     def _give_up(self, claims: Sequence[Claim]) -> None:
         """They are not ours any more. What the ledger did not hear of, it hears by the lease."""
         for job_id, deliveries in self._live.lose(claims).items():
-            self.give_back(job_id, deliveries, AGAIN_S)
+            self.give_back(job_id, deliveries, AGAIN_S, ON_ITS_WAY)
 
-    def give_back(self, job_id: str, deliveries: Sequence[Delivery], again_s: float) -> None:
+    def give_back(
+        self, job_id: str, deliveries: Sequence[Delivery], again_s: float, why: str
+    ) -> None:
         """From any thread: messages back to the broker, which gives them out again after so long.
         One that cannot go back is held as long."""
         self._live.hold(job_id, [d for d in deliveries if d.on_postponed is None], again_s)
         for delivery in deliveries:
             if delivery.on_postponed is not None:
-                self._post(partial(delivery.on_postponed, again_s))
+                self._post(partial(delivery.on_postponed, again_s, why))

@@ -3,10 +3,11 @@ acknowledgement.
 
 It comes after the commit and before the acknowledgement, on purpose: a crash in between leaves
 the message with the broker, its next delivery finds the job ended in the ledger, publishes
-again and is acknowledged. The ledger is the truth; a backend that stays away for a few tries
-is logged and passed over. A link (links.py) is in its message alone: one that raises is logged and
-passed over; while the broker does not take it, its message goes back to the broker instead of being
-acknowledged, and its next delivery, AGAIN_S later, calls the links again.
+again and is acknowledged. A backend that refuses a result for a few tries, or a broker that refuses
+a link (links.py), does not end the message either: it goes back to the broker, and comes again
+after as long as the job has ended by then, AGAIN_S at least, so that a backend that stays away is
+not asked more and more. When the result would have expired it is left to the ledger, which has it.
+A link that raises anything else is logged and passed over.
 Raises nothing. Not covered: chords.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +38,12 @@ TRIES = 3
 PAUSE_S = 0.2
 BACKEND_REST_S = 5.0
 AGAIN_S = 10.0
+AGAIN_MAX_S = 600.0
+NOT_TOLD = "its result is not published yet"
+
+
+_Call = tuple[str, Callable[[], None], tuple[type[Exception], ...]]
+"""What is said if it fails, the call, and what it may raise that may pass."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +91,32 @@ class Publisher:
 
     def _run(self) -> None:
         while (ended := self._queue.get()) is not None:
-            called = {
-                task_id: self._publish(task_id, ended)
-                for task_id in sorted(ended.wanted | ended.links.keys())
-            }
+            ids = sorted(ended.wanted | ended.links.keys())
+            untold = {task_id for task_id in ids if not self._publish(task_id, ended)}
+            again_s = self._again_s(ended.result) if untold else None
             for delivery in ended.deliveries:
-                if called.get(delivery.task_id, True) or delivery.on_postponed is None:
-                    self._post(partial(delivery.on_ended, ended.result))
+                hand_back = delivery.on_postponed if delivery.task_id in untold else None
+                if hand_back is not None and again_s is not None:
+                    self._post(partial(hand_back, again_s, NOT_TOLD))
                 else:
-                    self._post(partial(delivery.on_postponed, AGAIN_S))
+                    self._post(partial(delivery.on_ended, ended.result))
+
+    def _again_s(self, result: Result) -> float | None:
+        """After how long to try again; None if nobody could get the result any more."""
+        if result.finished_us is None:  # no job, so that nothing says for how long it was tried
+            return None
+        age_s = time.time() - result.finished_us / 1e6
+        if age_s > self._app.conf.result_expires:
+            return None
+        return min(max(AGAIN_S, age_s), AGAIN_MAX_S)
 
     def _publish(self, task_id: str, ended: _Ended) -> bool:
-        """In Celery's order: links, so that the stored result names them; the result; errbacks.
-        False: the broker did not take a link."""
-        called = True
+        """Make all its calls. False if one that failed may work later."""
+        done = [self._attempt(task_id, *call) for call in self._calls(task_id, ended)]
+        return all(done)
+
+    def _calls(self, task_id: str, ended: _Ended) -> Iterator[_Call]:
+        """In Celery's order: links, so that the stored result names them; the result; errbacks."""
         state, value = told(ended.result)
         links = ended.links.get(task_id)
         stored: dict[str, Any] = {}
@@ -105,29 +124,27 @@ class Publisher:
             stored = {"request": links, "store_result": task_id in ended.wanted}
         if links is not None and state == states.SUCCESS:
             for call in after_success(self._app, links, value):
-                called &= self._attempt("link not called", task_id, call, OUTAGES)
-        self._attempt(
-            "result not published", task_id, partial(self._store, task_id, state, value, stored)
-        )
+                yield "link not called", call, OUTAGES
+        store = partial(self._store, task_id, state, value, stored)
+        yield "result not published", store, (Exception,)
         if links is not None and isinstance(value, Exception) and state == states.FAILURE:
             for call in after_failure(self._app, links, value):
-                called &= self._attempt("link not called", task_id, call, OUTAGES)
-        return called
+                yield "link not called", call, OUTAGES
 
     def _attempt(
         self,
-        failed: str,
         task_id: str,
+        failed: str,
         call: Callable[[], None],
-        passing: tuple[type[Exception], ...] = (Exception,),
+        passing: tuple[type[Exception], ...],
     ) -> bool:
-        """Make a call, a few times if what it raises may pass; at last log that it `failed`. False:
-        it may work later."""
+        """Make a call, a few times if what it raises may pass; at last log that it `failed`. False
+        if it may still pass."""
         resting = time.monotonic() - self._failed_s < BACKEND_REST_S
         for left in reversed(range(1 if resting else TRIES)):
             try:
                 call()
-                break
+                return True
             except Exception as error:  # noqa: BLE001 - the ledger has the result whatever this is
                 may_pass = isinstance(error, passing)
                 if not left or not may_pass:
@@ -135,7 +152,7 @@ class Publisher:
                     log.warning(failed, job_id=task_id, error=type(error).__name__)
                     return not may_pass
                 time.sleep(PAUSE_S)
-        return True
+        raise AssertionError("the last try ends it")
 
     def _store(self, task_id: str, state: str, value: Any, options: Mapping[str, Any]) -> None:
         """`options`: the request, for one with links; the rest of its chain fails with it."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from celery.worker.request import Request
 from celery.worker.state import task_ready
+from redis import ResponseError
 
 from lorabatch_worker.links import links_in
 from lorabatch_worker.visibility import hide
@@ -43,15 +44,16 @@ class JobRequest(Request):
 
         self._request_dict[HAND_BACK] = self.hand_back
 
-    def hand_back(self, delay_s: float) -> None:
+    def hand_back(self, delay_s: float, why: str) -> None:
         """The broker is to give the message out again after so long; until then it is nobody's."""
         if self.acknowledged:
             return
         task_ready(self)
-        with contextlib.suppress(*self._connection_errors):  # it is given out again in any case
+        may_fail = *self._connection_errors, ResponseError  # it is given out again in any case
+        with contextlib.suppress(*may_fail):
             hide(self._message.channel, self._message.delivery_tag, delay_s)
         self.acknowledged = True
-        self.send_event("task-retried", exception="handed back, for later", traceback="")
+        self.send_event("task-retried", exception=why, traceback="")
 
     def revoked(self) -> bool:
         """Never drop the message here: `_announce_revoked` marks it for the intake."""
