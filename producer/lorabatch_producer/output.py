@@ -3,7 +3,7 @@
 OpenAI lines get OpenAI's shape, short lines a flat one. A job that failed or was cancelled has
 an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. Both files appear
 whole or not at all. Raises LoraBatchError if jobs are open (unless `partial`) or the file is
-not the batch's.
+not the batch's, or if the output cannot be written.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write_output(
         raise LoraBatchError(f"the output would replace its input {path}; give another name")
     counts = Counter[str]()
     errors = errors_path(out)
-    with path.open("rb") as file, atomic_file(out) as results, atomic_file(errors) as bad:
+    with path.open("rb") as file, atomic_files(out, errors) as (results, bad):
         if not status.source.endswith(f"sha256:{file_digest(file)}"):
             raise LoraBatchError(
                 f"batch {batch_id} was made from {status.source!r}, and {path} is not that file; "
@@ -87,17 +87,30 @@ def write_output(
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name only once it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+def atomic_files(*paths: Path) -> Iterator[list[TextIO]]:
+    """Text files that appear under their names only once all are complete and on the disk. Raises
+    LoraBatchError if they cannot be written."""
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}.new") for path in paths]
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with contextlib.ExitStack() as stack:
+            files = [
+                stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
+                for path in temporary
+            ]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for new, path in zip(temporary, paths, strict=True):
+            new.replace(path)
+    except OSError as error:
+        raise LoraBatchError(
+            f"{paths[0]} cannot be written: {error.strerror or error}; what was there before is as "
+            "it was: make room, or give another place, and ask for the output again"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary:
+            path.unlink(missing_ok=True)
 
 
 def _line(line: GoodLine, result: Result | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lorabatch import Ledger
 from lorabatch_producer import progress
 from tests.bad_inputs import short
 from tests.command_line import Cli
-from tests.played_worker import by_adapter, run_queued, working
+from tests.played_worker import by_adapter, run_queued, succeeds, working
+
+FILE_MAX_BYTES = 1 << 20
 
 
 def test_a_batch_from_file_to_file(cli: Cli, ledger: Ledger, file: Path, tmp_path: Path) -> None:
@@ -48,6 +51,25 @@ def test_a_good_batch_ends_well(cli: Cli, ledger: Ledger, tmp_path: Path) -> Non
         cli("batch", "submit", path, "--wait")
     cli("batch", "submit", path, "--queue", "other", "--new")
     assert "of 1 jobs are open" in cli("batch", "output", *_newest(ledger, path), code=2).stderr
+
+
+def test_an_output_that_does_not_fit_leaves_nothing(
+    cli: Cli, ledger: Ledger, file: Path, tmp_path: Path
+) -> None:
+    """The kernel says no in the middle of the file."""
+    batch_id = cli("batch", "submit", file, code=1).stdout.split()[1]
+    run_queued(ledger, lambda claim: succeeds(claim, text="long" * FILE_MAX_BYTES))
+    out, before = tmp_path / "out.jsonl", sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_MAX_BYTES, limits[1]))
+    try:
+        found = cli("batch", "output", batch_id, file, "--output", out, code=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found.stderr.startswith(f"lorabatch: {out} cannot be written: File too large; ")
+    assert sorted(tmp_path.iterdir()) == before
+    cli("batch", "output", batch_id, file, "--output", out, code=1)
+    assert len(out.read_bytes()) > FILE_MAX_BYTES
 
 
 def _newest(ledger: Ledger, path: Path) -> list[object]:
