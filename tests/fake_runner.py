@@ -3,8 +3,9 @@
 Every job takes max_new_tokens steps of FAKE_STEP_S. Its text is adapter and prompt hash, so that
 an output that got swapped with another job's shows. A prompt that starts with "fail" fails.
 A prompt that starts with "poison" ends the process, by kill -9, when it runs, and one that starts
-with "breaks" has it lose its device. FAKE_RUNS names a file that gets the id of every job that
-starts to run. The process loses its device at DEVICE_LOST, and hangs for good at HANGS.
+with "breaks" has it lose its device; one that starts with "long N" has a text of N more characters.
+FAKE_RUNS names a file that gets the id of every job that starts to run. The process loses its device
+at DEVICE_LOST, and hangs for good at HANGS.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ DEVICE_LOST, HANGS = signal.SIGRTMIN, signal.SIGRTMIN + 1
 
 def fake_text(job: Job) -> str:
     prompt = job.prompt or "".join(m.content for m in job.messages or ())
-    return f"{job.adapter_id}|{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
+    more = int(prompt.split()[1]) if prompt.startswith("long ") else 0
+    return f"{job.adapter_id}|{hashlib.sha256(prompt.encode()).hexdigest()[:16]}{'.' * more}"
 
 
 @dataclass

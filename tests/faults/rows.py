@@ -1,4 +1,4 @@
-"""The rows of the fault matrix that are tried, by number. Row 10 is tests/system/test_poison.py."""
+"""The rows of the fault matrix that are tried, by number."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from tests.faults.kinds import (
     clocks,
     databases,
     devices,
+    disks,
+    files,
+    floods,
+    keys,
     kills,
     memory,
+    poison,
     stops,
     strangers,
 )
@@ -64,13 +69,24 @@ CASES = (
     Case(7, "serialization failure (40001)", databases.not_serialized, ("postgresql",)),
     Case(7, "cut after COMMIT was sent", databases.commit_cut, ("postgresql",)),
     Case(7, "locked again and again", databases.locked_often, ("sqlite",), short=False),
+    Case(8, "database's disk full", disks.small_disk, disks.DATABASES, short=False),
+    Case(8, "disk full (53100)", disks.refused, ("postgresql",)),
     Case(9, "device lost", devices.lost),
     Case(9, "engine hangs", devices.hung, short=False),
+    Case(10, "poison job", poison.poison, short=False),
     Case(14, "clocks 10 min off", clocks.off, short=False),
     Case(14, "clock steps back 1 h", clocks.stepped),
+    Case(15, "a key 100 times at once", keys.at_once, short=False),
+    Case(15, "producer killed after its commit", keys.killed("accepted")),
+    Case(15, "producer killed before it sends", keys.killed("noted"), short=False),
     Case(16, "SIGSTOP, at random", stops.sleep_sometime, short=False),
     Case(16, "SIGSTOP, outcome not yet written", stops.sleep_at("ended")),
     Case(16, "SIGSTOP, before commit", stops.sleep_at("before-commit"), short=False),
+    Case(17, "more jobs than may wait", floods.capped, short=False),
+    Case(17, "results nobody fetches", floods.results_left, short=False),
+    Case(19, "bulk file, kill -9 at random", files.submitted(), short=False),
+    Case(19, "bulk file, kill -9, accepted", files.submitted("accepted")),
+    Case(19, "bulk file, kill -9, noted", files.submitted("noted"), short=False),
     Case(20, "cancelled while queued", cancels.queued, short=False),
     Case(20, "cancelled while running", cancels.running),
     Case(20, "cancelled at the commit", cancels.racing),

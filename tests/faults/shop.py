@@ -96,13 +96,21 @@ class Shop:
 
     # -- producers -----------------------------------------------------------
 
-    def make(self, rng: random.Random, count: int, tokens: tuple[int, int] = (10, 40)) -> list[Job]:
+    def make(
+        self,
+        rng: random.Random,
+        count: int,
+        tokens: tuple[int, int] = (10, 40),
+        long: int = 0,
+    ) -> list[Job]:
+        """`long`: of how many more characters than usual a text is."""
         made = []
+        begins = f"long {long} " if long else ""
         for _ in range(count):
             self._serial += 1
             made.append(
                 Job(
-                    prompt=f"prompt number {self._serial}" + " word" * rng.randrange(9),
+                    prompt=f"{begins}prompt number {self._serial}" + " word" * rng.randrange(9),
                     adapter_id=f"adapter-{rng.randrange(5)}",
                     tenant=f"tenant-{rng.randrange(3)}",
                     sampling_params=SamplingParams(max_new_tokens=rng.randint(*tokens)),
@@ -117,15 +125,13 @@ class Shop:
         tokens: tuple[int, int] = (10, 40),
         plain: float = 0.0,
         into: Batch | None = None,
+        long: int = 0,
     ) -> Batch:
         """Jobs of our producer, and a share of a plain client's that the broker alone knows."""
         batch = Batch() if into is None else into
-        made = self.make(rng, count, tokens)
+        made = self.make(rng, count, tokens, long)
         few = round(count * plain)
-        with contextlib.suppress(QueueNotReady):  # accepted all the same
-            self._producer.enqueue_many(made[few:])
-        self.note(made[few:])
-        batch.add(made[few:])
+        self.accept_these(made[few:], batch)
         for job in made[:few]:
             body = job.model_dump(mode="json", include={"prompt", "adapter_id", "tenant"})
             body["sampling_params"] = {"max_new_tokens": job.sampling_params.max_new_tokens}
@@ -133,6 +139,14 @@ class Shop:
         self.note(made[:few])
         batch.add(made[:few], plain=True)
         return batch
+
+    def accept_these(self, made: Sequence[Job], into: Batch) -> list[str]:
+        """These jobs, by our producer: their ids."""
+        with contextlib.suppress(QueueNotReady):  # accepted all the same
+            self._producer.enqueue_many(made)
+        self.note(made)
+        into.add(made)
+        return [job.job_id for job in made]
 
     def note(self, made: Sequence[Job]) -> None:
         """They were accepted: on disk before anybody relies on it."""
@@ -242,6 +256,11 @@ class Shop:
     def started(self) -> Counter[str]:
         """How often each job began to run."""
         return Counter(self.runs.read_text().split() if self.runs.exists() else ())
+
+    def disconnect(self) -> None:
+        """No connection to the database is open here; the next use opens one."""
+        self._producer.close()
+        self.ledger.engine.dispose()
 
     def close(self) -> None:
         self.crew.close()

@@ -18,7 +18,9 @@ from tests.faults.shop import Shop
 from tests.faults.waiting import until
 
 __all__ = [
+    "LONG_LEASE",
     "Lock",
+    "away",
     "commit_cut",
     "deadlock",
     "locked",
@@ -38,28 +40,30 @@ def refused(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     proxy = shop.database_proxy
     assert proxy is not None
     members = shop.crew.ready(2, LORABATCH_DATABASE_URL=shop.proxied_database_url, **LONG_LEASE)
-    return _away(shop, rng, jobs, members, proxy.refuse, proxy.allow)
+    return away(shop, rng, jobs, members, proxy.refuse, proxy.allow)
 
 
 def locked(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     """Another process has SQLite's lock for longer than a worker waits for it."""
     members = shop.crew.ready(2, FAULT_BUSY_S=LOCKS_BACK_OFF_S, **LONG_LEASE)
     lock = Lock(shop)
-    observed = _away(shop, rng, jobs, members, lock.take, lock.give)
+    observed = away(shop, rng, jobs, members, lock.take, lock.give)
     lock.close()
     return observed
 
 
-def _away(
+def away(
     shop: Shop,
     rng: random.Random,
     count: int,
     members: list[Member],
     take: Callable[[], None],
     give: Callable[[], None],
+    tokens: tuple[int, int] = (10, 40),
 ) -> Observed:
-    """No acknowledgement meanwhile; what is under a lease is not computed again."""
-    batch = shop.accept(rng, count)
+    """Between `take` and `give` it refuses. No acknowledgement meanwhile; what is under a lease is
+    not computed again."""
+    batch = shop.accept(rng, count, tokens)
     shop.wait_moment(rng, batch, 0.5)
     take()
     time.sleep(rng.uniform(*AWAY_S))
