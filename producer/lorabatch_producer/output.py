@@ -93,7 +93,7 @@ def atomic_files(*paths: Path) -> Iterator[list[TextIO]]:
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.new") for path in paths]
     try:
         with contextlib.ExitStack() as stack:
-            files = [
+            files: list[TextIO] = [
                 stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
                 for path in temporary
             ]

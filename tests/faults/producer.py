@@ -124,7 +124,7 @@ def main() -> None:
         boundary, number = trap.split()
         _lay_trap(boundary, int(number))
     if size := os.environ.get("FAULT_CHUNK"):
-        batch.chunked = partial(sending.chunked, size=int(size))
+        vars(batch)["chunked"] = partial(sending.chunked, size=int(size))
     if not sys.argv[1:]:
         _make_calls()
         return
