@@ -20,7 +20,7 @@ from lorabatch import ErrorInfo, Result
 from lorabatch.errors import JobFailed
 from lorabatch_worker import publisher as publishing
 from lorabatch_worker.delivery import Delivery
-from lorabatch_worker.links import links_in, links_of, refused_links
+from lorabatch_worker.links import links_of
 from lorabatch_worker.publisher import Publisher
 
 DONE = Result(job_id="job", tenant="acme", adapter_id="pirate", state="succeeded", text="arr")
@@ -279,51 +279,3 @@ def test_copies_of_a_message_call_their_links_once_and_another_id_its_own(bench:
     ]
     assert sorted(bench.ended) == ["alias", "job", "job", "plain"]
     assert bench.stored("plain").get(timeout=1) == VALUE
-
-
-def test_who_has_links_is_told_and_who_has_none_is_not() -> None:
-    told = Delivery("a", lambda _: None, publish=False, links=links_of({"errbacks": [{}]}))
-    assert told.tells
-    assert not Delivery("a", lambda _: None, publish=False).tells
-    assert links_of({"callbacks": None, "chain": [], "id": "a"}) is None
-
-
-@pytest.mark.parametrize("options", [None, 5, "chain", [], {"chain": 5, "callbacks": "x"}])
-def test_options_that_are_no_links_are_none(options: object) -> None:
-    assert links_in(options) == {}
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"chord": {"task": "body"}}, "a chord is not supported: its parts"),
-        ({"callbacks": {"task": "x"}}, "link is not a list of task signatures"),
-        ({"callbacks": [5]}, "link is not a list of task signatures"),
-        ({"errbacks": [{"args": []}]}, "link_error is not a list of task signatures"),
-        ({"chain": [{"task": "x", "options": 5}]}, "chain is not a list of task signatures"),
-        ({"callbacks": [{"task": "save"}]}, "no task 'save' and would send it to a queue of its"),
-        ({"errbacks": [{"task": "warn", "options": None}]}, "link_error: this worker has no task"),
-        ({"chain": [{"task": "last"}, {"task": "next"}]}, "chain: this worker has no task 'next'"),
-    ],
-)
-def test_links_that_cannot_be_called_are_refused(
-    bench: Bench, options: dict[str, Any], says: str
-) -> None:
-    assert says in str(refused_links(options, bench.app))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
-        {"callbacks": [{"task": "save", "options": {"queue": "theirs"}}]},
-        {"callbacks": [{"task": "celery.group"}]},
-        {"chain": [{"task": "last"}, {"task": "next", "options": {"routing_key": "theirs"}}]},
-    ],
-)
-def test_links_that_somebody_will_get_are_not_refused(
-    bench: Bench, options: dict[str, Any]
-) -> None:
-    assert refused_links(options, bench.app) is None
-    bench.app.conf.task_routes = {"*": {"queue": "theirs"}}
-    assert refused_links({"callbacks": [{"task": "save"}]}, bench.app) is None

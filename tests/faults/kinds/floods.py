@@ -89,7 +89,6 @@ def results_left(shop: Shop, rng: random.Random, _: int) -> Observed:
         shop.wait_ended(batch)
         shop.wait_quiet()
         grown.append(sum(psutil.Process(m.process.pid).memory_info().rss for m in members))
-    print([a >> 20 for a in grown])
     more = grown[-1] - grown[PORTIONS // 2 - 1]
     left = LEFT_BYTES * portion * (PORTIONS // 2)
     wrong = (
