@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from celery import Celery
 
 from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.links import links_in, links_of, refused_links
+
+
+@pytest.fixture
+def app() -> Celery:
+    return Celery("w", broker="memory://", set_as_current=False)
 
 
 def test_who_has_links_is_told_and_who_has_none_is_not() -> None:
@@ -36,9 +42,9 @@ def test_options_that_are_no_links_are_none(options: object) -> None:
     ],
 )
 def test_links_that_cannot_be_called_are_refused(
-    bench: Bench, options: dict[str, Any], says: str
+    app: Celery, options: dict[str, Any], says: str
 ) -> None:
-    assert says in str(refused_links(options, bench.app))
+    assert says in str(refused_links(options, app))
 
 
 @pytest.mark.parametrize(
@@ -50,9 +56,7 @@ def test_links_that_cannot_be_called_are_refused(
         {"chain": [{"task": "last"}, {"task": "next", "options": {"routing_key": "theirs"}}]},
     ],
 )
-def test_links_that_somebody_will_get_are_not_refused(
-    bench: Bench, options: dict[str, Any]
-) -> None:
-    assert refused_links(options, bench.app) is None
-    bench.app.conf.task_routes = {"*": {"queue": "theirs"}}
-    assert refused_links({"callbacks": [{"task": "save"}]}, bench.app) is None
+def test_links_that_somebody_will_get_are_not_refused(app: Celery, options: dict[str, Any]) -> None:
+    assert refused_links(options, app) is None
+    app.conf.task_routes = {"*": {"queue": "theirs"}}
+    assert refused_links({"callbacks": [{"task": "save"}]}, app) is None

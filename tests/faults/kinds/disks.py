@@ -38,18 +38,27 @@ DATABASES = ("sqlite", "postgresql") if _may_mount() else ()
 
 def small_disk(shop: Shop, rng: random.Random, jobs: int) -> Observed:
     """The database lies on it, and somebody else's file fills it up."""
-    shop.crew.end(shop.crew.members)
-    shop.disconnect()
     moved = _sqlite_on if shop.database == "sqlite" else _postgresql_on
-    with _mounted(_size_bytes(shop) + ROOM_BYTES) as disk, moved(shop, disk):
+    mounted = _mounted(_size_bytes(shop) + ROOM_BYTES)
+    with mounted as disk, _unused(shop), moved(shop, disk), _unused(shop):
         filler = disk / "filler"
         members = shop.crew.ready(2, **LONG_LEASE)
         observed = away(shop, rng, jobs, members, lambda: _fill(filler), filler.unlink, LARGE)
         shop.wait_ended(observed.batch)
         shop.wait_quiet()
-        shop.crew.end(members)
-        shop.disconnect()
     return observed
+
+
+@contextlib.contextmanager
+def _unused(shop: Shop) -> Iterator[None]:
+    """Nobody has the database open before and after."""
+    shop.crew.end(shop.crew.members)
+    shop.disconnect()
+    try:
+        yield
+    finally:
+        shop.crew.end(shop.crew.members)
+        shop.disconnect()
 
 
 def refused(shop: Shop, rng: random.Random, jobs: int) -> Observed:
