@@ -4,8 +4,8 @@ Every job takes max_new_tokens steps of FAKE_STEP_S. Its text is adapter and pro
 an output that got swapped with another job's shows. A prompt that starts with "fail" fails.
 A prompt that starts with "poison" ends the process, by kill -9, when it runs, and one that starts
 with "breaks" has it lose its device; one that starts with "long N" has a text of N more characters.
-FAKE_RUNS names a file that gets the id of every job that starts to run. The process loses its device
-at DEVICE_LOST, and hangs for good at HANGS.
+FAKE_RUNS names a file that gets the id of every job that starts to run. The process loses its
+device at DEVICE_LOST, and hangs for good at HANGS.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -25,6 +25,7 @@ from pydantic_settings import (
 
 from lorabatch.errors import SettingsError, explain
 from lorabatch.location import AdapterSource, is_path
+from lorabatch.urls import BackendUrl, BrokerUrl, DatabaseUrl
 
 __all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path"]
 
@@ -59,11 +60,13 @@ class Settings(BaseSettings):
     hub_token_folder: Path | None = Field(
         default=None, description="folder of Hub tokens, one file for each tenant, by its name"
     )
-    broker_url: str | None = Field(default=None, description="redis:// URL; unset: embedded")
-    result_backend_url: str | None = Field(
+    broker_url: BrokerUrl | None = Field(default=None, description="redis:// URL; unset: embedded")
+    result_backend_url: BackendUrl | None = Field(
         default=None, description="results for Celery clients; lorabatch: ledger; unset: broker"
     )
-    database_url: str | None = Field(default=None, description="SQLAlchemy URL; unset: SQLite")
+    database_url: DatabaseUrl | None = Field(
+        default=None, description="SQLAlchemy URL; unset: SQLite"
+    )
     queue: str = Field(default=DEFAULT_QUEUE, description="where producers send")
     consume: Annotated[tuple[str, ...], NoDecode] = Field(
         default_factory=lambda known: _own_queues(known.get("queue", DEFAULT_QUEUE)),
@@ -217,27 +220,6 @@ class Settings(BaseSettings):
         if not re.match(r"^(auto|cpu|cuda(:(\d+|any))?)$", device):
             raise ValueError("allowed: auto, cpu, cuda, cuda:N, cuda:any")
         return device
-
-    @field_validator("broker_url", "result_backend_url")
-    @classmethod
-    def _broker(cls, url: str | None, info: ValidationInfo) -> str | None:
-        results = info.field_name == "result_backend_url"
-        if results and re.match(r"lorabatch(\+|$)", url or ""):
-            return url
-        if url is not None and not re.match(r"(redis|rediss|redis\+socket)://", url):
-            ours = ", lorabatch, or lorabatch+ before a database URL" if results else ""
-            raise ValueError(f"allowed: a redis://, rediss:// or redis+socket:// URL{ours}")
-        return url
-
-    @field_validator("database_url")
-    @classmethod
-    def _database(cls, url: str | None) -> str | None:
-        if url is None or url.startswith("sqlite:///"):
-            return url
-        plain = re.sub(r"^(postgres|postgresql)(\+psycopg)?://", "postgresql+psycopg://", url)
-        if not plain.startswith("postgresql+psycopg://"):
-            raise ValueError("allowed: a sqlite:///FILE or postgresql:// URL")
-        return plain
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
