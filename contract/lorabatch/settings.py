@@ -31,6 +31,7 @@ __all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path"]
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_QUEUE = "lorabatch"
+QUEUES = {DEFAULT_QUEUE: (DEFAULT_QUEUE, "celery")}  # plain Celery clients send to celery
 PREFIX = "LORABATCH_"
 # Variables of the environment alone: where lorabatch.toml is; 0 turns compiled CPU kernels off.
 READ_ELSEWHERE = ("config", "native")
@@ -69,7 +70,7 @@ class Settings(BaseSettings):
     )
     queue: str = Field(default=DEFAULT_QUEUE, description="where producers send")
     consume: Annotated[tuple[str, ...], NoDecode] = Field(
-        default_factory=lambda known: _own_queues(known.get("queue", DEFAULT_QUEUE)),
+        default_factory=lambda given: QUEUES.get(queue := given.get("queue", ""), (queue,)),
         description="comma list: what a worker drains; unset: queue, and celery beside lorabatch",
     )
     transport: Literal["atomic", "stock"] = Field(
@@ -107,9 +108,7 @@ class Settings(BaseSettings):
     adapter_disk_bytes: int = Field(
         default=20 << 30, ge=1 << 20, description="disk cache of fetched adapters"
     )
-    adapter_max_bytes: int = Field(
-        default=16 << 30, ge=1, description="an adapter whose files are larger is refused"
-    )
+    adapter_max_bytes: int = Field(default=16 << 30, ge=1, description="larger ones are refused")
     adapter_fetch_timeout_s: float = Field(
         default=300.0, gt=0, description="time for fetching one adapter, all attempts together"
     )
@@ -260,12 +259,6 @@ class Settings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'lorabatch.db'}"
-
-
-def _own_queues(queue: str) -> tuple[str, ...]:
-    """Plain Celery clients, which send to celery by default, mean the base model of the default
-    queue."""
-    return (queue, "celery") if queue == DEFAULT_QUEUE else (queue,)
 
 
 def explain_settings(error: ValidationError) -> str:

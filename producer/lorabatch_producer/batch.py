@@ -189,7 +189,7 @@ def _no_more(batch_id: str, lines: _Lines, error: QueueFull) -> QueueFull:
 def _read_otherwise(batch_id: str, error: IdempotencyConflict) -> IdempotencyConflict:
     return IdempotencyConflict(
         f"batch {batch_id}: this file was submitted before, and its lines meant something else "
-        f"then (another queue, base model or version); submit it as a new batch ({error})"
+        f"then (another queue, LORABATCH_BASE_MODEL or version); submit it as a new batch ({error})"
     )
 
 

@@ -48,9 +48,10 @@ def test_each_queue_is_run_by_its_own_workers(postgres_shop: Shop) -> None:
         worker.wait_ready()
     accepted: dict[str, list[Job]] = {queue: made(JOBS) for queue in QUEUES}
     with Producer(shop.settings) as producer:
-        for at in range(0, JOBS, 10):  # one call or many, the first few messages or the feeder's
-            for queue, some in accepted.items():
+        for at in range(0, JOBS, 20):
+            for queue, some in accepted.items():  # sent by who accepts them, or by a feeder
                 producer.enqueue_many(some[at : at + 10], queue=queue)
+                shop.ledger.accept(some[at + 10 : at + 20], queue=queue)
         more = made(1)[0]
         accepted["second"].append(more)
         assert producer.enqueue(more, queue="second") == more.job_id

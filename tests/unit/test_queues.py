@@ -87,7 +87,7 @@ def test_a_file_is_for_the_base_model_of_its_queue(settings: Settings, tmp_path:
         assert [tuple(row) for row in rows] == [(None, "second")]
     with (
         Producer(settings) as producer,
-        pytest.raises(IdempotencyConflict, match="another queue, base model or version"),
+        pytest.raises(IdempotencyConflict, match="another queue, LORABATCH_BASE_MODEL"),
     ):
         submit(producer, file)
 
