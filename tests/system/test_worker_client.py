@@ -199,7 +199,6 @@ def test_a_bad_header_is_a_recorded_failure(running: Shop, headers: dict[str, An
         (TASK_NAME, "x" * 100, b'[[], {"prompt": "x"}, {}]'),
         ("tests.add", "side", b"5"),
         ("tests.add", None, b"[[1, 2], {}, {}]"),
-        ("no.such.task", "unknown", b"[[1, 2], {}, {}]"),
     ],
 )
 def test_a_message_without_a_usable_id_or_task_does_not_stop_the_worker(
@@ -208,6 +207,23 @@ def test_a_message_without_a_usable_id_or_task_does_not_stop_the_worker(
     publish(running, body, task=task, id=task_id)
     running.wait_broker_empty()
     assert running.generate(prompt="still there").get(timeout=WAIT_S)["state"] == "succeeded"
+
+
+def test_a_task_that_this_worker_does_not_know_stays_with_the_broker(running: Shop) -> None:
+    publish(running, b'[[], {"secret": "hush"}, {}]', task="no.such.task", id="unknown")
+    text = running.workers[0].text
+    wait_until("parked", lambda: '"message parked"' in text())
+    assert running.generate(prompt="still there").get(timeout=WAIT_S)["state"] == "succeeded"
+    wait_until("given out again", lambda: text().count('"message parked"') > 1)
+    assert "no task 'no.such.task' here" in text()
+    assert "unknown" in running.ids_in_broker()
+    assert "hush" not in text()
+
+    def taken_away() -> bool:
+        running.broker.delete("unacked", "unacked_index")
+        return running.in_broker() == {}
+
+    wait_until("taken away", taken_away)
 
 
 def test_duplicates_of_a_message_run_once(running: Shop) -> None:
