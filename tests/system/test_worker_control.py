@@ -185,10 +185,11 @@ def test_why_says_where_a_jobs_adapter_is(running: Shop, monkeypatch: pytest.Mon
     sent = start_long(running, slots)
     (job,) = running.accept(1)
     shown = CliRunner().invoke(app, ["why", job.job_id]).stdout
-    assert re.search(
-        r"^adapter 'adapter-0' is in memory of lorabatch-\d+@\S+$", shown, re.MULTILINE
+    found = re.search(
+        r"^adapter 'adapter-0' is in memory of (lorabatch-\d+@\S+)$", shown, re.MULTILINE
     )
-    unheard = services._asked(running.client, {"no": "such argument"}, 1)
+    assert found is not None, shown
+    unheard = services._asked(running.client, {"no": "such argument"}, [found[1]])
     assert unheard == {}, "an error is no answer"
     running.client.control.revoke([r.id for r in sent], terminate=True)
     for result in sent:

@@ -182,7 +182,9 @@ def test_a_row_of_a_newer_version_goes_back_to_the_broker(bench: Bench) -> None:
         connection.execute(sa.update(jobs).where(jobs.c.job_id == "new").values(body=body))
     given_back: list[float] = []
     bench.deliver("new")
-    newer = Delivery("new", lambda _: None, on_postponed=given_back.append, kwargs=POINTER)
+    newer = Delivery(
+        "new", lambda _: None, on_postponed=lambda s, why: given_back.append(s), kwargs=POINTER
+    )
     bench.intake.put(newer)
     bench.deliver("old")
     bench.start()

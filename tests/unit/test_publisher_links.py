@@ -215,20 +215,6 @@ def test_a_broker_that_is_away_is_tried_again(
     assert bench.ended == ["job"]
 
 
-@pytest.mark.parametrize(("ended", "link"), [(DONE, "callbacks"), (FAILED, "errbacks")])
-def test_a_message_whose_links_the_broker_does_not_take_goes_back(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, ended: Result, link: str
-) -> None:
-    away_for(bench, monkeypatch, 10**6)
-    given_back: list[float] = []
-    delivery = bench.delivery(**{link: [bench.task("save")]})
-    delivery.on_postponed = given_back.append
-    bench.end(ended, delivery, bench.delivery("plain"))
-    assert given_back == [publishing.AGAIN_S]
-    assert bench.ended == ["plain"], "nothing else waits for it"
-    assert bench.stored("job").state == ("SUCCESS" if ended is DONE else "FAILURE")
-
-
 @pytest.fixture
 def full_backend(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes no result."""

@@ -66,9 +66,8 @@ def test_what_runs_again_stays_in_its_queue(ledger: Ledger) -> None:
         job_id="dead", tenant="acme", adapter_id=None, state="failed", error=error, attempt=1
     )
     ledger.record([Outcome(claim, failed)])
-    new = DeadLetters(ledger.engine).retry(["dead"]) | Batches(ledger.engine).run_again(
-        ["cancelled"]
-    )
+    new = DeadLetters(ledger.engine).retry(["dead"]).jobs
+    new |= Batches(ledger.engine).run_again(["cancelled"]).jobs
     assert new.keys() == {"dead", "cancelled"}
     assert [queue_of(ledger, job_id) for job_id in new.values()] == ["second", "second"]
 

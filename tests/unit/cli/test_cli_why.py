@@ -182,7 +182,7 @@ def test_where_its_adapter_is(cli: Cli, ledger: Ledger, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(why_command, "places", places)
     assert "adapter 'sql': no worker answered whether it has it\n" in said(cli, "bound")
-    monkeypatch.setattr(why_command, "loads", lambda settings: {name: {} for name in found})
+    monkeypatch.setattr(why_command, "loads", lambda settings, queue: {name: {} for name in found})
     assert (
         "adapter 'sql' is on the device of w1, w3; in memory of w4; in the disk cache of w5; "
         "not yet with w2\n"
@@ -190,9 +190,9 @@ def test_where_its_adapter_is(cli: Cli, ledger: Ledger, monkeypatch: pytest.Monk
     assert "adapter 'pirate' is on the device" in said(cli, "free")
     assert "adapter" not in said(cli, "base")
     assert asked[1:] == [
-        ("acme", {"sql": VERSION}, 5),
-        ("default", {"pirate": None}, 5),
-        ("default", {}, 5),
+        ("acme", {"sql": VERSION}, list(found)),
+        ("default", {"pirate": None}, list(found)),
+        ("default", {}, list(found)),
     ]
     found.clear()
     assert "adapter 'pirate': no worker answered whether it has it\n" in said(cli, "free")
