@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Set to a CUDA build where there is a GPU; torch comes first, so that nothing else picks one.
 TORCH ?= torch==2.13.0
+# Tests wait for servers and leases more than they compute.
+TEST_PROCESSES ?= 2
 # What `make bench` measures in.
 BENCH_DTYPE ?= bfloat16
 # Where the demo and the tests keep the embedded servers and the base model.
@@ -37,7 +39,7 @@ check: setup
 	$(VENV)/bin/lint-imports
 
 test: check
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n $(TEST_PROCESSES) --dist worksteal
 
 parity: setup
 	$(VENV)/bin/python -m tests.parity
