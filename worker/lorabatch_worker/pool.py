@@ -17,6 +17,7 @@ import faulthandler
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -59,6 +60,7 @@ class EnginePool(BasePool):
     service: Service | None = None
     _hub: Any = None
     _ready = False
+    _awaited = False
     _stopping = False
     _terms = 0
 
@@ -74,6 +76,7 @@ class EnginePool(BasePool):
             print(f"lorabatch-worker: {error}", file=sys.stderr, flush=True)  # noqa: T201
             raise WorkerShutdown(EXIT_NOT_READY) from None
         self._settings = parts.settings
+        self._posted = deque[Callable[[], None]]()
         self._side = ThreadPoolExecutor(SIDE_THREADS, thread_name_prefix="side")
         signals.worker_shutting_down.connect(self._on_signal, weak=True)
         # Celery's own answer to SIGUSR1 shows what is in variables, prompts too, and may end us.
@@ -83,6 +86,8 @@ class EnginePool(BasePool):
     def register_with_event_loop(self, hub: Any) -> None:
         """Called when the consumer's loop starts, at every connection anew."""
         self._hub = hub
+        if self._awaited:  # from the loop before
+            self._await_posted()
         if not self._ready:
             self._ready = True
             self._post(self._say_ready)
@@ -211,15 +216,24 @@ class EnginePool(BasePool):
         return delivery
 
     def _post(self, call: Callable[[], None]) -> None:
-        """Any thread: run a call on the hub's. The hub does not guard its callbacks."""
+        """Any thread: run a call on the hub's. Those of one moment are one callback of the hub."""
+        self._posted.append(call)
+        if not self._awaited:
+            self._await_posted()
 
-        def guarded() -> None:
+    def _await_posted(self) -> None:
+        self._awaited = True
+        if self._hub is not None:  # else as soon as there is one
+            self._hub.call_soon(self._run_posted)
+
+    def _run_posted(self) -> None:
+        self._awaited = False  # first: what is posted from here on may come too late for this round
+        while self._posted:
+            call = self._posted.popleft()
             try:
                 call()
             except Exception as error:  # noqa: BLE001 - nothing posted may stop the worker
                 log.error("callback failed", error=f"{type(error).__name__}: {error}")
-
-        self._hub.call_soon(guarded)
 
     def _say_ready(self) -> None:
         assert self.service is not None

@@ -13,6 +13,7 @@ key prefixes and queues without acknowledgements, which stay kombu's.
 from __future__ import annotations
 
 from importlib.resources import files
+from json import JSONDecoder
 from queue import Empty
 from time import monotonic, time
 from typing import Any, ClassVar
@@ -23,12 +24,13 @@ import redis
 import structlog
 from kombu.transport import redis as stock
 from kombu.transport import virtual
-from kombu.utils.json import loads
+from kombu.utils.json import object_hook
 
 __all__ = ["Transport", "use_in_this_process"]
 
 log = structlog.get_logger(__name__)
 
+decode = JSONDecoder(object_hook=object_hook).decode  # kombu's `loads` makes one for each message
 FETCH = files("lorabatch_worker").joinpath("fetch.lua").read_text()
 FETCH_MAX = 256
 FETCH_BYTES = 16 << 20
@@ -194,7 +196,7 @@ class Channel(stock.Channel):
         try:
             if not tag:
                 raise ValueError("no message of kombu's")
-            self.connection._deliver(loads(message.decode()), queue)
+            self.connection._deliver(decode(message.decode()), queue)
         except UNREADABLE as error:  # our consumer lets none of these out
             self.qos.set_aside(name, tag, message, error)
         else:
