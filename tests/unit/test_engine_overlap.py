@@ -94,8 +94,12 @@ def test_a_step_that_fails_while_outcomes_wait_loses_none(
     leave_nothing(own.engine)
 
 
-def test_what_ended_is_reported_before_a_suspect_begins(own: Desk) -> None:
-    """Or it would die with it."""
+@pytest.mark.parametrize("crashes", [(2, 2), (0, 2), (2, 0)])
+def test_what_ended_is_reported_before_a_suspect_begins_and_after_it(
+    own: Desk, crashes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would die, and be blamed, with what comes next."""
+    monkeypatch.setattr(own.engine.scheduler, "max_seqs", 1)
     own.engine.overlaps = True
     events: list[str] = []
     started, finished = own.engine._on_started, own.engine._on_finished
@@ -104,6 +108,7 @@ def test_what_ended_is_reported_before_a_suspect_begins(own: Desk) -> None:
         events.extend(f"ended {o.claim.job.job_id}" for o in outcomes),
         finished(outcomes),
     )[1]
-    own.engine.submit([replace(claim(job(name)), crashes=2) for name in ("one", "two")])
+    both = zip(("one", "two"), crashes, strict=True)
+    own.engine.submit([replace(claim(job(name)), crashes=crashed) for name, crashed in both])
     own.wait(["one", "two"])
     assert events == ["began one", "ended one", "began two", "ended two"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from lorabatch_worker.delivery import Delivery
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.publisher import Publisher
 from lorabatch_worker.recorder import Recorder
+from lorabatch_worker.service import Service
 
 
 def outcome(claim: Claim) -> Outcome:
@@ -201,6 +204,35 @@ def test_an_outcome_whose_lease_was_lost_is_held_not_ended(bench: Bench) -> None
     assert bench.log == []
     assert bench.ledger.counts() == {"running": 1}
     assert [d.task_id for d in bench.live.due()] == ["a"]
+
+
+def test_what_ran_alone_is_recorded_before_anything_else_begins(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would be blamed if the next one stops the process."""
+    bench.claim("alone", "next")
+    alone = replace(bench.live.claims()[0], crashes=2)
+    bench.live.add(alone, [])
+    asked, record = threading.Event(), bench.ledger.record
+    for_certain = bench.recorder.started_for_certain
+
+    def late(*args: Any) -> set[str]:
+        asked.wait(20)
+        return record(*args)
+
+    def waited_for(claims: Sequence[Claim]) -> None:
+        asked.set()
+        for_certain(claims)
+
+    monkeypatch.setattr(bench.ledger, "record", late)
+    monkeypatch.setattr(bench.recorder, "started_for_certain", waited_for)
+    bench.recorder.put([outcome(alone)])
+    parts = {"live": bench.live, "recorder": bench.recorder, "_post": lambda call: call()}
+    service: Any = SimpleNamespace(**parts)
+    Service._started(service, ["next"])
+    found = bench.ledger.states(["alone"])
+    asked.set()
+    assert found == {"alone": "succeeded"}
 
 
 def test_a_backend_that_is_down_does_not_keep_a_recorded_job(bench: Bench) -> None:

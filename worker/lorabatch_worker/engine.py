@@ -179,8 +179,8 @@ class Engine:
                 return
             chunks, admitted = self.scheduler.plan(admit=not self._stopping)
             if admitted:
-                if any(s.claim.suspect for s in admitted):
-                    self._report_ended()  # or what ended before it dies with it
+                if any(s.claim.suspect for s in (*admitted, *(s for s, _ in self._ended))):
+                    self._report_ended()  # or it dies, and is blamed, with what begins now
                 self._on_started([s.job_id for s in admitted])
             if self.scheduler.refused:
                 self._fail_refused()

@@ -39,12 +39,12 @@ class Runner(Protocol):
         on_broken: Broken = lambda _: None,
     ) -> None:
         """Begin. `on_started` gets ids of jobs that entered the running batch, `on_finished`
-        the outcome of every job that ended, bad ones included. Before a suspect runs, `on_started`
-        waits until the ledger knows. `on_postponed` gets jobs that the
-        runner gives up for now, to come again later: their adapter is being fetched, and others
-        could not be taken for them. None: it keeps all. `on_broken`: the runner can run nothing
-        more, only a new process can; it gets the ids of the jobs that may be why. Neither they nor
-        any other job that has not ended will."""
+        the outcome of every job that ended, bad ones included. Before a suspect runs, and before
+        anything runs after one, `on_started` waits until the ledger knows. `on_postponed` gets jobs
+        that the runner gives up for now, to come again later: their adapter is being fetched, and
+        others could not be taken for them. None: it keeps all. `on_broken`: the runner can run
+        nothing more, only a new process can; it gets the ids of the jobs that may be why. Neither
+        they nor any other job that has not ended will."""
 
     def submit(self, claims: Sequence[Claim]) -> None:
         """Run these jobs. A job that cannot run ends as a failed outcome, never as an error."""

@@ -153,7 +153,9 @@ class Service:
         begun = frozenset(job_ids)
         claims = self.live.claims(lambda job: job.claim.job.job_id in begun)
         suspects = [claim for claim in claims if claim.suspect]
-        if suspects:  # now: such a job may stop this process before a thread gets to it
+        # Now, for a job may stop this process before a thread gets to it: a suspect's start, and
+        # the outcome of one that has run alone, or it would be blamed for what comes after it.
+        if suspects or self.live.claims(lambda job: job.ended and job.claim.suspect):
             self.recorder.started_for_certain(suspects)
         self.recorder.started([claim for claim in claims if not claim.suspect])
         for delivery in self.live.started(job_ids):
