@@ -91,8 +91,11 @@ def _asleep(shop: Shop, victim: Member, batch: Batch, taken: bool = True) -> Obs
 
 
 def _refused(victim: Member) -> list[str]:
-    too_late = '"outcome came too late"' in victim.news()
-    return [] if too_late else ["the stale commit was not seen to be refused"]
+    try:  # the others may have ended all before it has looked
+        until("refused", lambda: '"outcome came too late"' in victim.news(), TAKE_OVER_LIMIT_S)
+    except NotWithin:
+        return ["the stale commit was not seen to be refused"]
+    return []
 
 
 def stopped(victim: Member) -> bool:
