@@ -8,8 +8,8 @@ plain Celery messages, and one fault after the other on whatever runs then (blow
 the survivor, is never replaced; all other kinds of faults it meets, too. At the end the oracle
 looks at every job and the audit recounts the ledger. Appends a line to bench/results/soak.jsonl and
 draws it; --out keeps logs and all samples. Exits 1 if a job was lost, repeated or miscounted, a
-worker ended by itself, or the survivor grew by more than GROWTH_MB or GROWTH_FDS after its warm-up
-of 5 minutes (a quarter of a shorter run).
+worker ended by itself, the survivor stopped working, or it grew by more than GROWTH_MB or
+GROWTH_FDS after its warm-up of 5 minutes (a quarter of a shorter run).
 """
 
 from __future__ import annotations
@@ -172,17 +172,22 @@ def main() -> int:
         street.stream.start()
         meter.start()
         faults.run(args.minutes)
+        late_us = shop.now_us() - round(args.minutes * 60e6 / 4)
+        measured = meter.is_alive()
         street.stream.stop()
         meter.stop()
         late = wait_for_the_end(street)
         verdict = judged(street)
+        claims, last_claims = street.survivor_claims(), street.survivor_claims(late_us)
         differences = [str(difference) for difference in audit(shop.ledger.engine)]
         shop.crew.end([member for member in street.members if member is not street.survivor])
         code = street.survivor.stop()
     wrong = [*street.wrong, *faults.wrong, *late, *verdict.examples, *differences]
     wrong += [street.stream.error] if street.stream.error else []
     wrong += [f"the survivor's exit code is {code}"] if code else []
-    grown = growth(meter.samples)
+    wrong += [] if measured else ["the meter ended before the last fault"]
+    wrong += [] if last_claims else ["the survivor took up no job in the last quarter"]
+    grown = {"jobs": claims, **growth(meter.samples)}
     for name, most in (("rss_mb", GROWTH_MB), ("fds", GROWTH_FDS)):
         if grown[f"{name}_grown"] > most:
             wrong.append(f"{name} grew by {grown[f'{name}_grown']}, and {most:g} is allowed")

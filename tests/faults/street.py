@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 
+import sqlalchemy as sa
+
+from lorabatch.tables import job_attempts
 from tests.faults.crew import Member
 from tests.faults.kinds.brokers import QUICK
 from tests.faults.shop import Shop
@@ -46,6 +49,13 @@ class Street:
     @property
     def survivor(self) -> Member:
         return self.members[0]
+
+    def survivor_claims(self, since_us: int = 0) -> int:
+        """Jobs that it took up after that."""
+        mine = job_attempts.c.worker.contains(self.survivor.owner)
+        query = sa.select(sa.func.count()).where(mine, job_attempts.c.started_us > since_us)
+        with self.shop.ledger.engine.execution_options(read_only=True).begin() as connection:
+            return connection.scalar(query) or 0
 
     def working(self) -> list[Member]:
         """The others, of which those that were just started may not be ready."""

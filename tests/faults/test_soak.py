@@ -41,6 +41,8 @@ def test_faults_on_a_stream_lose_nothing_and_leave_one_worker_alone(tmp_path: Pa
         assert survivor.alive
         assert street.members[1:] != others
         assert judged(street).faultless
+        assert 0 < street.survivor_claims() < street.stream.jobs
+        assert street.survivor_claims(shop.now_us()) == 0
         seen = meter.samples[-1]
         assert seen["survivor"]["pid"] == survivor.process.pid
         assert min(seen["survivor"][name] for name in ("rss_mb", "fds", "threads")) > 0
