@@ -147,12 +147,13 @@ class FakeRunner:
         return any(prompt.startswith("breaks") for prompt in prompts)
 
     def _admit(self) -> list[str]:
-        started = []
+        started: list[str] = []
+        suspect = any(r.claim.suspect for r in self._running.values())
         while self._waiting and len(self._running) < self.slots and not self._draining:
-            alone = self._waiting[0].suspect or any(r.claim.suspect for r in self._running.values())
-            if alone and self._running:
+            if self._running and (suspect or self._waiting[0].suspect):
                 break
             claim = self._waiting.popleft()
+            suspect |= claim.suspect
             job_id = claim.job.job_id
             assert job_id not in self._running, f"{job_id} runs twice at once"
             self._running[job_id] = _Running(claim, claim.job.sampling_params.max_new_tokens)
@@ -184,29 +185,28 @@ class FakeRunner:
     @staticmethod
     def _outcome(claim: Claim, code: str | None) -> Outcome:
         job = claim.job
-        result = Result(
-            job_id=job.job_id,
-            tenant=job.tenant,
-            adapter_id=job.adapter_id,
-            state="failed",
-            attempt=claim.attempt,
-        )
+        about: dict[str, Any] = {
+            "job_id": job.job_id,
+            "tenant": job.tenant,
+            "adapter_id": job.adapter_id,
+            "attempt": claim.attempt,
+        }
         if code is not None:
             state = "cancelled" if code == "cancelled" else "failed"
             error = ErrorInfo(code="job_cancelled" if state == "cancelled" else code, message=code)
-            return Outcome(claim, result.model_copy(update={"state": state, "error": error}))
+            return Outcome(claim, Result(**about, state=state, error=error))
         tokens = tuple(range(job.sampling_params.max_new_tokens))
-        done = {
-            "state": "succeeded",
-            "text": fake_text(job),
-            "token_ids": tokens,
-            "finish_reason": "length",
-            "seed": job.seed,
-            "usage": Usage(
-                prompt_tokens=len((job.prompt or "").split()), output_tokens=len(tokens)
-            ),
-        }
-        return Outcome(claim, result.model_copy(update=done))
+        usage = Usage(prompt_tokens=len((job.prompt or "").split()), output_tokens=len(tokens))
+        done = Result(
+            **about,
+            state="succeeded",
+            text=fake_text(job),
+            token_ids=tokens,
+            finish_reason="length",
+            seed=job.seed,
+            usage=usage,
+        )
+        return Outcome(claim, done)
 
 
 def fake_runner(settings: Settings) -> FakeRunner:
