@@ -132,7 +132,7 @@ class Batches:
 def _ended_badly(connection: sa.Connection, job_ids: Sequence[str]) -> list[Any]:
     """Locked rows of those that failed or were cancelled, and were jobs."""
     ended = sa.and_(jobs.c.state.in_(("failed", CANCELLED)), sa.not_(jobs.c.superseded))
-    return [row for row in locked(connection, job_ids, ended, with_body=True) if row.body]
+    return [row for row in locked(connection, job_ids, ended, whole=True) if row.body]
 
 
 def _with_rooms(connection: sa.Connection, rows: Sequence[Any]) -> list[tuple[Any, Room]]:

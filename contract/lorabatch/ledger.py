@@ -152,7 +152,7 @@ class Ledger:
                 jobs.c.state == "queued",
                 sa.and_(jobs.c.state == "running", jobs.c.lease_expires_us < now),
             )
-            rows = list(locked(connection, job_ids, free, skip_locked=True, with_body=True))
+            rows = list(locked(connection, job_ids, free, skip_locked=True, whole=True))
             return lease(connection, rows, owner, now, now + round(lease_s * 1e6))
 
     def mark_started(self, starts: Sequence[Start]) -> None:

@@ -37,6 +37,21 @@ __all__ = [
 
 CHUNK = 500
 BODILESS = [column for column in jobs.c if column is not jobs.c.body]
+# Of a job that is ended, renewed or handed back; more of them cost a tenth of the queue's time.
+ACCOUNT = [
+    jobs.c.job_id,
+    jobs.c.tenant,
+    jobs.c.adapter_id,
+    jobs.c.batch_id,
+    jobs.c.request_hash,
+    jobs.c.state,
+    jobs.c.attempts,
+    jobs.c.lease_token,
+    jobs.c.cancel_requested,
+    jobs.c.done_by_us,
+    jobs.c.submitted_us,
+    jobs.c.started_us,
+]
 T = TypeVar("T")
 
 
@@ -56,10 +71,11 @@ def locked(
     job_ids: Sequence[str],
     condition: sa.ColumnElement[bool] | None = None,
     skip_locked: bool = False,
-    with_body: bool = False,
+    whole: bool = False,
 ) -> Iterator[Any]:
-    """Job rows locked for this transaction, in id order so that two callers never deadlock."""
-    columns = list(jobs.c) if with_body else BODILESS
+    """Job rows, `whole` or as ACCOUNT, locked for this transaction, in id order so that two callers
+    never deadlock."""
+    columns = list(jobs.c) if whole else ACCOUNT
     for chunk in chunks(sorted(set(job_ids))):
         query = sa.select(*columns).where(jobs.c.job_id.in_(chunk)).order_by(jobs.c.job_id)
         if condition is not None:  # in a CASE, or SQLite looks through all jobs of a state
