@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorabatch_worker import engine as engines
 from lorabatch_worker.portions import GOOD, Portions, out_of_memory
 from lorabatch_worker.scheduler import Chunk
 from tests.desk import PROMPTS, Desk, job, leave_nothing, long
@@ -101,17 +102,20 @@ def test_what_is_a_lack_of_memory() -> None:
     assert out_of_memory(hosts.value)
     assert out_of_memory(MemoryError())
     assert out_of_memory(torch.OutOfMemoryError())
+    assert out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
     assert not out_of_memory(RuntimeError("shape"))
 
 
 def test_portions_grow_again() -> None:
     class Sequence:
+        job_id = "a"
         computed = 0
 
     chunks = [Chunk(Sequence(), 0, 40)]  # type: ignore[arg-type]
     portions = Portions()
-    assert portions.halve(chunks)
-    assert portions.halve(portions.next(chunks))
+    portions.halve(chunks)
+    portions.halve(portions.next(chunks))
     assert [(c.start, c.end) for c in portions.next(chunks)] == [(0, 10)]
     for _ in range(GOOD):
         portions.fitted(40)
@@ -119,6 +123,45 @@ def test_portions_grow_again() -> None:
     for _ in range(GOOD):
         portions.fitted(40)
     assert portions.most_tokens is None
+
+
+def test_memory_that_somebody_else_has_is_waited_for(
+    own: Desk, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "IDLE_WAIT_S", 0.001)
+    wanted = own.run(job("wanted", adapter="all"))["wanted"]
+    tries: list[int] = []
+
+    def taken(chunks: Chunks) -> bool:
+        tries.append(tokens_of(chunks))
+        return len(tries) < 100
+
+    memory(taken)
+    results = own.run(*(job(f"j{i}", adapter="all") for i in range(4)))
+    assert {r.token_ids for r in results.values()} == {wanted.token_ids}
+    assert min(tries) == 1, "no smaller ones were left to try"
+    leave_nothing(own.engine)
+
+
+def test_one_that_is_alone_and_does_not_fit_fails(
+    own: Desk, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "IDLE_WAIT_S", 0.001)
+    memory(lambda _: True)
+    error = own.run(job("alone"))["alone"].error
+    assert error is not None
+    assert error.code == "oom"
+
+
+def test_a_device_that_never_has_memory_is_given_up_and_nobody_blamed(
+    own: Desk, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "IDLE_WAIT_S", 0.001)
+    memory(lambda _: True)
+    own.submit(job("one"), job("two"))
+    assert own.wait_broken() == []
+    assert {claim.job.job_id for claim in own.engine.drain(0)} == {"one", "two"}
+    assert own.reported() == []
 
 
 @pytest.mark.parametrize("where", ["step", "adapter"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +229,7 @@ def test_what_ran_alone_is_recorded_before_anything_else_begins(
     monkeypatch.setattr(bench.recorder, "started_for_certain", waited_for)
     bench.recorder.put([outcome(alone)])
     parts = {"live": bench.live, "recorder": bench.recorder, "_post": lambda call: call()}
+    parts["pulse"] = SimpleNamespace(excused=nullcontext)
     service: Any = SimpleNamespace(**parts)
     Service._started(service, ["next"])
     found = bench.ledger.states(["alone"])

@@ -42,14 +42,20 @@ class BaseModel:
     positions: int | None = None
 
     @property
-    def kernels(self) -> str:
-        """What computes its adapters and, on a CPU, its layers: for people."""
-        if self.device.type != "cpu":
-            return "triton"
-        if not native.supports(self.dtype):
-            return f"torch operators, slower: the compiled ones take no {self.dtype}"
-        problem = native.problem()
-        return "compiled" if problem is None else f"torch operators, slower: {problem}"
+    def description(self) -> dict[str, str]:
+        """For people: also what computes its adapters and, on a CPU, its layers."""
+        kernels = "triton"
+        if self.device.type == "cpu":
+            problem = f"they take no {self.dtype}"
+            if native.supports(self.dtype):
+                problem = native.problem() or ""
+            kernels = f"torch operators, slower: {problem}" if problem else "compiled"
+        return {
+            "base_model": self.name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kernels": kernels,
+        }
 
     def tokenizer_for(self, adapter: Adapter | None) -> Any:
         """Its own, or that of an adapter that adds tokens."""

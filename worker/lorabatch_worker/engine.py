@@ -22,7 +22,6 @@ from collections.abc import Sequence as List
 import structlog
 import torch
 
-from lorabatch.errors import OutOfMemory
 from lorabatch.ledger import Claim, Outcome
 from lorabatch_worker.adapters.place import place_of
 from lorabatch_worker.adapters.store import AdapterStore
@@ -32,7 +31,7 @@ from lorabatch_worker.arrivals import Arrivals
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.outcome import explained, failed, finished
-from lorabatch_worker.portions import Portions, out_of_memory
+from lorabatch_worker.portions import Portions, no_memory_for, out_of_memory
 from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.runner import Broken, Postpone
 from lorabatch_worker.sampler import UNSOUND, Draw
@@ -45,6 +44,7 @@ __all__ = ["Engine"]
 log = structlog.get_logger(__name__)
 
 IDLE_WAIT_S = 0.5
+SHORT_STEPS = 60  # IDLE_WAIT_S each: then another process, or another worker, is to have the jobs
 
 
 class Engine:
@@ -100,23 +100,13 @@ class Engine:
             "generated_tokens": self.generated_tokens,
             "step_seqs": self.step_seqs,
             "step_tokens": self.step_tokens,
-            "preemptions": self.scheduler.preemptions,
-            "prefix_queried_tokens": self.scheduler.blocks.queried_tokens,
-            "prefix_cached_tokens": self.scheduler.blocks.cached_tokens,
-            "adapters_resident": self.scheduler.slots.resident,
-            "adapter_loads": self.scheduler.slots.loads,
+            **self.scheduler.counts,
         }
 
     @property
     def description(self) -> dict[str, str | list[str]]:
         """What runs here, for logs and `inspect`."""
-        return {
-            "base_model": self.base.name,
-            "device": str(self.base.device),
-            "dtype": str(self.base.dtype).removeprefix("torch."),
-            "kernels": self.base.kernels,
-            "adapters": self.store.catalog.configured(),
-        }
+        return {**self.base.description, "adapters": self.store.catalog.configured()}
 
     def start(
         self,
@@ -182,6 +172,8 @@ class Engine:
                 if any(s.claim.suspect for s in (*admitted, *(s for s, _ in self._ended))):
                     self._report_ended()  # or it dies, and is blamed, with what begins now
                 self._on_started([s.job_id for s in admitted])
+                if self._stopping:
+                    continue  # it may have waited for a ledger that is away, and for nothing
             if self.scheduler.refused:
                 self._fail_refused()
                 continue
@@ -223,16 +215,28 @@ class Engine:
     def _step(self, chunks: list[Chunk]) -> None:
         """Compute a plan, whole or in portions. What fails takes along only the jobs of its
         portion: nothing in that can be trusted."""
-        while not self._broken and (portion := self.portions.next(chunks)):
+        while portion := self.portions.next(chunks):
+            self._progressed()
             launched = False
             try:
                 draw = self._launch(portion)
                 launched = True
                 self._collect(portion, draw)
             except Exception as error:  # noqa: BLE001 - a batch must not take the worker along
-                if not self._is_lost([c.sequence.job_id for c in portion]):
-                    self._failed(portion, error, retry=not launched and out_of_memory(error))
+                if self._is_lost([c.sequence.job_id for c in portion]):
+                    return
+                if not launched and out_of_memory(error):
+                    self.portions.halve(portion)
+                    log.warning("out of memory", next_tokens=self.portions.most_tokens)
+                    continue
+                self._failed(portion, error)
                 chunks = [c for c in chunks if c.sequence.job_id in self.scheduler.running]
+        for misfit in self.portions.judge(len(chunks)):
+            self._failed([misfit], no_memory_for(misfit))
+        if self.portions.short_steps > SHORT_STEPS:
+            self._break([])
+        elif self.portions.short_steps:
+            self.arrivals.wait(IDLE_WAIT_S)
 
     @torch.inference_mode()
     def _launch(self, portion: list[Chunk]) -> Draw:
@@ -274,16 +278,8 @@ class Engine:
         if ended:
             self._report([finished(s, self.base, reason) for s, reason in ended])
 
-    def _failed(self, portion: list[Chunk], error: Exception, retry: bool) -> None:
-        if retry and self.portions.halve(portion):
-            log.warning("out of memory", next_tokens=self.portions.most_tokens)
-            return
+    def _failed(self, portion: list[Chunk], error: Exception) -> None:
         self._report_ended()
-        if retry:
-            error = OutOfMemory(
-                f"no memory to compute token {portion[0].end}, even by itself; make it shorter, "
-                "or give the KV cache fewer tokens or the device fewer adapter slots"
-            )
         info = explained(error, "the engine failed in a step")
         gone = [c.sequence for c in portion if self.scheduler.remove(c.sequence.job_id)]
         self._on_finished([failed(s.claim, info, self.base.name) for s in gone])
@@ -292,8 +288,11 @@ class Engine:
         """After an error: whether the device takes no more work. These jobs may be why."""
         if self.runner.settle():
             return False
-        log.error("the device takes no more work from this process", jobs=len(job_ids))
+        self._break(job_ids)
+        return True
+
+    def _break(self, blamed: List[str]) -> None:
+        log.error("the device takes no more work from this process", blamed=len(blamed))
         self._broken = True
         self._report_ended()
-        self._on_broken(job_ids)
-        return True
+        self._on_broken(blamed)

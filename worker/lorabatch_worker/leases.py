@@ -80,11 +80,12 @@ class Leases:
                 log.error("leases: unexpected", error=reason(error))
 
     def _stalled(self, before_s: float) -> float:
+        """Where steps are that slow, LORABATCH_LEASE_S has to be longer."""
         now_s = before_s + TICK_S
         if before_s == 0.0:
             log.error("the engine makes no steps: its leases are left to run out")
         if before_s < self._lease_s <= now_s:
-            log.error("the engine makes no steps: this process gives up")
+            log.error("the engine makes no steps: this process gives up", lease_s=self._lease_s)
             self._on_hung()
         return now_s
 

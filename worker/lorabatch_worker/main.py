@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from lorabatch.settings import Settings
 from lorabatch_worker.app import make_worker_app
 from lorabatch_worker.logs import own_logging
 from lorabatch_worker.pool import EXIT_BROKEN, EXIT_NOT_READY
+from lorabatch_worker.service import DRAIN
 
 __all__ = ["main", "run_worker"]
 
@@ -79,7 +81,8 @@ def run_worker(app: Any, settings: Settings, **options: Any) -> int:
     )
     controller.start()
     code = int(controller.exitcode or 0)
-    if code == EXIT_BROKEN:
+    hangs = any(thread.name == DRAIN for thread in threading.enumerate())
+    if hangs or code == EXIT_BROKEN:
         logging.shutdown()
         os._exit(code)  # what hangs in the device would keep the interpreter from ending
     return code

@@ -131,12 +131,14 @@ class ModelRunner:
         memory that is not there."""
         if self.device.type != "cuda":
             return True
-        try:
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            return isinstance(error, torch.OutOfMemoryError)
-        return True
+        for _ in range(2):  # an error of before may show here once
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                continue
+            return True
+        return False
 
     def _compute(self, step: Step) -> Tensor:
         self.context.enter(step)

@@ -9,49 +9,71 @@ from __future__ import annotations
 
 import torch
 
+from lorabatch.errors import OutOfMemory
 from lorabatch_worker.scheduler import Chunk
 
-__all__ = ["Portions", "out_of_memory"]
+__all__ = ["Portions", "no_memory_for", "out_of_memory"]
 
 GOOD = 16
+ALONE = 3
+# The host's allocator; the driver, which pins memory and loads kernels; cuBLAS; Triton.
+LACKING = ("DefaultCPUAllocator: ", "out of memory", "ALLOC_FAILED", "OutOfMemory")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a smaller step may do. torch names a device's lack of memory, but not the host's."""
+    """Whether a smaller step may do. torch has a type for what its allocator of a device lacks, and
+    only words for all else."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in LACKING)
+
+
+def no_memory_for(chunk: Chunk) -> OutOfMemory:
+    """Its job's error, once a single token of it did not fit."""
+    return OutOfMemory(
+        f"no memory to compute token {chunk.end}, even by itself; make it shorter, "
+        "or give the KV cache fewer tokens or the device fewer adapter slots"
+    )
 
 
 class Portions:
-    """`most_tokens` of one portion; None: there is no limit."""
+    """`most_tokens` of one portion; None: there is no limit. `short_steps`: of the last ones, in
+    which a token did not fit even by itself, and nobody could be blamed for it."""
 
     def __init__(self) -> None:
         self.most_tokens: int | None = None
+        self.short_steps = 0
         self._good = 0
+        self._misfits: list[Chunk] = []
+        self._fitted_since = False
 
     def next(self, chunks: list[Chunk]) -> list[Chunk]:
         """What is to be computed next of a step's chunks, by how far their sequences are: none once
-        all are done."""
+        all are done that can be."""
+        out = {chunk.sequence.job_id for chunk in self._misfits}
         room = self.most_tokens or sum(c.end - c.start for c in chunks)
         portion = []
         for chunk in chunks:
             start = chunk.sequence.computed
-            if start < chunk.end and room > 0:
+            if start < chunk.end and room > 0 and chunk.sequence.job_id not in out:
                 portion.append(Chunk(chunk.sequence, start, min(chunk.end, start + room)))
                 room -= portion[-1].end - start
         return portion
 
-    def halve(self, portion: list[Chunk]) -> bool:
-        """This one did not fit. False: it is a single token, and no smaller one is left to try; the
-        limit was because of it and is over."""
+    def halve(self, portion: list[Chunk]) -> None:
+        """This one did not fit. Of a single token no smaller one is left to try: the others have
+        their turn, and `judge` says whose fault it was."""
         tokens = sum(c.end - c.start for c in portion)
-        self.most_tokens = tokens // 2 or None
         self._good = 0
-        return tokens > 1
+        self.most_tokens = tokens // 2 or None
+        if tokens == 1:
+            if not self._misfits and not self.short_steps:
+                self._fitted_since = False
+            self._misfits.append(portion[0])
 
     def fitted(self, step_tokens: int) -> None:
         """A portion did; steps have `step_tokens` at most."""
+        self._fitted_since = True
         if self.most_tokens is None:
             return
         self._good += 1
@@ -60,3 +82,17 @@ class Portions:
             self.most_tokens *= 2
             if self.most_tokens >= step_tokens:
                 self.most_tokens = None
+
+    def judge(self, sequences: int) -> list[Chunk]:
+        """After a step of so many sequences: what does not fit, because since it was tried first
+        others did, or it was alone for ALONE steps. If nothing fits nobody is to blame: something
+        else has the memory."""
+        misfits, self._misfits = self._misfits, []
+        if not misfits:
+            self.short_steps = 0
+        elif self._fitted_since or (sequences == 1 and self.short_steps >= ALONE):
+            self.short_steps = 0
+            return misfits
+        else:
+            self.short_steps += 1
+        return []

@@ -68,6 +68,17 @@ class Scheduler:
         self._begun_s: dict[str, float] = {}  # the last of each adapter's jobs, by version
         self.fair_share = FairShare(quantum_tokens or max_step_tokens, weight_of)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """So far, but for what is resident now; for people."""
+        return {
+            "preemptions": self.preemptions,
+            "prefix_queried_tokens": self.blocks.queried_tokens,
+            "prefix_cached_tokens": self.blocks.cached_tokens,
+            "adapters_resident": self.slots.resident,
+            "adapter_loads": self.slots.loads,
+        }
+
     def add(self, sequence: Sequence) -> None:
         self.waiting[sequence.job_id] = sequence
         self.fair_share.waits(sequence)

@@ -39,12 +39,13 @@ from lorabatch_worker.retry import OUTAGES, reason
 from lorabatch_worker.runner import Runner
 from lorabatch_worker.sweeper import Sweeper
 
-__all__ = ["Pump", "Service"]
+__all__ = ["DRAIN", "Pump", "Service"]
 
 log = structlog.get_logger(__name__)
 
 Post = Callable[[Callable[[], None]], None]
 SETTLE_S = 10.0
+DRAIN = "drain"
 RELEASE_TRIES = 5
 RELEASE_PAUSE_S = 0.5
 
@@ -130,11 +131,13 @@ class Service:
 
     def stop(self, drain_s: float, pump: Pump) -> None:
         """Hand everything back or finish it. Called once, on the hub's thread."""
+        if not self.pulse.beating and not self._blamed:
+            self._blame_what_runs()  # somebody stops this process before it gives itself up
         self.feeder.close()
         self.sweeper.close()
         self.intake.close()
         pump(lambda: self.intake.running, SETTLE_S)
-        drain = threading.Thread(target=self._drain, args=(drain_s,), name="drain", daemon=True)
+        drain = threading.Thread(target=self._drain, args=(drain_s,), name=DRAIN, daemon=True)
         drain.start()
         settle_s = SETTLE_S if self.pulse.beating else 0.0  # one that hangs will not settle
         pump(drain.is_alive, drain_s + settle_s, hurry=True)
@@ -142,8 +145,8 @@ class Service:
         self.recorder.close()
         pump(lambda: self.recorder.running, SETTLE_S)
         self.recorder.abandon()
+        self.leases.close()  # or it would renew what is given up here
         self._release()
-        self.leases.close()
         pump(lambda: self.postponed.running, SETTLE_S)
         self.publisher.close()
         pump(lambda: self.publisher.running, SETTLE_S)
@@ -156,18 +159,33 @@ class Service:
         # Now, for a job may stop this process before a thread gets to it: a suspect's start, and
         # the outcome of one that has run alone, or it would be blamed for what comes after it.
         if suspects or self.live.claims(lambda job: job.ended and job.claim.suspect):
-            self.recorder.started_for_certain(suspects)
+            with self.pulse.excused():
+                self.recorder.started_for_certain(suspects)
         self.recorder.started([claim for claim in claims if not claim.suspect])
         for delivery in self.live.started(job_ids):
             self._post(delivery.on_started)
 
     def _broken(self, job_ids: Sequence[str]) -> None:
-        self._blamed = frozenset(job_ids)
+        self._blame(job_ids)
         self._give_up()
 
     def _hung(self) -> None:
+        self._blame_what_runs()
+        self._give_up()
+
+    def _blame(self, job_ids: Sequence[str]) -> None:
+        """Their leases will run out at once, which counts as a crash for what had begun; so has
+        what ends the device when its adapter is put there."""
+        self._blamed = frozenset(job_ids)
+        self.recorder.started(
+            self.live.claims(
+                lambda job: job.claim.job.job_id in self._blamed and job.started_s is None
+            )
+        )
+
+    def _blame_what_runs(self) -> None:
         running = self.live.claims(lambda job: job.started_s is not None and not job.ended)
-        self._broken([claim.job.job_id for claim in running])
+        self._blame([claim.job.job_id for claim in running])
 
     def _drain(self, drain_s: float) -> None:
         left = self.runner.drain(drain_s)
