@@ -6,8 +6,10 @@ are dated by the database's clock, never by a worker's. Raises DatabaseNotReady.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from lorabatch.tables import schema_readers
 
 __all__ = [
     "alembic_config",
+    "answering",
     "check_schema",
     "connect",
     "migrate",
@@ -116,13 +119,11 @@ def upgrade(url: str) -> tuple[str | None, str]:
     config = alembic_config(url)
     engine = connect(url)
     try:
-        with engine.connect() as connection:
+        with answering(engine), engine.connect() as connection:
             before = MigrationContext.configure(connection).get_current_revision()
         if before is not None and before not in _revisions(config):
             check_schema(engine)
             return before, before
-    except sa.exc.DatabaseError as error:
-        raise _not_reachable(engine, error) from None
     finally:
         engine.dispose()
     migrate(config)
@@ -151,13 +152,10 @@ def check_schema(engine: sa.Engine) -> None:
     """Raise DatabaseNotReady unless the schema is this version's, or a newer one that serves it."""
     config = alembic_config(str(engine.url))
     head = _head(config)
-    try:
-        with engine.connect() as connection:
-            current = MigrationContext.configure(connection).get_current_revision()
-            known = current is None or current in _revisions(config)
-            oldest = None if known else _oldest_code(connection, current)
-    except sa.exc.DatabaseError as error:
-        raise _not_reachable(engine, error) from None
+    with answering(engine), engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+        known = current is None or current in _revisions(config)
+        oldest = None if known else _oldest_code(connection, current)
     if current == head or oldest in _revisions(config):
         return
     if known:
@@ -195,6 +193,19 @@ def open_database(settings: Settings) -> sa.Engine:
     return engine
 
 
+@contextlib.contextmanager
+def answering(engine: sa.Engine) -> Iterator[None]:
+    """What the database refuses inside is raised as DatabaseNotReady, in one line."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        reason = str(error.orig).strip().partition("\n")[0]
+        raise DatabaseNotReady(
+            f"database {engine.url!r} does not answer: {reason}; "
+            "check LORABATCH_DATABASE_URL and that the server runs"
+        ) from None
+
+
 def _revisions(config: Config) -> set[str]:
     """That this version has."""
     return {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
@@ -204,11 +215,3 @@ def _head(config: Config) -> str:
     head = ScriptDirectory.from_config(config).get_current_head()
     assert head is not None
     return head
-
-
-def _not_reachable(engine: sa.Engine, error: sa.exc.DatabaseError) -> DatabaseNotReady:
-    reason = str(error.orig).strip().splitlines()[0]
-    return DatabaseNotReady(
-        f"database {engine.url!r} does not answer: {reason}; "
-        "check LORABATCH_DATABASE_URL and that the server runs"
-    )

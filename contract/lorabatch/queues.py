@@ -2,16 +2,16 @@
 
 The first worker of a queue says it, and a worker with another base model is refused until somebody
 says otherwise (`lorabatch queues set`): jobs would get another model's answers, and no error.
-Raises SettingsError; database errors pass through.
+Raises SettingsError, and to a worker DatabaseNotReady; other database errors pass through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import sqlalchemy as sa
 
-from lorabatch.database import now_us
+from lorabatch.database import answering, now_us
 from lorabatch.errors import SettingsError
 from lorabatch.statements import insert
 from lorabatch.tables import queues
@@ -27,9 +27,8 @@ class Queues:
 
     def list(self) -> dict[str, str]:
         """Base models by queue."""
-        query = sa.select(queues.c.queue, queues.c.base_model).order_by(queues.c.queue)
         with self._engine.execution_options(read_only=True).begin() as connection:
-            return {row.queue: row.base_model for row in connection.execute(query)}
+            return _base_models(connection)
 
     def set(self, queue: str, base_model: str) -> None:
         """From now on. Workers that run already are not asked."""
@@ -39,20 +38,43 @@ class Queues:
             there = {name: row[name] for name in ("base_model", "updated_us")}
             connection.execute(known.on_conflict_do_update(index_elements=["queue"], set_=there))
 
-    def drain(self, names: Iterable[str], base_model: str, aliases: Collection[str] = ()) -> None:
-        """A worker with this base model is about to drain these. Raises SettingsError if one of
-        them is for another."""
-        with self._engine.begin() as connection:
-            rows = [{"queue": name, "base_model": base_model} for name in sorted(set(names))]
+    def check(self, names: Collection[str], base_model: str, aliases: Collection[str] = ()) -> None:
+        """Raise SettingsError if some of these are for another base model. Notes nothing."""
+        read = self._engine.execution_options(read_only=True)
+        with answering(read), read.begin() as connection:
+            _check(connection, names, base_model, aliases)
+
+    def drain(self, names: Collection[str], base_model: str, aliases: Collection[str] = ()) -> None:
+        """A worker with this base model is about to drain these: those that are for none yet are
+        for this one, if `check` has nothing against all of them."""
+        rows = [{"queue": name, "base_model": base_model} for name in sorted(set(names))]
+        with answering(self._engine), self._engine.begin() as connection:
             made = insert(connection, queues).values(updated_us=now_us()).on_conflict_do_nothing()
             connection.execute(made, rows)
-        known = self.list()
-        for row in rows:
-            theirs = known[row["queue"]]
-            if theirs not in {base_model, *aliases}:
-                raise SettingsError(
-                    f"LORABATCH_CONSUME: queue {row['queue']!r} is for base model {theirs!r} and "
-                    f"this worker has {base_model!r}: drain another queue, or name the first in "
-                    "LORABATCH_BASE_MODEL_ALIASES if both are the same, or `lorabatch queues set "
-                    f"{row['queue']} {base_model}` if it is for the second from now on"
-                )
+            # Afterwards, to see who was faster; what it raises takes back what was inserted.
+            _check(connection, names, base_model, aliases)
+
+
+def _base_models(connection: sa.Connection) -> dict[str, str]:
+    query = sa.select(queues.c.queue, queues.c.base_model).order_by(queues.c.queue)
+    return {row.queue: row.base_model for row in connection.execute(query)}
+
+
+def _check(
+    connection: sa.Connection, names: Collection[str], base_model: str, aliases: Collection[str]
+) -> None:
+    mine = {base_model, *aliases}
+    found = _base_models(connection)
+    others = {
+        name: found[name] for name in sorted(names) if found.get(name, base_model) not in mine
+    }
+    if others:
+        what = ", ".join(
+            f"queue {name!r} is for base model {other!r}" for name, other in others.items()
+        )
+        changes = " and ".join(f"`lorabatch queues set {name} {base_model}`" for name in others)
+        raise SettingsError(
+            f"LORABATCH_CONSUME: {what}, and this worker has {base_model!r}: drain other queues, "
+            "or name theirs in LORABATCH_BASE_MODEL_ALIASES if it is the same model, or "
+            f"{changes} to change what they are for from now on"
+        )

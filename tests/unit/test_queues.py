@@ -37,9 +37,16 @@ def test_a_queue_has_one_base_model(ledger: Ledger) -> None:
     queues.drain(["a", "b"], "acme/one")
     queues.drain(["b"], "acme/one")
     queues.drain(["c"], "acme/two")
-    wanted = r"queue 'b' is for base model 'acme/one' .* 'acme/two'.*queues set b acme/two`"
-    with pytest.raises(SettingsError, match=wanted):
-        queues.drain(["b", "c"], "acme/two")
+    before = queues.list()
+    wanted = (
+        "'a' is for base model 'acme/one', queue 'b' is for base model 'acme/one', .* 'acme/two'.*"
+        "`lorabatch queues set a acme/two` and `lorabatch queues set b acme/two`"
+    )
+    for asked in (queues.check, queues.drain):
+        with pytest.raises(SettingsError, match=wanted):
+            asked(["b", "new", "c", "a"], "acme/two")
+    queues.check(["c", "new"], "acme/two")
+    assert queues.list() == before, "all of them or none"
     queues.drain(["b"], "/models/one", aliases=("acme/one",))
     queues.set("b", "acme/two")
     queues.drain(["b", "c"], "acme/two")

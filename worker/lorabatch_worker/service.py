@@ -74,10 +74,12 @@ class Service:
         self._post = post
         self._engine = open_database(settings)
         self._engine.hide_parameters = True  # prompts are parameters
-        aliases = settings.base_model_aliases
-        Queues(self._engine).drain(settings.consume, settings.base_model, aliases)
+        queues = Queues(self._engine)
+        drained = settings.consume, settings.base_model, settings.base_model_aliases
+        queues.check(*drained)  # before the model is loaded, which takes long
         self.broker = check_broker(resolve_broker(settings))
         self.runner = factory(settings)
+        queues.drain(*drained)
         self.pulse = Pulse(self.runner, settings.lease_s)
         self.owner = f"{socket.gethostname()[:80]}:{os.getpid()}:{secrets.token_hex(4)}"
         self.ledger = Ledger(self._engine)
