@@ -130,7 +130,12 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [
     ("a stranger in the line", line(tenant="b"), "invalid_job", "tenant: no such field in a batch"),
     ("a body that is text", line(body="x"), "invalid_job", "body: must be an object"),
     ("no model", chat(model=None), "invalid_job", "body.model: wanted an adapter id"),
-    ("a model that is a path", chat(model="../x"), "invalid_job", "adapter_id: "),
+    (
+        "a model that is a path",
+        chat(model="../x"),
+        "invalid_job",
+        "body.model: wanted an adapter id",
+    ),
     ("no messages", chat(messages=[]), "invalid_job", "body.messages: wanted a list"),
     ("a message that is text", chat(messages=["hi"]), "invalid_job", "body.messages.0: must be"),
     (

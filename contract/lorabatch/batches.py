@@ -57,15 +57,17 @@ class Batches:
             }
             connection.execute(insert(connection, batches).on_conflict_do_nothing(), [row])
 
-    def count(self, batch_id: str, accepted: int, bad: int) -> None:
-        """Note its line counts, as far as it was read; what was read before stays counted."""
+    def count(self, batch_id: str, accepted: int, bad: int, whole: bool = False) -> None:
+        """Note its line counts, as far as it was read. Unless that was the `whole` file, what was
+        read before stays counted."""
         with self._engine.begin() as connection:
             for column, seen in (
                 (batches.c.accepted_lines, accepted),
                 (batches.c.rejected_lines, bad),
             ):
-                fewer = batches.c.batch_id == batch_id, column < seen
-                connection.execute(sa.update(batches).where(*fewer).values({column: seen}))
+                fewer = sa.true() if whole else column < seen
+                mine = sa.update(batches).where(batches.c.batch_id == batch_id, fewer)
+                connection.execute(mine.values({column: seen}))
 
     def cancel(self, batch_id: str) -> dict[str, int]:
         """End what waits, in a few statements however much it is, and ask what runs to end: how

@@ -94,7 +94,7 @@ def submit(
     on_bad: Callable[[BadLine], None] = lambda line: None,
 ) -> Submitted:
     """Accept and send every good line of a file; `on_bad` is told of the others as they come."""
-    rejected = 0
+    rejected, whole = 0, False
     theirs = Queues(producer.ledger.engine).list().get(producer.settings.queue)
     names = base_names(producer.settings, theirs)
 
@@ -115,12 +115,13 @@ def submit(
         try:
             for some in chunked(good(file, batch_id)):
                 lines.accept(some)
+            whole = True
         except IdempotencyConflict as error:
             raise _read_otherwise(batch_id, error) from None
         except QueueFull as error:
             raise _no_more(batch_id, lines, error) from None
         finally:
-            lines.batches.count(batch_id, lines.accepted, rejected)
+            lines.batches.count(batch_id, lines.accepted, rejected, whole)
         if file_digest(file) != digest:
             raise LoraBatchError(
                 f"{path.name} changed while it was read; what was accepted belongs to batch "
@@ -189,7 +190,8 @@ def _no_more(batch_id: str, lines: _Lines, error: QueueFull) -> QueueFull:
 def _read_otherwise(batch_id: str, error: IdempotencyConflict) -> IdempotencyConflict:
     return IdempotencyConflict(
         f"batch {batch_id}: this file was submitted before, and its lines meant something else "
-        f"then (another queue, LORABATCH_BASE_MODEL or version); submit it as a new batch ({error})"
+        "then (another queue, LORABATCH_BASE_MODEL or version, or no worker had said yet what the "
+        f"queue's base model is); submit it as a new batch ({error})"
     )
 
 

@@ -78,9 +78,10 @@ def base_names(settings: Settings, base_model: str | None = None) -> frozenset[s
 
 
 def read_lines(
-    file: BinaryIO, batch_id: str, tenant: str, base: frozenset[str]
+    file: BinaryIO, batch_id: str, tenant: str, base: frozenset[str] | None
 ) -> Iterator[GoodLine | BadLine]:
-    """Every line that is not blank, in order, from line 1. `tenant` is for lines without one."""
+    """Every line that is not blank, in order, from line 1. `tenant` is for lines without one.
+    `base`: the base model's names; None: what `body.model` means is not asked."""
     seen = set[bytes]()
     for number, raw, whole in _raw_lines(file):
         fields: dict[str, Any] = {}
@@ -142,7 +143,7 @@ def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _job_line(
-    fields: Mapping[str, Any], number: int, batch_id: str, tenant: str, base: frozenset[str]
+    fields: Mapping[str, Any], number: int, batch_id: str, tenant: str, base: frozenset[str] | None
 ) -> GoodLine:
     identity = {"batch_id": batch_id, "job_id": _job_id(batch_id, fields, number)}
     if fields.keys() & {"body", "url", "method"}:

@@ -10,10 +10,12 @@ label a request (user, metadata, store, ...) are left aside. Raises InvalidJob.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lorabatch.errors import InvalidJob, shown
+from lorabatch.fields import ADAPTER_PATTERN
 
 __all__ = ["CHAT_URL", "COMPLETIONS_URL", "openai_fields"]
 
@@ -50,8 +52,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 PROMPT_FIELD = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
 
 
-def openai_fields(line: Mapping[str, Any], base_names: frozenset[str]) -> dict[str, Any]:
-    """The line as fields of a Job, sampling nested."""
+def openai_fields(line: Mapping[str, Any], base_names: frozenset[str] | None) -> dict[str, Any]:
+    """The line as fields of a Job, sampling nested. Without names no `model` is an adapter."""
     unknown = sorted(set(line) - LINE_FIELDS)
     if unknown:
         raise InvalidJob(f"{unknown[0]}: no such field in a batch line; remove it")
@@ -92,12 +94,17 @@ def _refuse_what_we_do_not_compute(given: Mapping[str, Any], url: str) -> None:
         )
 
 
-def _adapter(model: object, base_names: frozenset[str]) -> str | None:
-    if not isinstance(model, str) or not model:
-        raise InvalidJob(
-            f"body.model: wanted an adapter id or the base model's name (got {shown(model)})"
-        )
-    return None if model in base_names else model
+def _adapter(model: object, base_names: frozenset[str] | None) -> str | None:
+    if isinstance(model, str) and model:
+        if base_names is None or model in base_names:
+            return None
+        if re.fullmatch(ADAPTER_PATTERN, model):
+            return model
+    names = " or ".join(sorted(base_names or ())) or "none"
+    raise InvalidJob(
+        f"body.model: wanted an adapter id or the base model's name, here {names} (what the "
+        f"queue's workers have; before the first one LORABATCH_BASE_MODEL) (got {shown(model)})"
+    )
 
 
 def _sampling(given: Mapping[str, Any], url: str) -> dict[str, Any]:

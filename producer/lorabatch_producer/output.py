@@ -1,9 +1,11 @@
 """A batch's results as JSONL, in the order of its file, one line for each good line.
 
 OpenAI lines get OpenAI's shape, short lines a flat one. A job that failed or was cancelled has
-an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. Both files appear
-whole or not at all. Raises LoraBatchError if jobs are open (unless `partial`) or the file is
-not the batch's, or if the output cannot be written.
+an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. The ledger says
+which lines are jobs; what their `model` means is not asked again. Both files appear whole or not at
+all.
+Raises LoraBatchError if jobs are open (unless `partial`) or the file is not the batch's, or if the
+output cannot be written.
 """
 
 from __future__ import annotations
@@ -12,17 +14,17 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lorabatch import Result, Settings
+from lorabatch import Result
 from lorabatch.batches import Batches
 from lorabatch.errors import LoraBatchError
 from lorabatch.ledger import Ledger
 from lorabatch_producer.batch import batch_status, file_digest
-from lorabatch_producer.bulk import BadLine, GoodLine, base_names, read_lines
+from lorabatch_producer.bulk import BadLine, GoodLine, read_lines
 from lorabatch_producer.sending import chunked
 
 __all__ = ["Written", "errors_path", "write_output"]
@@ -48,7 +50,7 @@ def errors_path(out: Path) -> Path:
 
 
 def write_output(
-    ledger: Ledger, settings: Settings, batch_id: str, path: Path, out: Path, partial: bool = False
+    ledger: Ledger, batch_id: str, path: Path, out: Path, partial: bool = False
 ) -> Written:
     """Write the results of the batch that the file at `path` was submitted as."""
     status = batch_status(ledger, batch_id)
@@ -67,19 +69,17 @@ def write_output(
                 f"batch {batch_id} was made from {status.source!r}, and {path} is not that file; "
                 "give the file that was submitted"
             )
-        lines = read_lines(file, batch_id, status.tenant, base_names(settings))
-        for some in chunked(lines, CHUNK):
-            good = [line for line in some if isinstance(line, GoodLine)]
-            latest = Batches(ledger.engine).latest([line.job.job_id for line in good])
-            found = ledger.results(list(latest.values()))
+        for some in chunked(read_lines(file, batch_id, status.tenant, None), CHUNK):
+            good = [line.job.job_id for line in some if isinstance(line, GoodLine)]
+            accepted = _accepted(ledger, good)
             for line in some:
-                if isinstance(line, BadLine):
-                    counts["bad"] += 1
-                    bad.write(line.as_json() + "\n")
-                else:
-                    result = found.get(latest[line.job.job_id])
+                if isinstance(line, GoodLine) and line.job.job_id in accepted:
+                    result = accepted[line.job.job_id]
                     counts[result.state if result else "not_finished"] += 1
                     results.write(json.dumps(_line(line, result), ensure_ascii=False) + "\n")
+                else:
+                    counts["bad"] += 1
+                    bad.write(_bad(line).as_json() + "\n")
     if not counts["bad"]:
         errors.unlink()
     names = ("succeeded", "failed", "cancelled", "not_finished", "bad")
@@ -111,6 +111,21 @@ def atomic_files(*paths: Path) -> Iterator[list[TextIO]]:
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def _accepted(ledger: Ledger, job_ids: Sequence[str]) -> dict[str, Result | None]:
+    """Of lines by the ids of their first jobs, those that are jobs; None while they are open."""
+    latest = Batches(ledger.engine).latest(job_ids)
+    states = ledger.states(list(latest.values()))
+    found = ledger.results(list(states))
+    return {first: found.get(last) for first, last in latest.items() if last in states}
+
+
+def _bad(line: GoodLine | BadLine) -> BadLine:
+    if isinstance(line, BadLine):
+        return line
+    why = "the line was refused when its file was submitted, or not read yet; submit the file again"
+    return BadLine(line.number, line.job.custom_id, "not_accepted", why)
 
 
 def _line(line: GoodLine, result: Result | None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def test_a_file_from_submission_to_output(producer: Producer, file: Path, tmp_pa
     assert (status.tenant, status.rejected_lines) == ("acme", 1)
     assert status.source.startswith("in.jsonl sha256:")
     out = tmp_path / "out.jsonl"
-    written = write_output(producer.ledger, producer.settings, done.batch_id, file, out)
+    written = write_output(producer.ledger, done.batch_id, file, out)
     assert (written.succeeded, written.failed, written.bad) == (3, 2, 1)
     chat_line, text_line, short_line, failed, gone = output(out)
     body = chat_line["response"]["body"]
@@ -99,7 +99,7 @@ def test_output_keeps_the_order_of_1200_lines(producer: Producer, tmp_path: Path
     path.write_bytes(b"\n".join(short(prompt=f"p{i}", custom_id=f"c{i}") for i in range(1200)))
     done = submit(producer, path)
     assert len(run_queued(producer.ledger)) == 1200
-    write_output(producer.ledger, producer.settings, done.batch_id, path, out)
+    write_output(producer.ledger, done.batch_id, path, out)
     assert [(o["custom_id"], o["text"]) for o in output(out)] == [
         (f"c{i}", f"sql: p{i}") for i in range(1200)
     ]
@@ -191,7 +191,7 @@ def test_what_was_accepted_of_a_file_that_was_interrupted_is_known(
 
 def test_output_of_open_jobs_needs_partial(producer: Producer, file: Path, tmp_path: Path) -> None:
     done, out = submit(producer, file), tmp_path / "out"
-    arguments = (producer.ledger, producer.settings, done.batch_id, file, out)
+    arguments = (producer.ledger, done.batch_id, file, out)
     with pytest.raises(LoraBatchError, match="5 of 5 jobs are open"):
         write_output(*arguments)
     assert not out.exists()
@@ -205,7 +205,7 @@ def test_a_cancelled_job_says_so_in_the_output(producer: Producer, tmp_path: Pat
     done = submit(producer, path)
     ids = [message.job_id for message in Feed(producer.ledger.engine, "lorabatch").nowhere(-1)]
     assert set(producer.cancel(ids).values()) == {"cancelled"}
-    written = write_output(producer.ledger, producer.settings, done.batch_id, path, out)
+    written = write_output(producer.ledger, done.batch_id, path, out)
     assert written.cancelled == 2
     assert [o["error"]["code"] for o in output(out)] == ["job_cancelled"] * 2
 
@@ -219,7 +219,7 @@ def test_output_refuses_what_is_not_its_file(
     other.write_bytes(short())
 
     def write(batch_id: str, path: Path, out: Path) -> None:
-        write_output(producer.ledger, producer.settings, batch_id, path, out)
+        write_output(producer.ledger, batch_id, path, out)
 
     with pytest.raises(LoraBatchError, match="is not that file"):
         write(done.batch_id, other, tmp_path / "out")
@@ -249,6 +249,6 @@ def test_a_failed_write_leaves_the_old_output(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(LoraBatchError, match=r"out cannot be written: No space left"):
-        write_output(producer.ledger, producer.settings, done.batch_id, file, out)
+        write_output(producer.ledger, done.batch_id, file, out)
     assert out.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["home", "in.jsonl", "out"]

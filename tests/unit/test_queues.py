@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ from lorabatch.result import ErrorInfo
 from lorabatch.tables import jobs
 from lorabatch_producer import Producer, checks
 from lorabatch_producer.batch import submit
+from lorabatch_producer.bulk import BadLine
 from lorabatch_producer.cli import app
+from lorabatch_producer.output import errors_path, write_output
+from tests.bad_inputs import chat, short
+from tests.played_worker import run_queued
 
 
 def queue_of(ledger: Ledger, job_id: str) -> str:
@@ -96,6 +101,40 @@ def test_a_file_is_for_the_base_model_of_its_queue(settings: Settings, tmp_path:
         pytest.raises(IdempotencyConflict, match="another queue, LORABATCH_BASE_MODEL"),
     ):
         submit(producer, file)
+
+
+def test_a_file_means_what_it_meant_when_it_was_submitted(
+    settings: Settings, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_bytes(chat(model="/models/other"))
+    with Producer(settings.model_copy(update={"queue": "second"})) as producer:
+        bad: list[BadLine] = []
+        assert submit(producer, file, on_bad=bad.append).accepted == 0
+        assert "name, here HuggingFaceTB/" in bad[0].message, bad[0].message
+        queues = Queues(producer.ledger.engine)
+        queues.drain(["second"], "/models/other")
+        batch_id = submit(producer, file).batch_id
+        status = producer.status(batch_id)
+        assert (status.queued, status.rejected_lines) == (1, 0)
+        run_queued(producer.ledger)
+        queues.set("second", "/models/newer")
+        written = write_output(producer.ledger, batch_id, file, out)
+        assert (written.succeeded, written.bad) == (1, 0)
+        (line,) = map(json.loads, out.read_text().splitlines())
+        assert line["response"]["body"]["model"] == "/models/other"
+
+
+def test_output_knows_a_line_that_was_refused(settings: Settings, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_bytes(chat(model="/models/other") + b"\n" + short())
+    with Producer(settings) as producer:
+        batch_id = submit(producer, file).batch_id
+        run_queued(producer.ledger)
+        written = write_output(producer.ledger, batch_id, file, out)
+    assert (written.succeeded, written.not_finished, written.bad) == (1, 0, 1)
+    refused = json.loads(errors_path(out).read_text())
+    assert (refused["line"], refused["code"]) == (1, "not_accepted")
 
 
 def test_the_doctor_looks_at_queues() -> None:

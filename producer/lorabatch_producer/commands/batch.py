@@ -99,7 +99,7 @@ def _follow(producer: Producer, batch_id: str) -> BatchStatus:
 def _write(
     producer: Producer, batch_id: str, file: Path, output: Path, partial: bool = False
 ) -> None:
-    written = write_output(producer.ledger, producer.settings, batch_id, file, output, partial)
+    written = write_output(producer.ledger, batch_id, file, output, partial)
     lines = written.succeeded + written.failed + written.cancelled + written.not_finished
     typer.echo(f"{lines} lines in {output}")
     if written.bad:
