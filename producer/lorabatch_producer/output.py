@@ -1,11 +1,10 @@
 """A batch's results as JSONL, in the order of its file, one line for each good line.
 
 OpenAI lines get OpenAI's shape, short lines a flat one. A job that failed or was cancelled has
-an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. The ledger says
-which lines are jobs; what their `model` means is not asked again. Both files appear whole or not at
-all.
-Raises LoraBatchError if jobs are open (unless `partial`) or the file is not the batch's, or if the
-output cannot be written.
+an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. The ledger says which
+lines are jobs; what their `model` means is not asked again. Each file appears whole or not at all.
+Raises LoraBatchError if jobs are open (unless `partial`), if the file is not the batch's or cannot
+be read, or if the output cannot be written.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lorabatch import Result
 from lorabatch.batches import Batches
 from lorabatch.errors import LoraBatchError
 from lorabatch.ledger import Ledger
-from lorabatch_producer.batch import batch_status, file_digest
+from lorabatch_producer.batch import BatchStatus, batch_status, file_digest
 from lorabatch_producer.bulk import BadLine, GoodLine, read_lines
 from lorabatch_producer.sending import chunked
 
@@ -63,13 +62,8 @@ def write_output(
         raise LoraBatchError(f"the output would replace its input {path}; give another name")
     counts = Counter[str]()
     errors = errors_path(out)
-    with path.open("rb") as file, atomic_files(out, errors) as (results, bad):
-        if not status.source.endswith(f"sha256:{file_digest(file)}"):
-            raise LoraBatchError(
-                f"batch {batch_id} was made from {status.source!r}, and {path} is not that file; "
-                "give the file that was submitted"
-            )
-        for some in chunked(read_lines(file, batch_id, status.tenant, None), CHUNK):
+    with atomic_files(out, errors) as (results, bad):
+        for some in chunked(_lines(status, path), CHUNK):
             good = [line.job.job_id for line in some if isinstance(line, GoodLine)]
             accepted = _accepted(ledger, good)
             for line in some:
@@ -86,10 +80,27 @@ def write_output(
     return Written(**{name: counts[name] for name in names})
 
 
+def _lines(status: BatchStatus, path: Path) -> Iterator[GoodLine | BadLine]:
+    """Of the batch's file. Raises LoraBatchError if it is another, or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            if not status.source.endswith(f"sha256:{file_digest(file)}"):
+                raise LoraBatchError(
+                    f"batch {status.batch_id} was made from {status.source!r}, and {path} is not "
+                    "that file; give the file that was submitted"
+                )
+            yield from read_lines(file, status.batch_id, status.tenant, None)
+    except OSError as error:
+        raise LoraBatchError(
+            f"{path} cannot be read: {error.strerror or error}; give the file that was submitted"
+        ) from error
+
+
 @contextlib.contextmanager
 def atomic_files(*paths: Path) -> Iterator[list[TextIO]]:
     """Text files that appear under their names only once all are complete and on the disk. Raises
     LoraBatchError if they cannot be written."""
+    done: list[Path] = []
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.new") for path in paths]
     try:
         with contextlib.ExitStack() as stack:
@@ -103,10 +114,12 @@ def atomic_files(*paths: Path) -> Iterator[list[TextIO]]:
                 os.fsync(file.fileno())
         for new, path in zip(temporary, paths, strict=True):
             new.replace(path)
+            done.append(path)
     except OSError as error:
+        kept = f"{done[0]} is the new one" if done else "what was there before is as it was"
         raise LoraBatchError(
-            f"{paths[0]} cannot be written: {error.strerror or error}; what was there before is as "
-            "it was: make room, or give another place, and ask for the output again"
+            f"{paths[len(done)]} cannot be written: {error.strerror or error}; {kept}: make room, "
+            "or give another place, and ask for the output again"
         ) from error
     finally:
         for path in temporary:

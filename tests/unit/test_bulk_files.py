@@ -252,3 +252,33 @@ def test_a_failed_write_leaves_the_old_output(
         write_output(producer.ledger, done.batch_id, file, out)
     assert out.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["home", "in.jsonl", "out"]
+
+
+def test_an_output_that_is_half_there_says_so(
+    producer: Producer, file: Path, tmp_path: Path
+) -> None:
+    done, out = submit(producer, file), tmp_path / "out"
+    run_queued(producer.ledger)
+    (out.parent / "out.errors.jsonl").mkdir()
+    with pytest.raises(LoraBatchError, match=r"out\.errors\.jsonl cannot .*/out is the new one:"):
+        write_output(producer.ledger, done.batch_id, file, out)
+    assert len(output(out)) == 5
+
+
+def test_an_input_that_cannot_be_read_is_not_the_outputs_fault(
+    producer: Producer, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, out = submit(producer, file), tmp_path / "out"
+    run_queued(producer.ledger)
+
+    def torn(*_: object) -> Iterator[BadLine]:
+        yield BadLine(1, None, "x", "x")
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("lorabatch_producer.output.read_lines", torn)
+    with pytest.raises(LoraBatchError, match=r"in\.jsonl cannot be read: Input/output error"):
+        write_output(producer.ledger, done.batch_id, file, out)
+    file.unlink()
+    with pytest.raises(LoraBatchError, match=r"in\.jsonl cannot be read: No such file"):
+        write_output(producer.ledger, done.batch_id, file, out)
+    assert os.listdir(tmp_path) == ["home"]
