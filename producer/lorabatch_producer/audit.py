@@ -37,20 +37,25 @@ class Difference:
         return f"{self.subject}: {self.what}: seen {self.seen!r}, wanted {self.wanted!r}"
 
 
-def audit(engine: sa.Engine) -> Iterator[Difference]:
-    """All differences, as they are found; none is what should be."""
+def audit(engine: sa.Engine) -> list[Difference]:
+    """All differences; none is what should be. Found before the first is given: a reader that
+    pauses, as a pager does, would hold up the snapshot until the server ends it."""
     options: dict[str, Any] = {"read_only": True}
     if engine.dialect.name == "postgresql":
         options["isolation_level"] = "REPEATABLE READ"
     with engine.execution_options(**options).begin() as connection:
-        recounted = Counter[tuple[str, str]]()
-        for page in _pages(connection):
-            events = _events(connection, [row.job_id for row in page])
-            for row in page:
-                yield from _job(row, events.get(row.job_id, []))
-                _recount(row, recounted)
-        yield from _orphans(connection)
-        yield from _sums(connection, recounted)
+        return list(_differences(connection))
+
+
+def _differences(connection: sa.Connection) -> Iterator[Difference]:
+    recounted = Counter[tuple[str, str]]()
+    for page in _pages(connection):
+        events = _events(connection, [row.job_id for row in page])
+        for row in page:
+            yield from _job(row, events.get(row.job_id, []))
+            _recount(row, recounted)
+    yield from _orphans(connection)
+    yield from _sums(connection, recounted)
 
 
 def _pages(connection: sa.Connection) -> Iterator[Sequence[Any]]:

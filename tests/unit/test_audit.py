@@ -24,6 +24,14 @@ def test_an_empty_ledger_has_none(ledger: Ledger) -> None:
     assert list(audit(ledger.engine)) == []
 
 
+def test_who_reads_it_slowly_holds_no_transaction(ledger: Ledger, filled: Ledger) -> None:
+    with ledger.engine.begin() as connection:
+        connection.execute(sa.delete(results))
+    pool = ledger.engine.pool
+    assert isinstance(pool, sa.QueuePool)
+    assert {pool.checkedout() for _ in audit(ledger.engine)} == {0}
+
+
 def of(table: sa.Table, job_id: str) -> sa.ColumnElement[bool]:
     return table.c.job_id == job_id
 
