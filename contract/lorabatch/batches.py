@@ -139,8 +139,8 @@ def _ended_badly(connection: sa.Connection, job_ids: Sequence[str]) -> list[Any]
 
 def _with_rooms(connection: sa.Connection, rows: Sequence[Any]) -> list[tuple[Any, Room]]:
     """Each with the room in its queue."""
-    queues = {row.queue for row in rows}
-    rooms = {q: Room(connection, (r.tenant for r in rows if r.queue == q), q) for q in queues}
+    tenants = {row.tenant for row in rows}  # of all: the first room locks them, in their order
+    rooms = {queue: Room(connection, tenants, queue) for queue in {row.queue for row in rows}}
     return [(row, rooms[row.queue]) for row in rows]
 
 

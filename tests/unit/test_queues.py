@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from typer.testing import CliRunner
 
-from lorabatch import Job, Ledger, Result, Settings
+from lorabatch import Job, Ledger, Result, Settings, batches
 from lorabatch.batches import Batches
 from lorabatch.dead import DeadLetters
 from lorabatch.errors import AttemptsExhausted, IdempotencyConflict, SettingsError
@@ -17,6 +17,7 @@ from lorabatch.ledger import Outcome
 from lorabatch.queues import Queues
 from lorabatch.result import ErrorInfo
 from lorabatch.tables import jobs
+from lorabatch.tenants import Room
 from lorabatch_producer import Producer, checks
 from lorabatch_producer.batch import submit
 from lorabatch_producer.bulk import BadLine
@@ -82,6 +83,27 @@ def test_what_runs_again_stays_in_its_queue(ledger: Ledger) -> None:
     new |= Batches(ledger.engine).run_again(["cancelled"]).jobs
     assert new.keys() == {"dead", "cancelled"}
     assert [queue_of(ledger, job_id) for job_id in new.values()] == ["second", "second"]
+
+
+def test_what_runs_again_locks_tenants_in_one_order(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queue by queue, two calls could each hold the tenant that the other waits for."""
+    asked: list[set[str]] = []
+
+    class Asked(Room):
+        def __init__(self, connection: sa.Connection, of: set[str], queue: str) -> None:
+            asked.append(set(of))
+            super().__init__(connection, of, queue)
+
+    monkeypatch.setattr(batches, "Room", Asked)
+    made = {queue: Job(tenant=f"of-{queue}", prompt="hi") for queue in ("a", "b")}
+    for queue, job in made.items():
+        ledger.accept([job], queue=queue)
+    ids = [job.job_id for job in made.values()]
+    ledger.cancel(ids)
+    assert Batches(ledger.engine).run_again(ids).jobs.keys() == {*ids}
+    assert asked == [{"of-a", "of-b"}] * 2
 
 
 def test_a_file_is_for_the_base_model_of_its_queue(settings: Settings, tmp_path: Path) -> None:
