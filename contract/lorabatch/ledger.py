@@ -65,7 +65,8 @@ class Ledger:
         `as_sent`: they came by a message; otherwise they wait for somebody to send one (feed.py).
 
         A key that is known with the same request gives the known id. With another request, or in
-        another queue, it raises IdempotencyConflict and none of this call's jobs is accepted.
+        another queue unless `as_sent` (a message is where it is), it raises IdempotencyConflict and
+        none of this call's jobs is accepted.
         """
         if not accepted:
             return {}
@@ -84,7 +85,7 @@ class Ledger:
                 check_room(connection, {job.tenant for job in accepted}, queue)
             known = known_jobs(connection, accepted)
             asked = zip(accepted, hashes, strict=True)
-            where = None if as_sent else queue  # a message is where it is
+            where = None if as_sent else queue
             return {job.job_id: same_request(job, hash_, known, where) for job, hash_ in asked}
 
     def cancel(self, job_ids: Sequence[str]) -> dict[str, JobState]:

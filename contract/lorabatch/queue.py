@@ -8,7 +8,6 @@ sides agree on serializer, transport options and queues. Raises QueueNotReady.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
@@ -21,10 +20,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from lorabatch.embedded import ensure_valkey
-from lorabatch.errors import QueueNotReady, SettingsError, shown
+from lorabatch.errors import QueueNotReady, SettingsError
 from lorabatch.job import SCHEMA_VERSION
 from lorabatch.ledger import Message
-from lorabatch.settings import QUEUE_PATTERN, Settings
+from lorabatch.settings import Settings, queue_name
 
 __all__ = [
     "LANES",
@@ -47,12 +46,10 @@ CELERY = "celery"  # where plain clients send by default; none of our producers 
 
 def check_name(queue: str) -> str:
     """The name of a queue as it is given. Raises SettingsError."""
-    if not re.fullmatch(QUEUE_PATTERN, queue):
-        raise SettingsError(
-            f"queue {shown(queue)}: wanted letters, digits and _ . : -, the first one a letter or "
-            "digit, at most 64"
-        )
-    return queue
+    try:
+        return queue_name(queue)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def lane(queue: str, tenant: str) -> str:

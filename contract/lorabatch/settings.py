@@ -23,11 +23,11 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from lorabatch.errors import SettingsError, explain
+from lorabatch.errors import SettingsError, explain, shown
 from lorabatch.location import AdapterSource, is_path
 from lorabatch.urls import BackendUrl, BrokerUrl, DatabaseUrl
 
-__all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path"]
+__all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path", "queue_name"]
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_QUEUE = "lorabatch"
@@ -209,8 +209,10 @@ class Settings(BaseSettings):
     @classmethod
     def _queue_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         names = (value,) if isinstance(value, str) else value
-        if not names or not all(re.fullmatch(QUEUE_PATTERN, name) for name in names):
-            raise ValueError("queue names of letters, digits, '_', '.', ':', '-', at most 64")
+        if not names:
+            raise ValueError("wanted one queue at least")
+        for name in names:
+            queue_name(name)
         return value
 
     @field_validator("device")
@@ -259,6 +261,16 @@ class Settings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'lorabatch.db'}"
+
+
+def queue_name(name: str) -> str:
+    """The name of a queue as it is given. Raises ValueError."""
+    if not re.fullmatch(QUEUE_PATTERN, name):
+        raise ValueError(
+            f"queue {shown(name)}: wanted letters, digits and _ . : -, the first one a letter or "
+            "digit, at most 64"
+        )
+    return name
 
 
 def explain_settings(error: ValidationError) -> str:

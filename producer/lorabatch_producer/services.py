@@ -92,7 +92,7 @@ def places(
     settings: Settings, tenant: str, adapters: Mapping[str, str | None], workers: list[str]
 ) -> dict[str, dict[str, str]]:
     """Where each of these adapters (a version, or None for what each worker has of that name) is,
-    by worker: "device", "memory", "disk" or "nowhere". Waits for PING_S at most."""
+    by worker: "device", "memory", "disk" or "nowhere". Waits for PING_S at most for each."""
     with _running_app(settings) as app:
         if app is None:
             return {}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from lorabatch import Settings
 from lorabatch.database import open_database
@@ -13,6 +14,7 @@ from lorabatch.errors import DatabaseNotReady, SettingsError, UnsupportedModel
 from lorabatch.queues import Queues
 from lorabatch.tables import queues
 from lorabatch_worker import service
+from lorabatch_worker.main import cli
 from lorabatch_worker.runner import Runner
 from tests.fake_runner import FakeRunner
 
@@ -30,6 +32,11 @@ def start(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         made._engine.dispose()
 
     return made
+
+
+def test_the_help_names_every_kind_of_device() -> None:
+    told = CliRunner().invoke(cli, ["--help"], env={"COLUMNS": "200"}).output
+    assert "auto, cpu, cuda, cuda:N, cuda:any" in told
 
 
 def test_a_worker_that_does_not_start_says_nothing_of_its_queues(

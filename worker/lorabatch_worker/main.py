@@ -36,7 +36,7 @@ def worker(
     broker_url: Annotated[str | None, typer.Option(help="redis:// URL")] = None,
     database_url: Annotated[str | None, typer.Option(help="SQLAlchemy URL")] = None,
     queues: Annotated[str | None, typer.Option(help="comma list of queues to drain")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N, cuda:any")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16")] = None,
     max_seqs: Annotated[int | None, typer.Option(help="sequences that run at once")] = None,
     adapter_slots: Annotated[int | None, typer.Option(help="adapters on the device")] = None,

@@ -14,7 +14,7 @@ from lorabatch.embedded import stop_valkey
 from lorabatch.errors import JobNotFound
 from lorabatch.queue import resolve_broker
 from lorabatch.queues import Queues
-from lorabatch.settings import DEFAULT_QUEUE, PREFIX, AdapterSource
+from lorabatch.settings import PREFIX, AdapterSource
 from lorabatch_producer.client import Producer
 from lorabatch_producer.commands.batch import show_batch
 from lorabatch_producer.console import wide_console
@@ -95,9 +95,8 @@ def settings() -> None:
         table.add_column(heading, overflow="fold")
     for name, field in Settings.model_fields.items():
         value = getattr(loaded, name)
-        default = field.get_default(
-            call_default_factory=True, validated_data={"queue": DEFAULT_QUEUE}
-        )
+        given = {"queue": loaded.queue}  # which `consume` follows
+        default = field.get_default(call_default_factory=True, validated_data=given)
         cells = (setting_text(value), setting_text(default), field.description or "")
         style = "" if name not in loaded.model_fields_set else "bold"
         table.add_row(*map(Text, (PREFIX + name.upper(), *cells)), style=style)

@@ -105,6 +105,14 @@ def test_settings_shows_all(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "sql=/x,org/a=org/a@v1" in found
 
 
+def test_the_default_of_consume_follows_the_queue(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORABATCH_QUEUE", "second")
+    (line,) = [line for line in cli("settings").stdout.splitlines() if "_CONSUME" in line]
+    assert [word.strip() for word in line.split("│")[1:3]] == ["second", "second"]
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
