@@ -21,7 +21,18 @@ from lorabatch.job import SCHEMA_VERSION, Job, is_identifier
 from lorabatch.result import ErrorInfo, Result
 from lorabatch_worker.links import refused_links
 
-__all__ = ["Delivery", "failed_result", "newer_pointer", "read", "tenant_of", "unreadable"]
+__all__ = [
+    "AGAIN_S",
+    "Delivery",
+    "failed_result",
+    "newer_pointer",
+    "read",
+    "tenant_of",
+    "unreadable",
+]
+
+AGAIN_S = 10.0
+"""After how long a message that went back comes again, if nothing says otherwise."""
 
 POINTER_FIELDS = frozenset({"schema_version", "tenant", "adapter_id"})
 WHOLE_FIELDS = frozenset({"prompt", "messages"})
@@ -32,12 +43,13 @@ VERSIONS = range(1, SCHEMA_VERSION + 1)
 class Delivery:
     """A message and what to do at its end. What is `on_` runs on the hub's thread. `on_ended`
     acknowledges, so it may only be called once the ledger has the outcome. `on_postponed` has the
-    broker give the message out again after so many seconds, and says why."""
+    broker give the message out again after so many seconds, and says why the job was put off; None
+    if it has ended and only its end is not told."""
 
     task_id: str
     on_ended: Callable[[Result], None]
     on_started: Callable[[], None] = lambda: None
-    on_postponed: Callable[[float, str], None] | None = None
+    on_postponed: Callable[[float, str | None], None] | None = None
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     publish: bool = True

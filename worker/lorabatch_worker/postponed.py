@@ -16,7 +16,7 @@ from functools import partial
 import structlog
 
 from lorabatch.ledger import Claim, Ledger
-from lorabatch_worker.delivery import Delivery
+from lorabatch_worker.delivery import AGAIN_S, Delivery
 from lorabatch_worker.live import LiveJobs
 from lorabatch_worker.retry import Stopped, reason, until_it_works
 
@@ -24,7 +24,6 @@ __all__ = ["Postponed"]
 
 log = structlog.get_logger(__name__)
 
-AGAIN_S = 10.0
 ON_ITS_WAY = "its adapter is on its way"
 
 

@@ -10,14 +10,12 @@ message back. Raises nothing of its own.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from datetime import UTC, datetime
 from typing import Any
 
 from celery.worker.request import Request
 from celery.worker.state import task_ready
-from redis import ResponseError
 
 from lorabatch_worker.links import links_in
 from lorabatch_worker.visibility import hide
@@ -44,16 +42,16 @@ class JobRequest(Request):
 
         self._request_dict[HAND_BACK] = self.hand_back
 
-    def hand_back(self, delay_s: float, why: str) -> None:
-        """The broker is to give the message out again after so long; until then it is nobody's."""
+    def hand_back(self, delay_s: float, why: str | None) -> None:
+        """The broker is to give the message out again after so long; until then it is nobody's.
+        Monitors are told `why`, but for a job that has ended (None), which is not retried."""
         if self.acknowledged:
             return
         task_ready(self)
-        may_fail = *self._connection_errors, ResponseError  # it is given out again in any case
-        with contextlib.suppress(*may_fail):
-            hide(self._message.channel, self._message.delivery_tag, delay_s)
+        hide(self._message.channel, self._message.delivery_tag, delay_s)
         self.acknowledged = True
-        self.send_event("task-retried", exception=why, traceback="")
+        if why is not None:
+            self.send_event("task-retried", exception=why, traceback="")
 
     def revoked(self) -> bool:
         """Never drop the message here: `_announce_revoked` marks it for the intake."""

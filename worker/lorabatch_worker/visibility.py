@@ -3,7 +3,7 @@
 Redis gives a message out again when it was not acknowledged within visibility_timeout_s. Jobs
 wait and run longer than that, so this consumer step notes the time of every message that was
 delivered to us and not acknowledged, four times a visibility timeout. While the engine hangs it
-does not. Knows kombu's Redis transport (`unacked_index`, `QoS._delivered`). Raises what the
+does not. Knows kombu's Redis transport (`unacked_index`, `QoS._delivered`). `beat` raises what the
 broker's connection raises, which makes the consumer reconnect.
 """
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import redis
+import structlog
 from celery import bootsteps
 from kombu.transport import virtual
 
@@ -19,18 +21,26 @@ from lorabatch_worker.transport import QoS
 
 __all__ = ["VisibilityHeartbeat", "hide"]
 
+log = structlog.get_logger(__name__)
+
 
 def hide(channel: Any, tag: str, delay_s: float) -> None:
     """Make a delivered message nobody's: the broker gives it out again after so many seconds, as if
-    its visibility timeout was over then. Frees its place among those fetched ahead."""
+    its visibility timeout was over then. Frees its place among those fetched ahead. Raises nothing:
+    what the broker does not hear of it gives out again in any case."""
+    if channel.closed:  # which has handed it back
+        return
     noted_s = time.time() - channel.visibility_timeout + delay_s
     if isinstance(channel.qos, QoS):
         channel.qos.hide(tag, noted_s)
         return
     # Here alone: the server keeps it. First, or it would go on being renewed if the rest fails.
     virtual.QoS.ack(channel.qos, tag)
-    with channel.conn_or_acquire() as client:
-        client.zadd(channel.unacked_index_key, {tag: noted_s}, xx=True)
+    try:
+        with channel.conn_or_acquire() as client:
+            client.zadd(channel.unacked_index_key, {tag: noted_s}, xx=True)
+    except (redis.RedisError, OSError) as error:
+        log.warning("message comes again late", error=type(error).__name__)
 
 
 class VisibilityHeartbeat(bootsteps.StartStopStep):
