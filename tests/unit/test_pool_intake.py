@@ -47,7 +47,8 @@ class Bench:
             mark_as_failure=lambda *_: None,
             mark_as_revoked=lambda *_: None,
         )
-        app: Any = SimpleNamespace(backend=backend)
+        conf = SimpleNamespace(result_expires=60)
+        app: Any = SimpleNamespace(backend=backend, conf=conf)
         self.publisher = Publisher(app, lambda call: call())
         self.postponed = Postponed(ledger, self.live, lambda call: call())
         self.recorder = Recorder(ledger, self.live, self.publisher, settings.in_hand)

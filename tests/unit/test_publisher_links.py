@@ -242,7 +242,7 @@ def test_what_the_backend_refuses_comes_again_until_it_would_have_expired(
     ended_us = round((time.time() - age_s) * 1e6)
     bench.end(DONE.model_copy(update={"finished_us": ended_us}), delivery, nobody)
     if again_s is None:
-        assert (back, bench.ended) == ([], ["job", "nobody-waits"])
+        assert (back, bench.ended) == ([], ["nobody-waits", "job"])
     else:
         assert back == [pytest.approx(again_s, abs=9.0)]
         assert bench.ended == ["nobody-waits"], "not acknowledged"

@@ -6,8 +6,12 @@ the message with the broker, its next delivery finds the job ended in the ledger
 again and is acknowledged. A backend that refuses a result for a few tries, or a broker that refuses
 a link (links.py), does not end the message either: it goes back to the broker, and comes again
 after as long as the job has ended by then, AGAIN_S at least, so that a backend that stays away is
-not asked more and more. When the result would have expired it is left to the ledger, which has it.
-A link that raises anything else is logged and passed over.
+not asked more and more; for BACKEND_REST_S after a failure others go back untried. When the result
+would have expired it is left to the ledger, which has it. It is left there as well when it alone
+was refused and links were called before or after: coming again would call them again, and Celery,
+which calls them before it stores, acknowledges such a message too.
+A link that raises anything else is logged and passed over. What nobody waits for is acknowledged
+at once, past those that wait for a slow backend.
 Raises nothing. Not covered: chords.
 """
 
@@ -19,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 from celery import Celery, states
@@ -27,7 +31,7 @@ from celery.app.task import Context
 
 from lorabatch.result import Result
 from lorabatch.told import told
-from lorabatch_worker.delivery import Delivery
+from lorabatch_worker.delivery import AGAIN_S, Delivery
 from lorabatch_worker.links import OUTAGES, after_failure, after_success
 
 __all__ = ["Publisher"]
@@ -37,13 +41,12 @@ log = structlog.get_logger(__name__)
 TRIES = 3
 PAUSE_S = 0.2
 BACKEND_REST_S = 5.0
-AGAIN_S = 10.0
 AGAIN_MAX_S = 600.0
-NOT_TOLD = "its result is not published yet"
-
+LINK, RESULT = "link not called", "result not published"
 
 _Call = tuple[str, Callable[[], None], tuple[type[Exception], ...]]
 """What is said if it fails, the call, and what it may raise that may pass."""
+_How = Literal["done", "refused", "given up"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,12 @@ class Publisher:
         """Tell whoever of these wants it (and the task ids in `extra`), then end them."""
         wanted = frozenset(d.task_id for d in deliveries if d.publish) | frozenset(extra)
         links = {d.task_id: d.links for d in deliveries if d.links is not None}
-        self._queue.put(_Ended(result, deliveries, wanted, links))
+        waiting = [d for d in deliveries if d.task_id in wanted or d.task_id in links]
+        if wanted or links:
+            self._queue.put(_Ended(result, waiting, wanted, links))
+        for delivery in deliveries:
+            if delivery not in waiting:
+                self._post(partial(delivery.on_ended, result))
 
     def close(self) -> None:
         """Finish what is queued, then stop."""
@@ -89,15 +97,23 @@ class Publisher:
     def running(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def _resting(self) -> bool:
+        return time.monotonic() - self._failed_s < BACKEND_REST_S
+
     def _run(self) -> None:
         while (ended := self._queue.get()) is not None:
-            ids = sorted(ended.wanted | ended.links.keys())
-            untold = {task_id for task_id in ids if not self._publish(task_id, ended)}
-            again_s = self._again_s(ended.result) if untold else None
+            again_s = self._again_s(ended.result)
+            may_wait = {d.task_id for d in ended.deliveries if d.on_postponed and again_s}
+            untold = set()
+            for task_id in sorted(ended.wanted | ended.links.keys()):
+                put_off = task_id in may_wait and self._resting
+                if put_off or not self._publish(task_id, ended):
+                    untold.add(task_id)
             for delivery in ended.deliveries:
                 hand_back = delivery.on_postponed if delivery.task_id in untold else None
                 if hand_back is not None and again_s is not None:
-                    self._post(partial(hand_back, again_s, NOT_TOLD))
+                    self._post(partial(hand_back, again_s, None))
                 else:
                     self._post(partial(delivery.on_ended, ended.result))
 
@@ -111,9 +127,10 @@ class Publisher:
         return min(max(AGAIN_S, age_s), AGAIN_MAX_S)
 
     def _publish(self, task_id: str, ended: _Ended) -> bool:
-        """Make all its calls. False if one that failed may work later."""
-        done = [self._attempt(task_id, *call) for call in self._calls(task_id, ended)]
-        return all(done)
+        """Make all its calls. False if they are to be made again."""
+        made = [(call[0], self._attempt(task_id, *call)) for call in self._calls(task_id, ended)]
+        refused = {what for what, how in made if how == "refused"}
+        return not refused or (refused == {RESULT} and (LINK, "done") in made)
 
     def _calls(self, task_id: str, ended: _Ended) -> Iterator[_Call]:
         """In Celery's order: links, so that the stored result names them; the result; errbacks."""
@@ -124,12 +141,12 @@ class Publisher:
             stored = {"request": links, "store_result": task_id in ended.wanted}
         if links is not None and state == states.SUCCESS:
             for call in after_success(self._app, links, value):
-                yield "link not called", call, OUTAGES
+                yield LINK, call, OUTAGES
         store = partial(self._store, task_id, state, value, stored)
-        yield "result not published", store, (Exception,)
+        yield RESULT, store, (Exception,)
         if links is not None and isinstance(value, Exception) and state == states.FAILURE:
             for call in after_failure(self._app, links, value):
-                yield "link not called", call, OUTAGES
+                yield LINK, call, OUTAGES
 
     def _attempt(
         self,
@@ -137,20 +154,19 @@ class Publisher:
         failed: str,
         call: Callable[[], None],
         passing: tuple[type[Exception], ...],
-    ) -> bool:
-        """Make a call, a few times if what it raises may pass; at last log that it `failed`. False
-        if it may still pass."""
-        resting = time.monotonic() - self._failed_s < BACKEND_REST_S
-        for left in reversed(range(1 if resting else TRIES)):
+    ) -> _How:
+        """Make a call, a few times if what it raises may pass; at last log that it `failed`:
+        "refused" if that may still pass."""
+        for left in reversed(range(1 if self._resting else TRIES)):
             try:
                 call()
-                return True
+                return "done"
             except Exception as error:  # noqa: BLE001 - the ledger has the result whatever this is
                 may_pass = isinstance(error, passing)
                 if not left or not may_pass:
                     self._failed_s = time.monotonic() if may_pass else self._failed_s
                     log.warning(failed, job_id=task_id, error=type(error).__name__)
-                    return not may_pass
+                    return "refused" if may_pass else "given up"
                 time.sleep(PAUSE_S)
         raise AssertionError("the last try ends it")
 
