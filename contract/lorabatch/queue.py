@@ -40,6 +40,7 @@ __all__ = [
 TASK_NAME = "lorabatch.generate"
 LEDGER = "lorabatch"  # the result backend that reads the ledger, by its entry point
 SEND_BATCH = 1000
+RESTORE_MAX = 1000
 LANES = 16
 CELERY = "celery"  # where plain clients send by default; none of our producers does
 
@@ -91,6 +92,8 @@ def make_app(settings: Settings, name: str = "lorabatch") -> Celery:
             "visibility_timeout": settings.visibility_timeout_s,
             "unacked_restore_interval": restore_s,
             "unacked_restore_throttle": 1,
+            # a pass is on the hub's thread, which many parked messages at once would stop
+            "unacked_restore_limit": RESTORE_MAX,
             # who is cut off while it has the lock keeps it for so long; it only saves work
             "unacked_mutex_expire": restore_s,
             "queue_order_strategy": "round_robin",

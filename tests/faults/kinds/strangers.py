@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
 from lorabatch.queue import TASK_NAME
 from lorabatch.tables import jobs
+from lorabatch_worker.sweeper import task_id_of
 from tests.faults.crew import Member
 from tests.faults.observed import Observed
 from tests.faults.shop import Shop
@@ -81,16 +84,24 @@ def unknown_task(shop: Shop, rng: random.Random, count: int) -> Observed:
 
 
 def _parked(shop: Shop, members: list[Member], ids: Sequence[str]) -> list[str]:
-    """Wait until these messages were seen and are still there, and then seen once more."""
+    """Wait until these messages were seen and are still there, and then given out once more."""
+    wanted = set(ids)
 
-    def times(most: int) -> bool:
+    def seen() -> bool:
         lines = _parkings(members)
-        return all(sum(job_id in line for line in lines) >= most for job_id in ids)
+        return all(any(job_id in line for line in lines) for job_id in ids)
 
-    until("parked", lambda: times(1))
-    gone = set(ids) - shop.ids_in_broker()
-    until("given out again", lambda: times(2))
+    until("parked", seen)
+    since_s = time.time()
+    gone = wanted - shop.ids_in_broker()
+    until("given out again", lambda: wanted <= _given_out(shop, since_s))
     return [f"parked, and gone: {sorted(gone)}"] if gone else []
+
+
+def _given_out(shop: Shop, since_s: float) -> set[str]:
+    client: Any = shop.broker.client
+    tags: list[bytes] = client.zrange("unacked_index", f"({since_s}", "+inf", byscore=True)
+    return {task_id_of(raw) for raw in (client.hget("unacked", tag) for tag in tags) if raw}
 
 
 def _parkings(members: list[Member]) -> list[str]:
