@@ -5,8 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 from lorabatch import Settings
 from lorabatch_kernels import LoraSite
+from lorabatch_worker.adapters import host_cache
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.place import place_of
 from lorabatch_worker.adapters.slots import AdapterSlots
@@ -18,7 +21,7 @@ from tests.desk import Desk, job
 NO_SITES: dict[str, LoraSite] = {}
 
 
-def test_from_nowhere_to_memory(home: Path) -> None:
+def test_from_nowhere_to_memory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = home / "source"
     write(source)
     store = AdapterStore(AdapterCatalog(Settings.load(home=home)), TARGET, 1 << 30)
@@ -35,6 +38,10 @@ def test_from_nowhere_to_memory(home: Path) -> None:
     assert place_of(here, slots, store) == "nowhere"
     store.request(here).result(30)
     assert place_of(here, slots, store) == "memory"
+    monkeypatch.setattr(
+        host_cache, "signature_of", lambda folder: pytest.fail(f"looked at {folder}")
+    )
+    assert place_of(here, slots, store) == "memory", "its folder may be on a network"
     store.close()
 
 

@@ -1,6 +1,7 @@
 """Remote control, by Celery's own way: what `lorabatch adapters warm` and `why` ask of a worker.
 
-Runs on the hub's thread, so nothing here waits.
+Runs on the hub's thread, so nothing here waits, but `warm_adapter` of a name without a version for
+the file times of its local folder.
 """
 
 from __future__ import annotations

@@ -63,6 +63,11 @@ class HostCache:
                 self._held.move_to_end(key)
         return adapter
 
+    def held(self, key: Key) -> Adapter | None:
+        """The adapter if it is here, whatever its files are by now; looks at no file."""
+        with self._lock:
+            return self._held.get(key)
+
     def put(self, adapter: Adapter, origin: Origin) -> None:
         full = self.nbytes + adapter.nbytes > self.capacity_bytes
         stay = {origin.key, *(self._pinned() if full else ())}

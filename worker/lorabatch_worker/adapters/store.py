@@ -25,12 +25,7 @@ from lorabatch_worker.adapters.host_cache import HostCache, Key, Origin, Signatu
 from lorabatch_worker.adapters.merge import merge, merged_version
 from lorabatch_worker.adapters.setbacks import Setbacks, check_fault
 from lorabatch_worker.adapters.wanted import Wanted, WantedMerge
-from lorabatch_worker.adapters.weights import (
-    Adapter,
-    AdapterTarget,
-    read_adapter,
-    version_of,
-)
+from lorabatch_worker.adapters.weights import Adapter, AdapterTarget, read_adapter, version_of
 from lorabatch_worker.retry import Stopped
 from lorabatch_worker.threads import Daemons, compute_beside
 
@@ -125,6 +120,10 @@ class AdapterStore:
             with contextlib.suppress(RuntimeError):  # the worker stops
                 self._pool.submit(self._tell, entry, error)
 
+    def held(self, wanted: Wanted) -> Adapter | None:
+        """The adapter if it is in memory; its files are not looked at."""
+        return self._memory.held(_key(wanted.version, wanted))
+
     @property
     def loaded(self) -> list[str]:
         """Names in host memory, least recently used first."""
@@ -192,7 +191,7 @@ class AdapterStore:
         if isinstance(wanted, WantedMerge):
             return self._merge(wanted)
         entry = self.catalog.find(wanted)
-        key = _key(entry, wanted)
+        key = _key(entry.version, wanted)
         known = self._memory.get(key)
         return known if known is not None else self._read(key, entry)
 
@@ -283,9 +282,7 @@ class AdapterStore:
     def known(self, wanted: Wanted | WantedMerge) -> Adapter | None:
         """The adapter if it is in memory and its files are as they were."""
         if isinstance(wanted, Wanted):
-            if wanted.version is not None:
-                return self._memory.get(wanted.version)
-            return self._memory.get(("", wanted.adapter_id))
+            return self._memory.get(_key(wanted.version, wanted))
         merged = self._memory.get(wanted)
         if merged is None or all(part.version for part in wanted.parts):
             return merged
@@ -295,5 +292,5 @@ class AdapterStore:
         return merged if same else None
 
 
-def _key(entry: Entry, wanted: Wanted) -> Key:
-    return entry.version or ("", wanted.adapter_id)
+def _key(version: str | None, wanted: Wanted) -> Key:
+    return version or ("", wanted.adapter_id)
