@@ -6,10 +6,9 @@ ends the next one. Here a generate message that cannot be read becomes a recorde
 other is rejected, and an acknowledgement on a channel that is gone is logged: the broker gives
 that message out again. What another worker may know, a task that this one does not have or a
 pointer of a newer schema, is parked: the broker keeps it, and gives it out again after a visibility
-timeout, until a worker takes it. An unknown task that a worker has parked for PARKED_MAX_S fails
-as Celery has it fail at once; a restart begins anew. A pointer's job is in the ledger: it waits for
-a newer worker. A parked message is logged when a worker first sees it. A broker that is
-away is asked for every few seconds.
+timeout, until a worker takes it; the first time is logged. A pointer's job is in the ledger and
+waits for a newer worker. An unknown task that a worker has parked for PARKED_MAX_S fails as Celery
+has it fail at once; a restart begins anew. A broker that is away is asked for every few seconds.
 Raises the broker's connection errors, on which Celery reconnects. Bytes in the queue that are no
 kombu message are the transport's (transport.py).
 """
