@@ -11,7 +11,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-__all__ = ["drop_database", "fresh_database", "postgres"]
+__all__ = ["drop_database", "fresh_database", "maintenance", "postgres"]
 
 
 @contextlib.contextmanager
@@ -49,6 +49,7 @@ def drop_database(server: str, url: str) -> None:
 
 @contextlib.contextmanager
 def maintenance(server: str) -> Iterator[sa.Connection]:
+    """To the server's own database; each statement is a transaction."""
     engine = sa.create_engine(server, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         yield connection

@@ -10,6 +10,7 @@ from shop import Shop, check_exactly_once, wait_until
 
 from lorabatch.database import now_us
 from lorabatch.tables import results
+from tests.postgres import maintenance
 
 
 def some_ended(shop: Shop, count: int) -> None:
@@ -67,10 +68,8 @@ def test_kombus_own_transport_does_the_same(shop: Shop) -> None:
 
 @pytest.fixture
 def admin(postgres_server: str) -> Iterator[sa.Connection]:
-    engine = sa.create_engine(postgres_server, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
+    with maintenance(postgres_server) as connection:
         yield connection
-    engine.dispose()
 
 
 def test_a_database_outage_at_commit_acknowledges_nothing(

@@ -44,7 +44,7 @@ __all__ = ["Engine"]
 log = structlog.get_logger(__name__)
 
 IDLE_WAIT_S = 0.5
-SHORT_STEPS = 60  # IDLE_WAIT_S each: then another process, or another worker, is to have the jobs
+SHORT_STEPS = 60  # of IDLE_WAIT_S at most: then another process is to have the jobs
 
 
 class Engine:
