@@ -89,7 +89,8 @@ class Bench:
         self.recorder.abandon()
         self.postponed.close()
         self.publisher.close()
-        wait_until(lambda: not (self.intake.running or self.recorder.running))
+        parts = (self.intake, self.leases, self.recorder, self.postponed)
+        wait_until(lambda: not any(part.running for part in parts))
 
 
 @pytest.fixture

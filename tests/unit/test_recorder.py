@@ -97,6 +97,7 @@ def bench(ledger: Ledger) -> Iterator[Bench]:
     yield bench
     bench.recorder.abandon()
     bench.publisher.close()
+    wait_until(lambda: not bench.recorder.running)  # its connection is back in the pool
 
 
 def test_the_order_is_commit_publish_end(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,9 +29,10 @@ from lorabatch_worker.adapters.wanted import Wanted
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.arrivals import Arrivals
 from lorabatch_worker.base_model import BaseModel
+from lorabatch_worker.memory import out_of_memory
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.outcome import explained, failed, finished
-from lorabatch_worker.portions import Portions, no_memory_for, out_of_memory
+from lorabatch_worker.portions import Portions, no_memory_for
 from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.runner import Broken, Postpone
 from lorabatch_worker.sampler import UNSOUND, Draw

@@ -61,6 +61,10 @@ class Leases:
     def close(self) -> None:
         self._stop.set()
 
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         renew_s = time.monotonic() + self._lease_s / 3
         stalled_s = 0.0  # in ticks of this thread: a process that was stopped has had none

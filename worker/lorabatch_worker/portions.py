@@ -7,25 +7,13 @@ that others use too is not asked for too much at every step.
 
 from __future__ import annotations
 
-import torch
-
 from lorabatch.errors import OutOfMemory
 from lorabatch_worker.scheduler import Chunk
 
-__all__ = ["Portions", "no_memory_for", "out_of_memory"]
+__all__ = ["Portions", "no_memory_for"]
 
 GOOD = 16
 ALONE = 3
-# The host's allocator; the driver, which pins memory and loads kernels; cuBLAS; Triton.
-LACKING = ("DefaultCPUAllocator: ", "out of memory", "ALLOC_FAILED", "OutOfMemory")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether a smaller step may do. torch has a type for what its allocator of a device lacks, and
-    only words for all else."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in LACKING)
 
 
 def no_memory_for(chunk: Chunk) -> OutOfMemory:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.block_manager import BlockManager
 from lorabatch_worker.fair_share import FairShare, alike
+from lorabatch_worker.memory import out_of_memory
 from lorabatch_worker.sequence import Sequence
 
 __all__ = ["Chunk", "Scheduler"]
@@ -63,8 +64,9 @@ class Scheduler:
         self.waiting: dict[str, Sequence] = {}
         self.running: dict[str, Sequence] = {}  # in order of admission
         self.refused: list[tuple[Sequence, Exception]] = []
-        """Out of both: their adapter could not be put into a slot."""
+        """Out of both: their adapter could not be put into a slot, even alone if memory lacked."""
         self.preemptions = 0
+        self._no_memory = False  # for another adapter, until one of those that run has ended
         self._begun_s: dict[str, float] = {}  # the last of each adapter's jobs, by version
         self.fair_share = FairShare(quantum_tokens or max_step_tokens, weight_of)
 
@@ -92,6 +94,7 @@ class Scheduler:
             return sequence
         sequence = self.running.pop(job_id, None)
         if sequence is not None:
+            self._no_memory = False
             self.fair_share.leaves(sequence)
             self.blocks.release(sequence, keep)
             self.slots.release(sequence.slot)
@@ -135,11 +138,11 @@ class Scheduler:
         for sequence in self._candidates(old):
             if budget <= 0 or len(self.running) >= self.max_seqs:
                 break
-            if sequence.adapter_version in closed:
-                continue
-            if not loads and not self.slots.is_resident(sequence.adapter):
-                continue
-            if self.blocks.will_be_shared(sequence):
+            if (
+                sequence.adapter_version in closed
+                or not (loads or self.slots.is_resident(sequence.adapter))
+                or self.blocks.will_be_shared(sequence)
+            ):
                 continue
             aged = sequence.waiting_since_s < old
             # One block more for each running sequence, or it would soon be preempted for them.
@@ -147,15 +150,13 @@ class Scheduler:
                 if aged:
                     break
                 continue
-            try:
-                acquired = self.slots.acquire(sequence)
-            except Exception as error:  # noqa: BLE001 - whatever a device raises, others go on
-                self._refuse(sequence, error)
-                continue
-            if not acquired:
-                if aged and sequence.adapter_version not in had_a_turn:
-                    closed |= self._soonest_way_in(sequence)
-                    loads = False
+            if not self._acquire(sequence):
+                if aged and sequence.job_id in self.waiting:
+                    if self._no_memory:
+                        break
+                    if sequence.adapter_version not in had_a_turn:
+                        closed |= self._soonest_way_in(sequence)
+                        loads = False
                 continue
             self._begin(sequence)
             if not sequence.preempted:
@@ -195,6 +196,19 @@ class Scheduler:
         each other again and again would have the device run empty each time."""
         self._begun_s = {version: s for version, s in self._begun_s.items() if s >= old}
         return frozenset(self._begun_s if self.fair_share.tenants > 1 else ())
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        """Put its adapter into a slot. False: there is no room now, or it is refused."""
+        if self._no_memory and not self.slots.is_resident(sequence.adapter):
+            return False
+        try:
+            return self.slots.acquire(sequence)
+        except Exception as error:  # noqa: BLE001 - whatever a device raises, others go on
+            if out_of_memory(error) and self.running:
+                self._no_memory = True
+            else:
+                self._refuse(sequence, error)
+            return False
 
     def _refuse(self, sequence: Sequence, error: Exception) -> None:
         """All of the same adapter: none of them is running."""

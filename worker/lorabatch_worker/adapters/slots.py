@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from lorabatch_kernels import LoraSite
 from lorabatch_worker.adapters.rank_rows import NO_ROWS, RankRows, Rows, gaps
 from lorabatch_worker.adapters.weights import Adapter
+from lorabatch_worker.memory import out_of_memory
 
 if TYPE_CHECKING:
     from lorabatch_worker.ends import ChangedEnds
@@ -66,7 +67,8 @@ class AdapterSlots:
 
     def acquire(self, sequence: Sequence) -> bool:
         """Give the sequence its adapter's slot, loading it if need be. False: no room beside those
-        in use. What stops the loading, say too little memory, is raised and leaves nothing."""
+        in use. What stops the loading is raised and leaves nothing; too little memory does so only
+        when no adapter holds any that nobody uses."""
         adapter = sequence.adapter
         if adapter is None:
             return True
@@ -78,8 +80,10 @@ class AdapterSlots:
             self._resident[adapter.version] = self._by_slot[resident.slot] = resident
             try:
                 self._load(adapter, resident)
-            except Exception:
+            except Exception as error:
                 self._evict(adapter.version)
+                if out_of_memory(error) and self._drop_idle_ends():
+                    return self.acquire(sequence)
                 raise
         self._resident.move_to_end(adapter.version)
         resident.users += 1
@@ -136,6 +140,16 @@ class AdapterSlots:
         rows = NO_ROWS if self._pool is None else self._pool.take(adapter.rank_rows)
         assert rows is not None
         return _Resident(self._free.pop(), rows)
+
+    def _drop_idle_ends(self) -> bool:
+        """Evict the adapters that have memory of their own and no user; False: there are none."""
+        ends = self._ends
+        if ends is None:
+            return False
+        idle = [v for v, one in self._resident.items() if not one.users and ends.changes(one.slot)]
+        for version in idle:
+            self._evict(version)
+        return bool(idle)
 
     def _evict(self, version: str) -> None:
         gone = self._resident.pop(version)
