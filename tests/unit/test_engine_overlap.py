@@ -112,3 +112,23 @@ def test_what_ended_is_reported_before_a_suspect_begins_and_after_it(
     own.engine.submit([replace(claim(job(name)), crashes=crashed) for name, crashed in both])
     own.wait(["one", "two"])
     assert events == ["began one", "ended one", "began two", "ended two"]
+
+
+def test_a_suspect_has_begun_before_its_adapter_is_put_on_the_device(
+    own: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what dies of the adapter would be tried for ever."""
+    seen: list[tuple[str, bool]] = []
+    acquire = own.engine.scheduler.slots.acquire
+
+    def noting(one: Any) -> bool:
+        seen.append((one.job_id, one.job_id in own.started))
+        return acquire(one)
+
+    monkeypatch.setattr(own.engine.scheduler.slots, "acquire", noting)
+    suspect = replace(claim(job("suspect", adapter="all")), losses=4)
+    own.engine.submit([suspect])
+    own.wait(["suspect"])
+    own.run(job("other", adapter="dora"))
+    assert seen == [("suspect", True), ("other", False)]
+    assert own.started == ["suspect", "other"]

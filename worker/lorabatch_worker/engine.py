@@ -46,6 +46,7 @@ log = structlog.get_logger(__name__)
 
 IDLE_WAIT_S = 0.5
 SHORT_STEPS = 60  # of IDLE_WAIT_S at most: then another process is to have the jobs
+NO_PLACE = "it could not be put on the device"
 
 
 class Engine:
@@ -67,16 +68,16 @@ class Engine:
         self.scheduler = scheduler
         self.store = store
         self.preparer = Preparer(base)
-        self.steps = 0
-        self.mixed_steps = 0
+        self.steps = self.mixed_steps = 0
         self.generated_tokens = 0
-        self.step_seqs = 0  # summed over steps: sequences in the micro-batch, and its tokens
-        self.step_tokens = 0
+        # Summed over steps: sequences in the micro-batch, and its tokens.
+        self.step_seqs = self.step_tokens = 0
         self._progress_s = time.monotonic()
         self.overlaps = base.device.type != "cpu"
         self.portions = Portions()
         self._ended: list[tuple[Sequence, str | None]] = []  # with the reason, not reported yet
         self.arrivals = Arrivals(self._prepare, store, base.name, self._report, fetch_room)
+        scheduler.on_suspect = lambda one: self._begin([one])
         self._stopping = False
         self._broken = False
         self._deadline_s = float("inf")
@@ -116,8 +117,7 @@ class Engine:
         on_postponed: Postpone | None = None,
         on_broken: Broken = lambda _: None,
     ) -> None:
-        self._on_started, self._on_finished = on_started, on_finished
-        self._on_broken = on_broken
+        self._on_started, self._on_finished, self._on_broken = on_started, on_finished, on_broken
         self.arrivals.postpone = on_postponed
         self._thread.start()
         self.store.preload()
@@ -144,9 +144,8 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
         self.store.close()
-        left = {s.job_id: s.claim for s in self.scheduler.running.values()}
-        left |= {s.job_id: s.claim for s in self.scheduler.waiting.values()}
-        left |= self.arrivals.close()
+        here = (*self.scheduler.running.values(), *self.scheduler.waiting.values())
+        left = {s.job_id: s.claim for s in here} | self.arrivals.close()
         self.preparer.close()  # after it, so that no job fails of it
         return list(left.values())
 
@@ -163,16 +162,13 @@ class Engine:
         self.runner.warm_up(self._progressed)
         while not self._broken:
             self._take_arrivals()
-            if self._stopping and (
-                not self.scheduler.running or time.monotonic() > self._deadline_s
-            ):
+            late = time.monotonic() > self._deadline_s
+            if self._stopping and (late or not self.scheduler.running):
                 self._report_ended()
                 return
             chunks, admitted = self.scheduler.plan(admit=not self._stopping)
             if admitted:
-                if any(s.claim.suspect for s in (*admitted, *(s for s, _ in self._ended))):
-                    self._report_ended()  # or it dies, and is blamed, with what begins now
-                self._on_started([s.job_id for s in admitted])
+                self._begin([s for s in admitted if not s.claim.suspect])
                 if self._stopping:
                     continue  # it may have waited for a ledger that is away, and for nothing
             if self.scheduler.refused:
@@ -185,15 +181,19 @@ class Engine:
                 continue
             self._step(chunks)
 
+    def _begin(self, begins: list[Sequence]) -> None:
+        if any(s.claim.suspect for s in (*begins, *(s for s, _ in self._ended))):
+            self._report_ended()  # or it dies, and is blamed, with what begins now
+        self._on_started([s.job_id for s in begins])
+
     def _fail_refused(self) -> None:
         refused, self.scheduler.refused = self.scheduler.refused, []
         if self._is_lost([s.job_id for s, _ in refused]):
             return
         for adapter, error in {s.adapter: error for s, error in refused}.items():
             assert adapter is not None
-            why = "it could not be put on the device"
-            self.store.set_aside(adapter, f"{why} ({type(error).__name__})", here_only=True)
-            info = explained(error, f"adapter {adapter.adapter_id!r}: {why}")
+            self.store.set_aside(adapter, f"{NO_PLACE} ({type(error).__name__})", here_only=True)
+            info = explained(error, f"adapter {adapter.adapter_id!r}: {NO_PLACE}")
             claims = [s.claim for s, _ in refused if s.adapter is adapter]
             self._on_finished([failed(claim, info, self.base.name) for claim in claims])
 

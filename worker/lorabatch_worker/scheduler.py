@@ -65,6 +65,8 @@ class Scheduler:
         self.running: dict[str, Sequence] = {}  # in order of admission
         self.refused: list[tuple[Sequence, Exception]] = []
         """Out of both: their adapter could not be put into a slot, even alone if memory lacked."""
+        self.on_suspect: Callable[[Sequence], None] = lambda _: None
+        """Told before anything of a suspect, its adapter too, is put on the device."""
         self.preemptions = 0
         self._no_memory = False  # for another adapter, until one of those that run has ended
         self._begun_s: dict[str, float] = {}  # the last of each adapter's jobs, by version
@@ -201,6 +203,8 @@ class Scheduler:
         """Put its adapter into a slot. False: there is no room now, or it is refused."""
         if self._no_memory and not self.slots.is_resident(sequence.adapter):
             return False
+        if sequence.claim.suspect and not sequence.preempted:
+            self.on_suspect(sequence)
         try:
             return self.slots.acquire(sequence)
         except Exception as error:  # noqa: BLE001 - whatever a device raises, others go on
