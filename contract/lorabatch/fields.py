@@ -7,6 +7,8 @@ from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from lorabatch.errors import shown
+
 __all__ = [
     "ADAPTER_PATTERN",
     "MAX_PROMPT_CHARS",
@@ -18,6 +20,7 @@ __all__ = [
     "Text",
     "Weight",
     "is_identifier",
+    "queue_name",
     "storable",
 ]
 
@@ -25,6 +28,7 @@ MAX_PROMPT_CHARS = 4_000_000
 ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$"
 _ADAPTER = re.compile(ADAPTER_PATTERN)
 _ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$")
+_QUEUE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")
 MERGED: Final = "merged"  # the owner in the names of merges
 
 
@@ -73,3 +77,13 @@ def storable(text: str) -> str:
 def is_identifier(text: object) -> bool:
     """Whether text can be a job id or a tenant."""
     return isinstance(text, str) and len(text) <= 64 and bool(_ID.fullmatch(text))
+
+
+def queue_name(name: str) -> str:
+    """The name of a queue as it is given. Raises ValueError."""
+    if not _QUEUE.fullmatch(name):
+        raise ValueError(
+            f"queue {shown(name)}: wanted letters, digits and _ . : -, the first one a letter or "
+            "digit, at most 64"
+        )
+    return name

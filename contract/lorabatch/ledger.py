@@ -111,12 +111,13 @@ class Ledger:
                 raise JobNotFound(f"job {job_id!r}: no such job in this ledger")
         return states
 
-    def states(self, job_ids: Sequence[str]) -> dict[str, JobState]:
-        """The state of each job that is known."""
+    def states(self, job_ids: Sequence[str], tenant: str | None = None) -> dict[str, JobState]:
+        """The state of each job that is known; of one tenant's only, if it is given."""
+        mine = sa.true() if tenant is None else jobs.c.tenant == tenant
         found: dict[str, JobState] = {}
         with self._read() as connection:
             for chunk in chunks(job_ids):
-                query = sa.select(jobs.c.job_id, jobs.c.state).where(jobs.c.job_id.in_(chunk))
+                query = sa.select(jobs.c.job_id, jobs.c.state).where(jobs.c.job_id.in_(chunk), mine)
                 found.update((row.job_id, row.state) for row in connection.execute(query))
         return found
 

@@ -21,9 +21,10 @@ from redis.retry import Retry
 
 from lorabatch.embedded import ensure_valkey
 from lorabatch.errors import QueueNotReady, SettingsError
+from lorabatch.fields import queue_name
 from lorabatch.job import SCHEMA_VERSION
 from lorabatch.ledger import Message
-from lorabatch.settings import Settings, queue_name
+from lorabatch.settings import Settings
 
 __all__ = [
     "LANES",

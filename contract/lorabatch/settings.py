@@ -23,11 +23,12 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from lorabatch.errors import SettingsError, explain, shown
+from lorabatch.errors import SettingsError, explain
+from lorabatch.fields import queue_name
 from lorabatch.location import AdapterSource, is_path
 from lorabatch.urls import BackendUrl, BrokerUrl, DatabaseUrl
 
-__all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path", "queue_name"]
+__all__ = ["DEFAULT_BASE_MODEL", "AdapterSource", "Settings", "is_path"]
 
 DEFAULT_BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_QUEUE = "lorabatch"
@@ -35,7 +36,6 @@ QUEUES = {DEFAULT_QUEUE: (DEFAULT_QUEUE, "celery")}  # plain Celery clients send
 PREFIX = "LORABATCH_"
 # Variables of the environment alone: where lorabatch.toml is; 0 turns compiled CPU kernels off.
 READ_ELSEWHERE = ("config", "native")
-QUEUE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$"
 
 
 class Settings(BaseSettings):
@@ -136,6 +136,11 @@ class Settings(BaseSettings):
     max_crashes: int = Field(default=3, ge=3, description="workers it may stop, the last one alone")
     result_expires_s: int = Field(
         default=86_400, ge=60, description="how long Redis keeps a published result"
+    )
+    http_host: str = Field(default="127.0.0.1", description="address that `lorabatch serve` is at")
+    http_port: int = Field(default=8000, ge=0, le=65_535, description="its port; 0: any free one")
+    http_max_body_bytes: int = Field(
+        default=16 << 20, ge=1024, description="a larger request is refused, files aside"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
@@ -261,16 +266,6 @@ class Settings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         return self.database_url or f"sqlite:///{self.home / 'lorabatch.db'}"
-
-
-def queue_name(name: str) -> str:
-    """The name of a queue as it is given. Raises ValueError."""
-    if not re.fullmatch(QUEUE_PATTERN, name):
-        raise ValueError(
-            f"queue {shown(name)}: wanted letters, digits and _ . : -, the first one a letter or "
-            "digit, at most 64"
-        )
-    return name
 
 
 def explain_settings(error: ValidationError) -> str:

@@ -25,6 +25,7 @@ from lorabatch_producer.commands import (
     jobs,
     queues,
     report,
+    serve,
     server,
     tenants,
     why,
@@ -68,6 +69,7 @@ app.command("cancel")(jobs.cancel)
 app.command("status")(server.status)
 app.command("why")(why.why)
 app.command("stop")(server.stop)
+app.command("serve")(serve.serve)
 app.command("settings")(server.settings)
 app.command("doctor")(doctor.doctor)
 app.add_typer(batch.app, name="batch")

@@ -1,0 +1,47 @@
+"""The application: its routes, and what they share for as long as it runs.
+
+    uvicorn.run(create_app(Settings.load()))
+
+Opens database and broker when it starts. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+import lorabatch
+from lorabatch import Settings
+from lorabatch_producer.server import health, jobs
+from lorabatch_producer.server.body_limit import BodyLimit
+from lorabatch_producer.server.desk import Desk
+from lorabatch_producer.server.problems import answer_errors
+
+__all__ = ["create_app"]
+
+ABOUT = (
+    "Batch text generation with one base model and any number of LoRA adapters. A job that was "
+    "accepted ends in exactly one outcome; its usage is counted once."
+)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """For one process. Raises SettingsError."""
+    known = settings or Settings.load()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with Desk(known) as desk:
+            app.state.desk = desk
+            yield
+
+    app = FastAPI(
+        title="lorabatch", version=lorabatch.__version__, description=ABOUT, lifespan=lifespan
+    )
+    app.add_middleware(BodyLimit, limit_bytes=known.http_max_body_bytes)
+    answer_errors(app)
+    app.include_router(health.router)
+    app.include_router(jobs.router)
+    return app

@@ -1,0 +1,92 @@
+"""What all routes share: accepting jobs, waiting for outcomes, and the ledger to ask.
+
+One for each process, opened with it. Database calls run in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar
+
+from fastapi import Request
+
+from lorabatch import Job, Ledger, Result, Settings
+from lorabatch.errors import JobNotFound
+from lorabatch.result import JobState
+from lorabatch_producer.client import Producer
+from lorabatch_producer.server.accepting import Accepting
+from lorabatch_producer.server.outcomes import Outcomes
+
+__all__ = ["Desk", "desk_of"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Desk:
+    """`async with Desk(settings) as desk`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.producer = Producer(settings)
+        self._accepting = Accepting(self.producer.sender)
+        self._outcomes = Outcomes(self._results)
+
+    async def __aenter__(self) -> Self:
+        await self.call(lambda: self.producer.ledger)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._accepting.close()
+        await self._outcomes.close()
+        await self.call(self.producer.close)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.producer.ledger
+
+    def _results(self, job_ids: Sequence[str]) -> dict[str, Result]:
+        return self.ledger.results(job_ids)
+
+    async def call(self, blocking: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """In a thread."""
+        return await asyncio.to_thread(blocking, *args, **kwargs)
+
+    async def check(self) -> None:
+        """Raises what the database raises."""
+        await self.call(self.ledger.states, ["-"])
+
+    async def accept(self, job: Job, queue: str | None = None) -> str:
+        """The id that a job is known by, once it is committed."""
+        return await self._accepting.accept(job, queue)
+
+    async def outcome(self, job_id: str, timeout_s: float) -> Result | None:
+        """Of a job that is known; None while it is open."""
+        return await self._outcomes.wait(job_id, timeout_s)
+
+    async def state(self, job_id: str, tenant: str) -> JobState:
+        """Raises JobNotFound, for a job of somebody else too."""
+        found = await self.call(self.ledger.states, [job_id], tenant)
+        if job_id not in found:
+            raise JobNotFound(f"job {job_id!r}: no such job")
+        return found[job_id]
+
+    async def result(self, job_id: str) -> Result | None:
+        """Of a job that is known, if it has ended."""
+        return (await self.call(self.ledger.results, [job_id])).get(job_id)
+
+    async def cancel(self, job_id: str) -> JobState:
+        return (await self.call(self.ledger.cancel, [job_id]))[job_id]
+
+
+def desk_of(request: Request) -> Desk:
+    """For `Depends`."""
+    desk: Desk = request.app.state.desk
+    return desk

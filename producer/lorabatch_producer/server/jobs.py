@@ -1,0 +1,88 @@
+"""Our own API: `POST /jobs` answers at once, `GET /jobs/{id}` says how it went.
+
+A job's fields are those of `lorabatch.Job`, sampling fields flat or in `sampling_params`; its
+tenant is the caller's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Depends, Header, Query, Response
+from pydantic import BaseModel
+
+from lorabatch import Result
+from lorabatch.errors import InvalidJob
+from lorabatch.result import JobState
+from lorabatch_producer.fields import make_job
+from lorabatch_producer.server.caller import Caller, caller_of
+from lorabatch_producer.server.desk import Desk, desk_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+LONGEST_WAIT_S = 60.0
+EXAMPLE = {"prompt": "How many users?", "adapter_id": "sql", "max_new_tokens": 32}
+
+TheDesk = Annotated[Desk, Depends(desk_of)]
+TheCaller = Annotated[Caller, Depends(caller_of)]
+
+
+class JobStatus(BaseModel):
+    """Where a job is; with its result once it has ended."""
+
+    job_id: str
+    state: JobState
+    result: Result | None = None
+
+
+@router.post("", status_code=202)
+async def enqueue(
+    desk: TheDesk,
+    caller: TheCaller,
+    response: Response,
+    fields: Annotated[dict[str, Any], Body(examples=[EXAMPLE])],
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+    queue: str | None = None,
+) -> JobStatus:
+    """Accept a job: it is committed when this answers, and `Location` says where it is.
+
+    The same `Idempotency-Key` with the same job answers with the first one's id; with another job
+    it is refused as 409.
+    """
+    job = make_job(_mine(fields, caller, idempotency_key))
+    job_id = await desk.accept(job, queue)
+    response.headers["Location"] = f"/jobs/{job_id}"
+    state = await desk.state(job_id, caller.tenant) if job.idempotency_key else "queued"
+    return JobStatus(job_id=job_id, state=state)
+
+
+@router.get("/{job_id}", response_model_exclude_none=True)
+async def show(
+    job_id: str,
+    desk: TheDesk,
+    caller: TheCaller,
+    wait_s: Annotated[float, Query(ge=0, le=LONGEST_WAIT_S)] = 0.0,
+) -> JobStatus:
+    """A job's state, and its result once it has ended; `wait_s`: for which to wait if need be."""
+    state = await desk.state(job_id, caller.tenant)
+    result = await (desk.outcome(job_id, wait_s) if wait_s else desk.result(job_id))
+    if result is not None:
+        return JobStatus(job_id=job_id, state=result.state, result=result)
+    return JobStatus(job_id=job_id, state=state)
+
+
+@router.delete("/{job_id}", response_model_exclude_none=True)
+async def cancel(job_id: str, desk: TheDesk, caller: TheCaller) -> JobStatus:
+    """Cancel a job: the state it is in now. One that runs ends at its next step."""
+    await desk.state(job_id, caller.tenant)
+    return JobStatus(job_id=job_id, state=await desk.cancel(job_id))
+
+
+def _mine(fields: dict[str, Any], caller: Caller, key: str | None) -> dict[str, Any]:
+    """The fields with the caller's tenant and the header's key; what they say against it is
+    refused."""
+    for name, ours in (("tenant", caller.tenant), ("idempotency_key", key)):
+        if ours is not None and fields.get(name, ours) != ours:
+            raise InvalidJob(f"{name}: the request's own is {ours!r}; leave it out of the job")
+    return {**fields, "tenant": caller.tenant} | ({"idempotency_key": key} if key else {})

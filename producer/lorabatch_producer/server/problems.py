@@ -1,0 +1,115 @@
+"""Errors as answers: which status each has, and its body.
+
+The own API answers as RFC 9457 says (`application/problem+json`), with `code` of the error tree
+beside. Other dialects have bodies of their own, and the same statuses. No answer holds a path, an
+address or a prompt: the texts are ours, and an error that is not ours is told by its kind alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import redis
+import sqlalchemy as sa
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lorabatch.errors import (
+    AdapterSetAside,
+    AdapterUnavailable,
+    DatabaseNotReady,
+    IdempotencyConflict,
+    JobError,
+    JobNotFound,
+    LoraBatchError,
+    QueueFull,
+    QueueNotReady,
+    UnknownAdapter,
+    WaitTimeout,
+)
+
+__all__ = ["Told", "answer_errors", "problem", "status_of", "told"]
+
+log = structlog.get_logger(__name__)
+
+STATUSES: dict[type[LoraBatchError], int] = {  # the first that fits
+    JobNotFound: 404,
+    UnknownAdapter: 404,
+    IdempotencyConflict: 409,
+    QueueFull: 429,
+    DatabaseNotReady: 503,
+    QueueNotReady: 503,
+    AdapterUnavailable: 503,
+    AdapterSetAside: 503,
+    WaitTimeout: 504,
+    JobError: 422,
+}
+CODES = {413: "body_too_large"}  # http's own name for it has changed
+COME_AGAIN_S = 5
+Told = tuple[int, str, str]
+"""Status, code and text of an error."""
+
+
+def status_of(error: LoraBatchError) -> int:
+    return next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+
+
+def told(error: Exception) -> Told:
+    """What a client hears of any error."""
+    if isinstance(error, LoraBatchError):
+        return status_of(error), error.code, str(error)
+    if isinstance(error, sa.exc.DBAPIError):
+        return 503, DatabaseNotReady.code, "the database did not answer; come again later"
+    if isinstance(error, redis.RedisError):
+        return 503, QueueNotReady.code, "the broker did not answer; come again later"
+    if isinstance(error, RequestValidationError):
+        return 422, "invalid_request", _explained(error)
+    if isinstance(error, HTTPException):
+        code = HTTPStatus(error.status_code).name.lower()
+        return error.status_code, CODES.get(error.status_code, code), str(error.detail)
+    return 500, "internal", "an error that is ours; it is in the server's log"
+
+
+def headers_of(status: int) -> dict[str, str]:
+    return {"Retry-After": str(COME_AGAIN_S)} if status in (429, 503) else {}
+
+
+def problem(
+    status: int, code: str, detail: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    body = {"title": HTTPStatus(status).phrase, "status": status, "code": code, "detail": detail}
+    return JSONResponse(
+        body,
+        status,
+        headers={**headers_of(status), **(headers or {})},
+        media_type="application/problem+json",
+    )
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Every error of a route becomes the body that callers of its path expect."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        status, code, text = told(error)
+        if status >= 500:
+            log.warning("request failed", path=request.url.path, code=code, exc_info=error)
+        return problem(status, code, text, getattr(error, "headers", None))
+
+    kinds: tuple[type[Exception], ...] = (
+        *(LoraBatchError, sa.exc.DBAPIError, redis.RedisError),
+        *(RequestValidationError, HTTPException, Exception),
+    )
+    for kind in kinds:
+        app.add_exception_handler(kind, answer)
+
+
+def _explained(error: RequestValidationError) -> str:
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        parts.append(f"{where}: {item['msg']}")
+    return "; ".join(parts)

@@ -1,0 +1,35 @@
+"""The HTTP API on a port of its own, for tests with real clients."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from lorabatch import Settings
+from lorabatch_producer.server import create_app
+
+START_S = 30.0
+
+
+@contextlib.contextmanager
+def served(settings: Settings) -> Iterator[str]:
+    """Its URL."""
+    config = uvicorn.Config(create_app(settings), port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="http")
+    thread.start()
+    try:
+        end_s = time.monotonic() + START_S
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            assert time.monotonic() < end_s, "the server did not start in time"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
