@@ -10,6 +10,7 @@ from typing import Any
 
 from lorabatch import Job, Result, Settings
 from lorabatch.ledger import Claim, Outcome
+from lorabatch.streams import Piece
 from lorabatch_worker.build import build_engine
 from lorabatch_worker.engine import Engine
 from tests.models import ROOT, bundled_folder, claim, quiet_peft
@@ -59,7 +60,11 @@ class Desk:
         self.postponed: list[str] = []
         self.blamed: list[str] | None = None
         self._changed = threading.Condition()
-        engine.start(self._on_started, self._on_finished, self._on_postponed, self._on_broken)
+        self.pieces: list[Piece] = []
+        engine.start(
+            *(self._on_started, self._on_finished, self._on_postponed, self._on_broken),
+            on_text=self._on_text,
+        )
 
     def _on_started(self, job_ids: Sequence[str]) -> None:
         with self._changed:
@@ -69,6 +74,10 @@ class Desk:
     def _on_postponed(self, claims: Sequence[Claim]) -> None:
         with self._changed:
             self.postponed += [claim.job.job_id for claim in claims]
+
+    def _on_text(self, pieces: Sequence[Piece]) -> None:
+        with self._changed:
+            self.pieces += pieces
 
     def _on_broken(self, job_ids: Sequence[str]) -> None:
         with self._changed:

@@ -24,8 +24,9 @@ from typing import Any
 from lorabatch import Job, Result, Settings, Usage
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import ErrorInfo
+from lorabatch.streams import Piece
 from lorabatch_worker.adapters.wanted import Wanted
-from lorabatch_worker.runner import Broken, Postpone
+from lorabatch_worker.runner import Broken, OnText, Postpone
 
 DEVICE_LOST, HANGS = signal.SIGRTMIN, signal.SIGRTMIN + 1
 
@@ -81,7 +82,9 @@ class FakeRunner:
         on_finished: Callable[[Sequence[Outcome]], None],
         on_postponed: Postpone | None = None,
         on_broken: Broken = lambda _: None,
+        on_text: OnText = lambda _: None,
     ) -> None:
+        self._on_text = on_text
         self._on_started, self._on_finished = on_started, on_finished
         self._on_postponed, self._on_broken = on_postponed, on_broken
         self._thread.start()
@@ -174,6 +177,7 @@ class FakeRunner:
             if (running.claim.job.prompt or "").startswith("poison"):
                 os.kill(os.getpid(), signal.SIGKILL)
             running.left -= 1
+            self._grow(running)
             code = self._aborts.pop(job_id, None)
             if code is None and (running.claim.job.prompt or "").startswith("fail"):
                 code = "engine_fault"
@@ -181,6 +185,16 @@ class FakeRunner:
                 del self._running[job_id]
                 ended.append(self._outcome(running.claim, code))
         return ended
+
+    def _grow(self, running: _Running) -> None:
+        """As much more of its text as it has had steps."""
+        job = running.claim.job
+        if not job.stream:
+            return
+        text, steps = fake_text(job), job.sampling_params.max_new_tokens
+        done = steps - running.left
+        at, end = (len(text) * n // steps for n in (done - 1, done))
+        self._on_text([Piece(job.job_id, at, text[at:end])])
 
     @staticmethod
     def _outcome(claim: Claim, code: str | None) -> Outcome:

@@ -185,6 +185,7 @@ class Job(Model):
     idempotency_key: Annotated[str, StringConstraints(min_length=1, max_length=255)] | None = None
     batch_id: Identifier | None = None
     custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    stream: bool = Field(default=False, strict=True, description="send the text as it grows")
 
     @field_validator("prompt", "idempotency_key", "custom_id")
     @classmethod
@@ -236,14 +237,17 @@ class Job(Model):
             exclude_none=True,
         )
         given = self.sampling_params.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-        return {**body, "sampling_params": given}
+        streamed = {"stream": True} if self.stream else {}
+        return {**body, "sampling_params": given, **streamed}
 
     def request_hash(self, body: dict[str, Any] | None = None) -> str:
         """sha256 of all that decides the outcome: the same key must bring the same hash.
 
         `body` spares making it again.
         """
-        what = [self.tenant, self.adapter_id, self.body() if body is None else body]
+        decides = {**(self.body() if body is None else body)}
+        decides.pop("stream", None)
+        what = [self.tenant, self.adapter_id, decides]
         text = json.dumps(what, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -34,6 +34,7 @@ __all__ = [
     "drained",
     "lane",
     "make_app",
+    "plain_url",
     "resolve_broker",
     "send",
 ]
@@ -157,13 +158,16 @@ def _publish(
     signals.after_task_publish.send(sender=TASK_NAME, **told)
 
 
+def plain_url(url: str) -> str:
+    """As redis-py has it: kombu calls a Unix socket otherwise."""
+    return url.replace("redis+socket://", "unix://", 1)
+
+
 def check_broker(url: str) -> str:
     """The server's version. Raises QueueNotReady if it is not there or may drop messages."""
     once = Retry(NoBackoff(), 0)
-    plain = url.replace(
-        "redis+socket://", "unix://", 1
-    )  # kombu's name for what redis-py calls unix
-    client = redis.Redis.from_url(plain, socket_connect_timeout=5, socket_timeout=5, retry=once)
+    url = plain_url(url)
+    client = redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, retry=once)
     try:
         info: Any = client.info()
         limit = int(info.get("maxmemory", 0))

@@ -29,12 +29,14 @@ from lorabatch_worker.adapters.wanted import Wanted
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.arrivals import Arrivals
 from lorabatch_worker.base_model import BaseModel
+from lorabatch_worker.counters import Counters
+from lorabatch_worker.growing_text import GrowingTexts
 from lorabatch_worker.memory import out_of_memory
 from lorabatch_worker.model_runner import ModelRunner
 from lorabatch_worker.outcome import explained, failed, finished
 from lorabatch_worker.portions import Portions, no_memory_for
 from lorabatch_worker.prompt import Preparer
-from lorabatch_worker.runner import Broken, Postpone
+from lorabatch_worker.runner import Broken, OnText, Postpone
 from lorabatch_worker.sampler import UNSOUND, Draw
 from lorabatch_worker.scheduler import Chunk, Scheduler
 from lorabatch_worker.sequence import Sequence
@@ -68,10 +70,7 @@ class Engine:
         self.scheduler = scheduler
         self.store = store
         self.preparer = Preparer(base)
-        self.steps = self.mixed_steps = 0
-        self.generated_tokens = 0
-        # Summed over steps: sequences in the micro-batch, and its tokens.
-        self.step_seqs = self.step_tokens = 0
+        self.counters = Counters()
         self._progress_s = time.monotonic()
         self.overlaps = base.device.type != "cpu"
         self.portions = Portions()
@@ -97,11 +96,7 @@ class Engine:
         return {
             "waiting": len(self.arrivals) + len(self.scheduler.waiting),
             "running": len(self.scheduler.running),
-            "steps": self.steps,
-            "mixed_steps": self.mixed_steps,
-            "generated_tokens": self.generated_tokens,
-            "step_seqs": self.step_seqs,
-            "step_tokens": self.step_tokens,
+            **self.counters.as_dict(),
             **self.scheduler.counts,
         }
 
@@ -116,9 +111,12 @@ class Engine:
         on_finished: Callable[[List[Outcome]], None],
         on_postponed: Postpone | None = None,
         on_broken: Broken = lambda _: None,
+        on_text: OnText = lambda _: None,
     ) -> None:
         self._on_started, self._on_finished, self._on_broken = on_started, on_finished, on_broken
         self.arrivals.postpone = on_postponed
+        self.texts = GrowingTexts(lambda s: self.base.tokenizer_for(s.adapter), on_text)
+        self.texts.start()
         self._thread.start()
         self.store.preload()
 
@@ -143,6 +141,7 @@ class Engine:
         self.arrivals.wake()
         if self._thread.is_alive():
             self._thread.join()
+            self.texts.close()
         self.store.close()
         here = (*self.scheduler.running.values(), *self.scheduler.waiting.values())
         left = {s.job_id: s.claim for s in here} | self.arrivals.close()
@@ -253,11 +252,7 @@ class Engine:
         self._report_ended()
         tokens = draw.wait()
         self.portions.fitted(self.scheduler.max_step_tokens)
-        self.steps += 1
-        self.mixed_steps += len({c.sequence.slot for c in portion}) > 1
-        self.generated_tokens += len(tokens)
-        self.step_seqs += len(portion)
-        self.step_tokens += sum(c.end - c.start for c in portion)
+        self.counters.count(portion, len(tokens))
         for sequence, token in zip(sampling, tokens, strict=True):
             if token == UNSOUND:
                 self._end(sequence, "nonfinite_logits")
@@ -265,6 +260,8 @@ class Engine:
                     self.store.set_aside(sequence.adapter, "its logits were NaN or infinite")
                 continue
             sequence.append(token, self.base.eos_ids)
+            if sequence.claim.job.stream:
+                self.texts.grew(sequence)
             if sequence.finish_reason is not None:
                 self._end(sequence, None)
         if not self.overlaps:

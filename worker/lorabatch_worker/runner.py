@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lorabatch.ledger import Claim, Outcome
+from lorabatch.streams import Piece
 from lorabatch_worker.adapters.wanted import Wanted
 
-__all__ = ["Broken", "Postpone", "Runner"]
+__all__ = ["Broken", "OnText", "Postpone", "Runner"]
 
 Broken = Callable[[Sequence[str]], None]
+OnText = Callable[[Sequence[Piece]], None]
 Postpone = Callable[[Sequence[Claim]], None]
 
 
@@ -37,6 +39,7 @@ class Runner(Protocol):
         on_finished: Callable[[Sequence[Outcome]], None],
         on_postponed: Postpone | None = None,
         on_broken: Broken = lambda _: None,
+        on_text: OnText = lambda _: None,
     ) -> None:
         """Begin. `on_started` gets ids of jobs that entered the running batch, `on_finished`
         the outcome of every job that ended, bad ones included. Before a suspect runs, and before
@@ -44,7 +47,8 @@ class Runner(Protocol):
         that the runner gives up for now, to come again later: their adapter is being fetched, and
         others could not be taken for them. None: it keeps all. `on_broken`: the runner can run
         nothing more, only a new process can; it gets the ids of the jobs that may be why. Neither
-        they nor any other job that has not ended will."""
+        they nor any other job that has not ended will. `on_text` gets texts as they grow, of jobs
+        with `stream`, on a thread that it may hold up."""
 
     def submit(self, claims: Sequence[Claim]) -> None:
         """Run these jobs. A job that cannot run ends as a failed outcome, never as an error."""

@@ -38,6 +38,7 @@ from lorabatch_worker.recorder import Recorder
 from lorabatch_worker.retry import OUTAGES, reason
 from lorabatch_worker.runner import Runner
 from lorabatch_worker.sweeper import Sweeper
+from lorabatch_worker.text_sender import TextSender
 
 __all__ = ["DRAIN", "Pump", "Service"]
 
@@ -77,7 +78,8 @@ class Service:
         queues = Queues(self._engine)
         drained = settings.consume, settings.base_model, settings.base_model_aliases
         queues.check(*drained)  # before the model is loaded, which takes long
-        self.broker = check_broker(resolve_broker(settings))
+        broker_url = resolve_broker(settings)
+        self.broker = check_broker(broker_url)
         self.runner = factory(settings)
         queues.drain(*drained)
         self.pulse = Pulse(self.runner, settings.lease_s)
@@ -91,6 +93,7 @@ class Service:
             settings, self.ledger, self.live, self.runner, self.pulse, self._hung, revoked
         )
         self.postponed = Postponed(self.ledger, self.live, post)
+        self.texts = TextSender(broker_url)
         self.feeder = Feeder(app, settings, self.ledger)
         self.sweeper = Sweeper(app, settings, self.ledger, self.live)
         self.intake = Intake(
@@ -109,7 +112,9 @@ class Service:
         )
 
     def start(self) -> None:
-        self.runner.start(self._started, self.recorder.put, self.postponed.put, self._broken)
+        self.runner.start(
+            self._started, self.recorder.put, self.postponed.put, self._broken, self.texts.send
+        )
         parts = (self.publisher, self.recorder, self.postponed, self.leases)
         for part in (*parts, self.intake, self.sweeper, self.feeder):
             part.start()
@@ -153,6 +158,7 @@ class Service:
         self.publisher.close()
         pump(lambda: self.publisher.running, SETTLE_S)
         self._engine.dispose()
+        self.texts.close()
 
     def _started(self, job_ids: Sequence[str]) -> None:
         begun = frozenset(job_ids)

@@ -6,7 +6,8 @@ One for each process, opened with it. Database calls run in threads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
@@ -14,9 +15,12 @@ from fastapi import Request
 
 from lorabatch import Job, Ledger, Result, Settings
 from lorabatch.errors import JobNotFound
+from lorabatch.queue import resolve_broker
 from lorabatch.result import JobState
+from lorabatch.streams import Followed, Piece
 from lorabatch_producer.client import Producer
 from lorabatch_producer.server.accepting import Accepting
+from lorabatch_producer.server.following import Following, Pieces
 from lorabatch_producer.server.outcomes import Outcomes
 
 __all__ = ["Desk", "desk_of"]
@@ -36,6 +40,7 @@ class Desk:
 
     async def __aenter__(self) -> Self:
         await self.call(lambda: self.producer.ledger)
+        self._following = Following(await self.call(resolve_broker, self.settings))
         return self
 
     async def __aexit__(
@@ -46,6 +51,7 @@ class Desk:
     ) -> None:
         await self._accepting.close()
         await self._outcomes.close()
+        await self._following.close()
         await self.call(self.producer.close)
 
     @property
@@ -71,6 +77,29 @@ class Desk:
         """Of a job that is known; None while it is open."""
         return await self._outcomes.wait(job_id, timeout_s)
 
+    async def follow(self, job_id: str, had: int = 0) -> AsyncIterator[Piece | Result]:
+        """The text of a known job as it grows, from character `had` on, and its result at last. A
+        piece that does not follow on the one before, at 0, is the whole of another text: the job
+        was run again, and not alike."""
+        followed = Followed(had)
+        with self._following.of(job_id) as pieces:
+            ended = asyncio.create_task(self._outcomes.wait(job_id, None))
+            ended.add_done_callback(partial(_tell, pieces))
+            try:
+                while isinstance(item := await pieces.get(), Piece):
+                    if new := followed.take(item):
+                        yield Piece(job_id, len(followed.text) - len(new), new)
+            finally:
+                ended.cancel()
+        if isinstance(item, Exception):
+            raise item
+        rest = followed.rest(item.text or "") if item.state == "succeeded" else ""
+        if rest is None:
+            yield Piece(job_id, 0, item.text or "")
+        elif rest:
+            yield Piece(job_id, len(followed.text) - len(rest), rest)
+        yield item
+
     async def state(self, job_id: str, tenant: str) -> JobState:
         """Raises JobNotFound, for a job of somebody else too."""
         found = await self.call(self.ledger.states, [job_id], tenant)
@@ -84,6 +113,18 @@ class Desk:
 
     async def cancel(self, job_id: str) -> JobState:
         return (await self.call(self.ledger.cancel, [job_id]))[job_id]
+
+
+def _tell(pieces: Pieces, task: asyncio.Task[Result | None]) -> None:
+    if task.cancelled():
+        return
+    error = task.exception()
+    if error is None:
+        result = task.result()
+        assert result is not None, "it waited for as long as it took"
+        pieces.put_nowait(result)
+    elif isinstance(error, Exception):
+        pieces.put_nowait(error)
 
 
 def desk_of(request: Request) -> Desk:

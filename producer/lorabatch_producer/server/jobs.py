@@ -6,9 +6,11 @@ tenant is the caller's.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Header, Query, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 
 from lorabatch import Result
@@ -26,6 +28,14 @@ EXAMPLE = {"prompt": "How many users?", "adapter_id": "sql", "max_new_tokens": 3
 
 TheDesk = Annotated[Desk, Depends(desk_of)]
 TheCaller = Annotated[Caller, Depends(caller_of)]
+
+
+async def state_of(job_id: str, desk: TheDesk, caller: TheCaller) -> JobState:
+    """For `Depends`. Raises JobNotFound before the answer begins."""
+    return await desk.state(job_id, caller.tenant)
+
+
+TheState = Annotated[JobState, Depends(state_of)]
 
 
 class JobStatus(BaseModel):
@@ -60,22 +70,42 @@ async def enqueue(
 @router.get("/{job_id}", response_model_exclude_none=True)
 async def show(
     job_id: str,
+    state: TheState,
     desk: TheDesk,
-    caller: TheCaller,
     wait_s: Annotated[float, Query(ge=0, le=LONGEST_WAIT_S)] = 0.0,
 ) -> JobStatus:
     """A job's state, and its result once it has ended; `wait_s`: for which to wait if need be."""
-    state = await desk.state(job_id, caller.tenant)
     result = await (desk.outcome(job_id, wait_s) if wait_s else desk.result(job_id))
     if result is not None:
         return JobStatus(job_id=job_id, state=result.state, result=result)
     return JobStatus(job_id=job_id, state=state)
 
 
+@router.get("/{job_id}/events", response_class=EventSourceResponse)
+async def events(
+    job_id: str,
+    state: TheState,
+    desk: TheDesk,
+    last_event_id: Annotated[int, Header(ge=0)] = 0,
+) -> AsyncIterator[ServerSentEvent]:
+    """A job as it goes, by server-sent events: `state`, then `text` of a job with `stream` as it
+    grows, then `ended` with the result. An event's id is the number of characters up to there:
+    who comes again with it as `Last-Event-ID` gets the rest. A `text` whose `at` is 0 begins anew:
+    the job was run again and had another text.
+    """
+    yield ServerSentEvent(event="state", data={"state": state})
+    async for item in desk.follow(job_id, last_event_id):
+        if isinstance(item, Result):
+            ended = JobStatus(job_id=job_id, state=item.state, result=item)
+            yield ServerSentEvent(event="ended", data=ended)
+        else:
+            data = {"at": item.at, "text": item.text}
+            yield ServerSentEvent(event="text", id=str(item.at + len(item.text)), data=data)
+
+
 @router.delete("/{job_id}", response_model_exclude_none=True)
-async def cancel(job_id: str, desk: TheDesk, caller: TheCaller) -> JobStatus:
+async def cancel(job_id: str, state: TheState, desk: TheDesk) -> JobStatus:
     """Cancel a job: the state it is in now. One that runs ends at its next step."""
-    await desk.state(job_id, caller.tenant)
     return JobStatus(job_id=job_id, state=await desk.cancel(job_id))
 
 

@@ -26,8 +26,8 @@ class Outcomes:
         self._running: asyncio.Task[None] | None = None
         self._came = asyncio.Event()
 
-    async def wait(self, job_id: str, timeout_s: float) -> Result | None:
-        """The job's result; None if it is still open after `timeout_s`."""
+    async def wait(self, job_id: str, timeout_s: float | None) -> Result | None:
+        """The job's result; None if it is still open after `timeout_s`; None waits for ever."""
         future = self._waiting.get(job_id)
         if future is None:
             future = asyncio.get_running_loop().create_future()
