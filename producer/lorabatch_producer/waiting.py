@@ -26,8 +26,11 @@ LOOKS_PER_PAUSE = 100
 class Pauses:
     """How long to wait from one look to the next."""
 
-    def __init__(self, longest_s: float = LAST_PAUSE_S) -> None:
+    def __init__(
+        self, longest_s: float = LAST_PAUSE_S, looks_per_pause: int = LOOKS_PER_PAUSE
+    ) -> None:
         self._longest_s = longest_s
+        self._looks_per_pause = looks_per_pause
         self.restart()
 
     def restart(self) -> None:
@@ -36,7 +39,7 @@ class Pauses:
 
     def after(self, took_s: float) -> float:
         """Seconds to wait after a look that took so long."""
-        rest = min(took_s * LOOKS_PER_PAUSE, LAST_PAUSE_S)
+        rest = min(took_s * self._looks_per_pause, LAST_PAUSE_S)
         pause = max(self._next_s, took_s, rest)
         self._next_s = min(self._next_s * GROWTH, self._longest_s)
         return pause
