@@ -22,6 +22,7 @@
     ├── JobNotFound              no job of that id
     ├── JobFailed                raised to who waits: the job ended as failed
     ├── JobCancelled             raised to who waits: the job was cancelled
+    ├── TextChanged              raised to who follows: the job was run again, and not alike
     └── WaitTimeout              raised to who waits: no outcome within the time given
 
 Each has a stable `code`, which is what results and tables hold, and a sentence that names
@@ -54,6 +55,7 @@ __all__ = [
     "QueueFull",
     "QueueNotReady",
     "SettingsError",
+    "TextChanged",
     "UnknownAdapter",
     "UnsupportedAdapter",
     "UnsupportedModel",
@@ -152,6 +154,10 @@ class JobFailed(LoraBatchError):
 
 class JobCancelled(LoraBatchError):
     code = "job_cancelled"
+
+
+class TextChanged(LoraBatchError):
+    code = "text_changed"
 
 
 class WaitTimeout(LoraBatchError):

@@ -17,9 +17,11 @@ from types import TracebackType
 from typing import Any, Self, overload
 
 from lorabatch import Job, Result, Settings
+from lorabatch.queue import resolve_broker
 from lorabatch.result import JobState
 from lorabatch_producer.batch import BatchStatus
 from lorabatch_producer.client import Producer
+from lorabatch_producer.texts import follow
 from lorabatch_producer.waiting import Watch, succeeded
 
 __all__ = ["AsyncProducer"]
@@ -84,6 +86,15 @@ class AsyncProducer:
             return self._one(job_ids, timeout_s)
         return self._ended(job_ids, timeout_s)
 
+    async def stream(self, job_id: str, /, timeout_s: float | None = None) -> AsyncIterator[str]:
+        """The text of a job as it grows. See Producer.stream."""
+        settings, watch = self.producer.settings, await self._watch([job_id], timeout_s)
+        url = await asyncio.to_thread(resolve_broker, settings)
+        pieces = follow(url, job_id, watch)
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            if piece:
+                yield piece
+
     async def _one(self, job_id: str, timeout_s: float | None) -> Result:
         (result,) = [found async for found in self._ended([job_id], timeout_s)]
         return succeeded(result)
@@ -91,13 +102,16 @@ class AsyncProducer:
     async def _ended(
         self, job_ids: Iterable[str], timeout_s: float | None
     ) -> AsyncIterator[Result]:
-        ledger = await asyncio.to_thread(lambda: self.producer.ledger)
-        watch = Watch(ledger, job_ids, timeout_s)
+        watch = await self._watch(job_ids, timeout_s)
         while not watch.over:
             for result in await asyncio.to_thread(watch.look):
                 yield result
             if not watch.over:
                 await asyncio.sleep(watch.pause_s())
+
+    async def _watch(self, job_ids: Iterable[str], timeout_s: float | None) -> Watch:
+        ledger = await asyncio.to_thread(lambda: self.producer.ledger)
+        return Watch(ledger, job_ids, timeout_s)
 
     async def cancel(self, job_ids: str | Iterable[str], /) -> dict[str, JobState]:
         """Cancel jobs: the state each is in now; a running one ends at its next step."""

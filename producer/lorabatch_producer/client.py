@@ -22,11 +22,12 @@ from celery import Celery
 from lorabatch import Job, Ledger, Result, Settings
 from lorabatch.batches import Batches
 from lorabatch.database import open_database
-from lorabatch.queue import check_name, make_app
+from lorabatch.queue import check_name, make_app, resolve_broker
 from lorabatch.result import JobState
 from lorabatch_producer.batch import BatchStatus, batch_status
 from lorabatch_producer.fields import make_job
 from lorabatch_producer.sending import CHUNK, Sender, chunked
+from lorabatch_producer.texts import follow
 from lorabatch_producer.waiting import Watch, succeeded
 
 __all__ = ["Producer"]
@@ -133,6 +134,12 @@ class Producer:
         if isinstance(job_ids, str):
             return succeeded(next(self._ended([job_ids], timeout_s)))
         return self._ended(job_ids, timeout_s)
+
+    def stream(self, job_id: str, /, timeout_s: float | None = None) -> Iterator[str]:
+        """The text of a job as it grows, if it was enqueued with `stream=True`; of any other at
+        once when it ends. Raises as `wait` does, and TextChanged: it was run again, not alike."""
+        watch = Watch(self.ledger, [job_id], timeout_s)
+        return filter(None, follow(resolve_broker(self.settings), job_id, watch))
 
     def _ended(self, job_ids: Iterable[str], timeout_s: float | None) -> Iterator[Result]:
         watch = Watch(self.ledger, job_ids, timeout_s)
