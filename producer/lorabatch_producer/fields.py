@@ -1,4 +1,5 @@
-"""Jobs from keyword arguments or mappings, where sampling fields may be given flat.
+"""Jobs from keyword arguments or mappings, where sampling fields may be given flat, and what all
+foreign shapes of a request share.
 
 `{"prompt": "hi", "temperature": 0.7}` is the same as
 `{"prompt": "hi", "sampling_params": {"temperature": 0.7}}`. Raises InvalidJob.
@@ -6,13 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lorabatch import Job, SamplingParams
 from lorabatch.errors import InvalidJob, shown
+from lorabatch_producer.console import printable
 
-__all__ = ["SAMPLING_FIELDS", "make_job", "nest_sampling"]
+__all__ = ["SAMPLING_FIELDS", "make_job", "nest_sampling", "only_these", "without_nulls"]
 
 SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
 
@@ -47,3 +49,26 @@ def nest_sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
         )
     rest = {name: value for name, value in fields.items() if name not in SAMPLING_FIELDS}
     return {**rest, "sampling_params": {**nested, **flat}}
+
+
+def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A foreign request's fields; one that is null is as if it were not there."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def only_these(
+    given: Mapping[str, Any],
+    known: Collection[str],
+    neutral: Mapping[str, tuple[object, ...]],
+    where: str,
+) -> None:
+    """Refuse what would change the outcome and is not computed: all that is neither known nor has
+    a value that asks for nothing beyond what we do."""
+    for name, value in given.items():
+        # compared with their types: 1 == True in Python, not in JSON
+        same = (type(value) is type(ours) and value == ours for ours in neutral.get(name, ()))
+        if name not in known and not any(same):
+            raise InvalidJob(
+                f"{where}{printable(name)[:80]}: not supported, and leaving it out would change "
+                f"the outcome (got {shown(value)}); remove it"
+            )

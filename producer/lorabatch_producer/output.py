@@ -24,11 +24,11 @@ from lorabatch.errors import LoraBatchError
 from lorabatch.ledger import Ledger
 from lorabatch_producer.batch import BatchStatus, batch_status, file_digest
 from lorabatch_producer.bulk import BadLine, GoodLine, read_lines
+from lorabatch_producer.openai_body import answer_body
 from lorabatch_producer.sending import chunked
 
 __all__ = ["Written", "errors_path", "write_output"]
 
-FINISH_REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 CHUNK = 500
 
 
@@ -176,34 +176,11 @@ def _openai_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
     job_id = line.job.job_id
     response = None
     if result is not None and result.state == "succeeded":
-        body = _openai_body(line, result)
+        body = answer_body(line.form == "chat", line.model, result)
         response = {"status_code": 200, "request_id": job_id, "body": body}
     return {
         "id": f"batch_req_{job_id}",
         "custom_id": line.job.custom_id,
         "response": response,
         "error": _error(result),
-    }
-
-
-def _openai_body(line: GoodLine, result: Result) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": 0}
-    if line.form == "chat":
-        choice["message"] = {"role": "assistant", "content": result.text}
-    else:
-        choice["text"] = result.text
-    choice["logprobs"] = None
-    choice["finish_reason"] = FINISH_REASONS[result.finish_reason or "eos_token"]
-    return {
-        "id": ("chatcmpl-" if line.form == "chat" else "cmpl-") + result.job_id,
-        "object": "chat.completion" if line.form == "chat" else "text_completion",
-        "created": (result.finished_us or 0) // 1_000_000,
-        "model": line.model,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": result.usage.prompt_tokens,
-            "completion_tokens": result.usage.output_tokens,
-            "total_tokens": result.usage.total_tokens,
-            "prompt_tokens_details": {"cached_tokens": result.usage.cached_tokens},
-        },
     }

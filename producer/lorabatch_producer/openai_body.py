@@ -1,0 +1,151 @@
+"""The body of an OpenAI request as a job's fields, and a job's result as the answer's body.
+
+What is left out has OpenAI's default, not ours: temperature 1.0, and 16 tokens for
+/v1/completions (for chat, where OpenAI has no limit, our 256). Beyond OpenAI's fields a body may
+hold top_k, min_p, repetition_penalty, ignore_eos and priority. A field that would change the
+outcome and that we do not compute is refused by name unless it is null or says what we do anyway;
+fields that only label a request (user, metadata, store, ...) are left aside. Raises InvalidJob.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from lorabatch import Result
+from lorabatch.errors import InvalidJob, shown
+from lorabatch_producer.fields import only_these, without_nulls
+
+__all__ = ["CHAT_URL", "COMPLETIONS_URL", "answer_body", "body_fields"]
+
+CHAT_URL = "/v1/chat/completions"
+COMPLETIONS_URL = "/v1/completions"
+COMPLETIONS_MAX_TOKENS = 16
+SAME_NAME = (
+    *("temperature", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty"),
+    *("top_k", "min_p", "repetition_penalty", "ignore_eos"),
+)
+LABELS = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_retention", "stream_options"),
+}
+# field: the values that ask for nothing beyond what we do
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "stream": (False,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+PROMPT_FIELD = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
+FINISH_REASONS = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
+
+
+def body_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
+    """The body as fields of a Job, sampling nested; what `model` means is for the caller to say."""
+    given = without_nulls(body)
+    known = {"model", "priority", "max_tokens", "max_completion_tokens", PROMPT_FIELD[url]}
+    only_these(given, known | set(SAME_NAME) | LABELS, NEUTRAL, "body.")
+    fields: dict[str, Any] = {"sampling_params": _sampling(given, url)}
+    if "priority" in given:
+        fields["priority"] = given["priority"]
+    if url == COMPLETIONS_URL:
+        return {**fields, "prompt": _prompt(given)}
+    return {**fields, "messages": _messages(given)}
+
+
+def answer_body(chat: bool, model: str | None, result: Result) -> dict[str, Any]:
+    """What OpenAI answers, for a job that succeeded. `model`: as the request named it."""
+    choice: dict[str, Any] = {"index": 0}
+    if chat:
+        choice["message"] = {"role": "assistant", "content": result.text}
+    else:
+        choice["text"] = result.text
+    choice["logprobs"] = None
+    choice["finish_reason"] = FINISH_REASONS[result.finish_reason or "eos_token"]
+    return {
+        "id": ("chatcmpl-" if chat else "cmpl-") + result.job_id,
+        "object": "chat.completion" if chat else "text_completion",
+        "created": (result.finished_us or 0) // 1_000_000,
+        "model": model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": result.usage.prompt_tokens,
+            "completion_tokens": result.usage.output_tokens,
+            "total_tokens": result.usage.total_tokens,
+            "prompt_tokens_details": {"cached_tokens": result.usage.cached_tokens},
+        },
+        "system_fingerprint": _fingerprint(result),
+    }
+
+
+def _fingerprint(result: Result) -> str:
+    """The same for the same base model and version of an adapter."""
+    what = f"{result.base_model}\n{result.adapter_version or ''}"
+    return "fp_" + hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def _sampling(given: Mapping[str, Any], url: str) -> dict[str, Any]:
+    params = {name: given[name] for name in SAME_NAME if name in given}
+    params.setdefault("temperature", 1.0)
+    old, new = given.get("max_tokens"), given.get("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise InvalidJob(
+            f"body.max_tokens {shown(old)} and body.max_completion_tokens {shown(new)} differ; "
+            "give one of them"
+        )
+    limit = old if new is None else new
+    if limit is not None:
+        params["max_new_tokens"] = limit
+    elif url == COMPLETIONS_URL:
+        params["max_new_tokens"] = COMPLETIONS_MAX_TOKENS
+    return params
+
+
+def _prompt(given: Mapping[str, Any]) -> str:
+    prompt = given.get("prompt")
+    if not isinstance(prompt, str):
+        raise InvalidJob(f"body.prompt: wanted one text (got {shown(prompt)}); one prompt a line")
+    return prompt
+
+
+def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages = given.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidJob(f"body.messages: wanted a list of messages (got {shown(messages)})")
+    return [_message(message, f"body.messages.{i}") for i, message in enumerate(messages)]
+
+
+def _message(message: object, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise InvalidJob(f"{where}: must be an object (got {shown(message)})")
+    extra = sorted(k for k, v in message.items() if k not in ("role", "content") and v is not None)
+    if extra:
+        raise InvalidJob(f"{where}.{extra[0]}: not supported; remove it")
+    role = message.get("role")
+    content = _content(message.get("content"), where)
+    return {"role": "system" if role == "developer" else role, "content": content}
+
+
+def _content(content: object, where: str) -> object:
+    """A text, or OpenAI's list of parts when all of them are text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise InvalidJob(f"{where}.content: only text parts are supported (got {shown(part)})")
+        texts.append(text)
+    return "".join(texts)
