@@ -142,6 +142,7 @@ class Settings(BaseSettings):
     http_max_body_bytes: int = Field(
         default=16 << 20, ge=1024, description="a larger request is refused, files aside"
     )
+    http_wait_s: float = Field(default=600.0, gt=0, description="longest wait for a job's text")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 

@@ -39,6 +39,7 @@ def serve(
         port=settings.http_port,
         log_level=settings.log_level,
         server_header=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )
     uvicorn.Server(config).run()
 

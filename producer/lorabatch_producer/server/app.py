@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 import lorabatch
 from lorabatch import Settings
-from lorabatch_producer.server import health, jobs
+from lorabatch_producer.server import health, jobs, openai, tgi
 from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
 from lorabatch_producer.server.problems import answer_errors
@@ -42,6 +42,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(BodyLimit, limit_bytes=known.http_max_body_bytes)
     answer_errors(app)
-    app.include_router(health.router)
-    app.include_router(jobs.router)
+    for room in (health, jobs, openai, tgi):
+        app.include_router(room.router)
     return app

@@ -8,7 +8,7 @@ from __future__ import annotations
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorabatch_producer.server.problems import CODES, problem
+from lorabatch_producer.server.problems import CODES, answer
 
 __all__ = ["BodyLimit"]
 
@@ -24,7 +24,8 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             if _announced(scope) > self._limit_bytes:
-                await problem(413, CODES[413], self._why)(scope, receive, send)
+                too_large = answer(scope["path"], (413, CODES[413], self._why))
+                await too_large(scope, receive, send)
                 return
             receive = self._counting(receive)
         await self._app(scope, receive, send)

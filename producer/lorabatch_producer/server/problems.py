@@ -1,8 +1,9 @@
 """Errors as answers: which status each has, and its body.
 
 The own API answers as RFC 9457 says (`application/problem+json`), with `code` of the error tree
-beside. Other dialects have bodies of their own, and the same statuses. No answer holds a path, an
-address or a prompt: the texts are ours, and an error that is not ours is told by its kind alone.
+beside. OpenAI's and TGI's paths have bodies and statuses of their own (`dialects.py`). No answer
+holds a path, an address or a prompt: the texts are ours, and an error that is not ours is told by
+its kind alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from starlette.exceptions import HTTPException
 from lorabatch.errors import (
     AdapterSetAside,
     AdapterUnavailable,
+    AttemptsExhausted,
     DatabaseNotReady,
+    EngineFault,
     IdempotencyConflict,
+    JobCancelled,
     JobError,
     JobNotFound,
     LoraBatchError,
@@ -31,8 +35,9 @@ from lorabatch.errors import (
     UnknownAdapter,
     WaitTimeout,
 )
+from lorabatch_producer.server.dialects import foreign_error
 
-__all__ = ["Told", "answer_errors", "problem", "status_of", "told"]
+__all__ = ["Told", "answer", "answer_errors", "problem", "status_of", "told"]
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +51,9 @@ STATUSES: dict[type[LoraBatchError], int] = {  # the first that fits
     AdapterUnavailable: 503,
     AdapterSetAside: 503,
     WaitTimeout: 504,
+    JobCancelled: 410,
+    AttemptsExhausted: 500,
+    EngineFault: 500,
     JobError: 422,
 }
 CODES = {413: "body_too_large"}  # http's own name for it has changed
@@ -90,21 +98,35 @@ def problem(
     )
 
 
+def answer(path: str, told: Told, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error, in the dialect of who asks at that path."""
+    status, code, text = told
+    text = text.encode(errors="backslashreplace").decode()  # a field may be named by half a letter
+    foreign = foreign_error(path, status, code, text)
+    if foreign is None:
+        return problem(status, code, text, headers)
+    status, body = foreign
+    return JSONResponse(body, status, headers={**headers_of(status), **(headers or {})})
+
+
 def answer_errors(app: FastAPI) -> None:
     """Every error of a route becomes the body that callers of its path expect."""
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
-        status, code, text = told(error)
-        if status >= 500:
-            log.warning("request failed", path=request.url.path, code=code, exc_info=error)
-        return problem(status, code, text, getattr(error, "headers", None))
+    async def on_error(request: Request, error: Exception) -> JSONResponse:
+        said = told(error)
+        if said[0] >= 500:
+            log.warning("request failed", path=request.url.path, code=said[1], exc_info=error)
+        headers = dict(getattr(error, "headers", None) or {})
+        if isinstance(error, JobError) and said[0] != 503:
+            headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and get the same answer
+        return answer(request.url.path, said, headers)
 
     kinds: tuple[type[Exception], ...] = (
         *(LoraBatchError, sa.exc.DBAPIError, redis.RedisError),
         *(RequestValidationError, HTTPException, Exception),
     )
     for kind in kinds:
-        app.add_exception_handler(kind, answer)
+        app.add_exception_handler(kind, on_error)
 
 
 def _explained(error: RequestValidationError) -> str:
