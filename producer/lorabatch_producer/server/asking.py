@@ -23,7 +23,7 @@ from lorabatch_producer.server.desk import Desk, desk_of
 from lorabatch_producer.server.models import Model, Models
 from lorabatch_producer.waiting import succeeded
 
-__all__ = ["Asking", "TheAsking"]
+__all__ = ["Asking", "TheAsking", "succeeded_or_raised"]
 
 LOOK_S = 0.5  # how often it is asked whether the client is still there
 
@@ -45,12 +45,15 @@ class Asking:
         """Raises UnknownAdapter."""
         return await self.desk.call(self.models.find, self.caller.tenant, name)
 
-    async def result(self, model: Model, fields: Mapping[str, Any]) -> Result:
-        """Of a job of these fields, once it has succeeded."""
+    async def accepted(self, model: Model, fields: Mapping[str, Any]) -> tuple[Job, str]:
+        """A job of these fields, and the id that it is known by."""
         mine = {"tenant": self.caller.tenant, "idempotency_key": self.key}
         job = make_job({**fields, **mine, "adapter_id": model.adapter_id})
-        job_id = await self.desk.accept(job, model.queue)
-        return _good(await self._ended(job, job_id))
+        return job, await self.desk.accept(job, model.queue)
+
+    async def result(self, model: Model, fields: Mapping[str, Any]) -> Result:
+        """Of a job of these fields, once it has succeeded."""
+        return succeeded_or_raised(await self._ended(*await self.accepted(model, fields)))
 
     async def _ended(self, job: Job, job_id: str) -> Result:
         wait_s = self.desk.settings.http_wait_s
@@ -83,7 +86,8 @@ async def _asking(
 TheAsking = Annotated[Asking, Depends(_asking)]
 
 
-def _good(result: Result) -> Result:
+def succeeded_or_raised(result: Result) -> Result:
+    """The same result, or the error of its code."""
     if result.state == "failed" and result.error and (kind := KINDS.get(result.error.code)):
         raise kind(result.error.message)
     return succeeded(result)

@@ -37,6 +37,7 @@ class Desk:
         self.producer = Producer(settings)
         self._accepting = Accepting(self.producer.sender)
         self._outcomes = Outcomes(self._results)
+        self._cancelling = set[asyncio.Task[JobState]]()
 
     async def __aenter__(self) -> Self:
         await self.call(lambda: self.producer.ledger)
@@ -50,6 +51,7 @@ class Desk:
         traceback: TracebackType | None,
     ) -> None:
         await self._accepting.close()
+        await asyncio.gather(*self._cancelling, return_exceptions=True)
         await self._outcomes.close()
         await self._following.close()
         await self.call(self.producer.close)
@@ -113,6 +115,12 @@ class Desk:
 
     async def cancel(self, job_id: str) -> JobState:
         return (await self.call(self.ledger.cancel, [job_id]))[job_id]
+
+    def cancel_soon(self, job_id: str) -> None:
+        """For whoever cannot wait for it, because it is being cancelled itself."""
+        task = asyncio.create_task(self.cancel(job_id))
+        self._cancelling.add(task)
+        task.add_done_callback(self._cancelling.discard)
 
 
 def _tell(pieces: Pieces, task: asyncio.Task[Result | None]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["foreign_error"]
 
-TGI_PATHS = {"/", "/generate", "/info", "/health"}
+TGI_PATHS = {"/", "/generate", "/generate_stream", "/info", "/health"}
 OPENAI_CODES = {
     "unknown_adapter": "model_not_found",
     "prompt_too_long": "context_length_exceeded",

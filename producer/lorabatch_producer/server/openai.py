@@ -1,4 +1,4 @@
-"""OpenAI's routes: models, chat completions and completions, one answer each.
+"""OpenAI's routes: models, chat completions and completions, each answer at once or as it grows.
 
 `model` is an adapter's id or a base model's name; one that is neither is refused as
 `model_not_found`. `service_tier` `flex` is a priority of -10, `priority` one of 10.
@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
+from fastapi.responses import StreamingResponse
 
 from lorabatch.errors import InvalidJob, shown
+from lorabatch_producer.chunks import openai_chunks
 from lorabatch_producer.openai_body import CHAT_URL, COMPLETIONS_URL, answer_body, body_fields
 from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.models import Model
+from lorabatch_producer.server.streaming import event_stream, followed
 
 __all__ = ["router"]
 
@@ -23,20 +26,20 @@ CHAT = {"model": "sql", "messages": [{"role": "user", "content": "How many users
 COMPLETION = {"model": "sql", "prompt": "How many users?", "max_tokens": 32}
 
 
-@router.post(CHAT_URL)
+@router.post(CHAT_URL, response_model=None)
 async def chat(
     asking: TheAsking, body: Annotated[dict[str, Any], Body(examples=[CHAT])]
-) -> dict[str, Any]:
-    """A chat message, once its job has ended. A client that goes away cancels its job, unless the
-    request has an `Idempotency-Key`."""
+) -> dict[str, Any] | StreamingResponse:
+    """A chat message, once its job has ended, or as it grows if `stream` is true. A client that
+    goes away cancels its job, unless the request has an `Idempotency-Key`."""
     return await _complete(asking, body, CHAT_URL)
 
 
-@router.post(COMPLETIONS_URL)
+@router.post(COMPLETIONS_URL, response_model=None)
 async def completion(
     asking: TheAsking, body: Annotated[dict[str, Any], Body(examples=[COMPLETION])]
-) -> dict[str, Any]:
-    """A prompt's continuation, once its job has ended."""
+) -> dict[str, Any] | StreamingResponse:
+    """A prompt's continuation, once its job has ended, or as it grows if `stream` is true."""
     return await _complete(asking, body, COMPLETIONS_URL)
 
 
@@ -53,11 +56,30 @@ async def model(asking: TheAsking, name: str) -> dict[str, Any]:
     return _shown(await asking.model(name))
 
 
-async def _complete(asking: Asking, body: dict[str, Any], url: str) -> dict[str, Any]:
-    name = body.get("model")
-    fields = {**body_fields(body, url), **_priority(body)}
-    result = await asking.result(await asking.model(name), fields)
-    return answer_body(url == CHAT_URL, str(name), result)
+async def _complete(
+    asking: Asking, body: dict[str, Any], url: str
+) -> dict[str, Any] | StreamingResponse:
+    name, chat = body.get("model"), url == CHAT_URL
+    streamed = body.get("stream") is True
+    fields = body_fields({**body, "stream": None} if streamed else body, url) | _priority(body)
+    model = await asking.model(name)
+    if not streamed:
+        return answer_body(chat, str(name), await asking.result(model, fields))
+    with_usage = _with_usage(body)
+    job, job_id = await asking.accepted(model, {**fields, "stream": True})
+    grown = followed(asking, job, job_id)
+    return event_stream(url, openai_chunks(grown, job_id, chat, str(name), with_usage), "[DONE]")
+
+
+def _with_usage(body: dict[str, Any]) -> bool:
+    options = body.get("stream_options") or {}
+    wanted = options.get("include_usage", False) if isinstance(options, dict) else None
+    if not isinstance(wanted, bool):
+        raise InvalidJob(
+            f"stream_options: wanted an object with include_usage, true or false "
+            f"(got {shown(options)})"
+        )
+    return wanted
 
 
 def _priority(body: dict[str, Any]) -> dict[str, int]:

@@ -8,10 +8,14 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, Response
+from fastapi.responses import StreamingResponse
 
 import lorabatch
-from lorabatch_producer.server.asking import TheAsking
+from lorabatch_producer.chunks import tgi_chunks
+from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.desk import Desk, desk_of
+from lorabatch_producer.server.models import Model
+from lorabatch_producer.server.streaming import event_stream, followed
 from lorabatch_producer.tgi_body import adapter_of, generate_answer, generate_fields
 
 __all__ = ["router"]
@@ -26,18 +30,32 @@ async def generate(asking: TheAsking, body: TheBody) -> dict[str, Any]:
     """A text's continuation, once its job has ended. A client that goes away cancels its job,
     unless the request has an `Idempotency-Key`."""
     fields = generate_fields(body)
+    return generate_answer(body, await asking.result(await _model(asking, body), fields))
+
+
+@router.post("/generate_stream", response_class=StreamingResponse)
+async def generate_stream(asking: TheAsking, body: TheBody) -> StreamingResponse:
+    """The same as it grows: an event for each piece of text, which may be of several tokens, and
+    the whole text in the last one."""
+    fields = generate_fields({**body, "stream": None})
+    job, job_id = await asking.accepted(await _model(asking, body), {**fields, "stream": True})
+    return event_stream("/generate_stream", tgi_chunks(followed(asking, job, job_id), body))
+
+
+@router.post("/", response_model=None)
+async def compatible(asking: TheAsking, body: TheBody) -> list[dict[str, Any]] | StreamingResponse:
+    """Either of them, as `stream` says; the whole text as a list of one. The prompt is not repeated
+    unless `return_full_text` says so."""
+    if body.get("stream") is True:
+        return await generate_stream(asking, body)
+    return [await generate(asking, body)]
+
+
+async def _model(asking: Asking, body: dict[str, Any]) -> Model:
     adapter_id = adapter_of(body)
     if adapter_id is None:
-        model = await asking.desk.call(asking.models.base)
-    else:
-        model = await asking.model(adapter_id)
-    return generate_answer(body, await asking.result(model, fields))
-
-
-@router.post("/")
-async def compatible(asking: TheAsking, body: TheBody) -> list[dict[str, Any]]:
-    """The same, as a list of one; the prompt is not repeated unless `return_full_text` says so."""
-    return [await generate(asking, body)]
+        return await asking.desk.call(asking.models.base)
+    return await asking.model(adapter_id)
 
 
 @router.get("/info")

@@ -1,0 +1,69 @@
+"""A text that grows as OpenAI's and TGI's streams have it: their events, one for each piece.
+
+TGI sends an event for each token. A piece of ours may be of several, so `token` has its text and
+neither `id` nor `logprob`; the last event has an empty one, where TGI has the end token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from lorabatch import Result
+from lorabatch.streams import Piece
+from lorabatch_producer.openai_body import answer_body
+from lorabatch_producer.tgi_body import generate_answer
+
+__all__ = ["Chunks", "Grown", "openai_chunks", "tgi_chunks"]
+
+Grown = AsyncIterator[Piece | Result | None]
+"""Pieces, at last the result; None now and then, to be passed on."""
+Chunks = AsyncIterator[dict[str, Any] | None]
+
+
+async def openai_chunks(
+    items: Grown, job_id: str, chat: bool, model: str, with_usage: bool
+) -> Chunks:
+    """`with_usage`: as `stream_options.include_usage` asks for, a last one with the usage."""
+    head: dict[str, Any] = {
+        "id": ("chatcmpl-" if chat else "cmpl-") + job_id,
+        "object": "chat.completion.chunk" if chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+    }
+    usage = {"usage": None} if with_usage else {}
+
+    def chunk(text: str | None, finish_reason: str | None = None, **delta: str) -> dict[str, Any]:
+        grown = {} if text is None else {"content": text}
+        what = {"delta": {**delta, **grown}} if chat else {"text": text or ""}
+        choice = {"index": 0, **what, "logprobs": None, "finish_reason": finish_reason}
+        return {**head, "choices": [choice], **usage}
+
+    if chat:
+        yield chunk("", role="assistant")
+    async for item in items:
+        if isinstance(item, Result):
+            answer = answer_body(chat, model, item)
+            head["system_fingerprint"] = answer["system_fingerprint"]
+            yield chunk(None, answer["choices"][0]["finish_reason"])
+            if with_usage:
+                yield {**head, "choices": [], "usage": answer["usage"]}
+        else:
+            yield None if item is None else chunk(item.text)
+
+
+async def tgi_chunks(items: Grown, body: Mapping[str, Any]) -> Chunks:
+    """`body`: the request's."""
+    index = 0
+    async for item in items:
+        index += item is not None
+        if isinstance(item, Result):
+            answer = generate_answer(body, item)
+            token = {"id": None, "text": "", "logprob": None, "special": True}
+            yield {"index": index, "token": token, "details": None, **answer}
+        elif item is None:
+            yield None
+        else:
+            token = {"id": None, "text": item.text, "logprob": None, "special": False}
+            yield {"index": index, "token": token, "generated_text": None, "details": None}
