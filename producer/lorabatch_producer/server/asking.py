@@ -41,9 +41,9 @@ class Asking:
     def models(self) -> Models:
         return Models(self.desk.ledger.engine, self.desk.settings)
 
-    async def model(self, name: object) -> Model:
-        """Raises UnknownAdapter."""
-        return await self.desk.call(self.models.find, self.caller.tenant, name)
+    async def model(self, name: object, field: str = "model") -> Model:
+        """Raises UnknownAdapter, which names the field."""
+        return await self.desk.call(self.models.find, self.caller.tenant, name, field)
 
     async def accepted(self, model: Model, fields: Mapping[str, Any]) -> tuple[Job, str]:
         """A job of these fields, and the id that it is known by."""

@@ -57,8 +57,8 @@ class Models:
         """Of the settings' own queue."""
         return self._bases().own
 
-    def find(self, tenant: str, name: object) -> Model:
-        """What a request's `model` means to this tenant."""
+    def find(self, tenant: str, name: object, field: str = "model") -> Model:
+        """What a request's field means to this tenant."""
         bases = self._bases()
         if isinstance(name, str) and name in bases.by_name:
             return bases.by_name[name]
@@ -69,7 +69,7 @@ class Models:
             if any(name == source.name for source in self._settings.adapters):
                 return replace(bases.own, name=name, adapter_id=name)
         raise UnknownAdapter(
-            f"model: wanted the base model's name or an adapter's id (got {shown(name)}); "
+            f"{field}: wanted the base model's name or an adapter's id (got {shown(name)}); "
             "GET /v1/models lists both"
         )
 

@@ -55,7 +55,7 @@ async def _model(asking: Asking, body: dict[str, Any]) -> Model:
     adapter_id = adapter_of(body)
     if adapter_id is None:
         return await asking.desk.call(asking.models.base)
-    return await asking.model(adapter_id)
+    return await asking.model(adapter_id, "adapter_id")
 
 
 @router.get("/info")
