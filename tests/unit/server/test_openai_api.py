@@ -130,7 +130,6 @@ def test_an_unknown_model_is_refused(client: openai.OpenAI, ledger: Ledger) -> N
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"stream": True}, "stream"),
     ({"n": 2}, "n"),
     ({"logprobs": True}, "logprobs"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),

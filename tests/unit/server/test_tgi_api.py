@@ -103,8 +103,6 @@ def test_what_is_not_supported_is_refused_by_name(client: InferenceClient, ledge
     for name, value in refused.items():
         with pytest.raises(ValidationError, match=f"^{name}: "):
             client.text_generation("Go", **{name: value})
-    with pytest.raises(ValidationError, match="^stream: not supported"):
-        list(client.text_generation("Go", stream=True))
     assert sampling(ledger) == []
 
 
