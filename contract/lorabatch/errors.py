@@ -19,6 +19,9 @@
     ├── DatabaseNotReady         not reachable, or its schema is not at this version
     ├── QueueNotReady            the broker is not reachable or would lose messages
     ├── QueueFull                as many jobs wait as may: none was accepted, come again
+    ├── RateLimited              a tenant asked for more in this minute than it may: come again
+    ├── KeyRefused               the HTTP API wants a key, and this is none, or holds no longer
+    ├── NotAllowed               the key is not for this, or not for that tenant
     ├── JobNotFound              no job of that id
     ├── JobFailed                raised to who waits: the job ended as failed
     ├── JobCancelled             raised to who waits: the job was cancelled
@@ -49,11 +52,14 @@ __all__ = [
     "JobError",
     "JobFailed",
     "JobNotFound",
+    "KeyRefused",
     "LoraBatchError",
+    "NotAllowed",
     "OutOfMemory",
     "PromptTooLong",
     "QueueFull",
     "QueueNotReady",
+    "RateLimited",
     "SettingsError",
     "TextChanged",
     "UnknownAdapter",
@@ -142,6 +148,18 @@ class QueueFull(LoraBatchError):
 
 class QueueNotReady(LoraBatchError):
     code = "queue_not_ready"
+
+
+class RateLimited(LoraBatchError):
+    code = "rate_limited"
+
+
+class KeyRefused(LoraBatchError):
+    code = "invalid_api_key"
+
+
+class NotAllowed(LoraBatchError):
+    code = "not_allowed"
 
 
 class JobNotFound(LoraBatchError):

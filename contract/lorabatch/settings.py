@@ -139,6 +139,9 @@ class Settings(BaseSettings):
     )
     http_host: str = Field(default="127.0.0.1", description="address that `lorabatch serve` is at")
     http_port: int = Field(default=8000, ge=0, le=65_535, description="its port; 0: any free one")
+    http_keys: Literal["auto", "on", "off"] = Field(
+        default="auto", description="auto: wanted once there is one, or others reach http_host"
+    )
     http_max_body_bytes: int = Field(
         default=16 << 20, ge=1024, description="a larger request is refused, files aside"
     )

@@ -165,6 +165,8 @@ tenants = sa.Table(
     sa.Column("weight", sa.Float, nullable=False),
     sa.Column("max_running", sa.Integer),
     sa.Column("max_queued", sa.Integer),
+    sa.Column("requests_per_minute", sa.Integer),
+    sa.Column("tokens_per_minute", sa.Integer),
     sa.Column("updated_us", Micros, nullable=False),
 )
 

@@ -1,4 +1,5 @@
-"""What each tenant may have: its weight in fair shares, how many jobs may run and may wait.
+"""What each tenant may have: its weight in fair shares, how many jobs may run and may wait, and
+how much it may ask for in a minute.
 
 EACH stands for every tenant that says nothing of its own, ALL for all tenants together. Limits hold
 from the next look on, for jobs that were not sent or accepted yet. Raises QueueFull; database
@@ -8,7 +9,7 @@ errors pass through.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import sqlalchemy as sa
 
@@ -24,12 +25,14 @@ EACH, ALL = "*each", "*all"  # no tenant's names
 @dataclass(frozen=True)
 class Limits:
     """None: no limit of its own; 0: none may. `weight`: twice as much gets twice the tokens, where
-    several wait."""
+    several wait. What is said of a minute, the HTTP API holds to (`rates`)."""
 
     tenant: str
     weight: float = 1.0
     max_running: int | None = None
     max_queued: int | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
 
 class Tenants:
@@ -44,16 +47,11 @@ class Tenants:
 
     def set(self, limits: Limits) -> None:
         """In place of what was said before."""
-        fields = {
-            "weight": limits.weight,
-            "max_running": limits.max_running,
-            "max_queued": limits.max_queued,
-        }
         with self._engine.begin() as connection:
             mine = tenants.c.tenant == limits.tenant
-            row = {**fields, "updated_us": connection.scalar(sa.select(now_us()))}
+            row = {**asdict(limits), "updated_us": connection.scalar(sa.select(now_us()))}
             if not connection.execute(sa.update(tenants).where(mine).values(row)).rowcount:
-                connection.execute(tenants.insert(), [{"tenant": limits.tenant, **row}])
+                connection.execute(tenants.insert(), [row])
 
     def forget(self, tenant: str) -> bool:
         """Whether there was anything to forget."""
@@ -119,12 +117,7 @@ def check_room(connection: sa.Connection, of: Iterable[str], queue: str) -> None
 def _limits(
     connection: sa.Connection, condition: sa.ColumnElement[bool], lock: bool = False
 ) -> list[Limits]:
-    columns = (
-        tenants.c.tenant,
-        tenants.c.weight,
-        tenants.c.max_running,
-        tenants.c.max_queued,
-    )
+    columns = [tenants.c[field.name] for field in fields(Limits)]
     query = sa.select(*columns).where(condition).order_by(tenants.c.tenant)
     if lock:
         query = query.with_for_update()

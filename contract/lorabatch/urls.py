@@ -1,4 +1,5 @@
-"""URLs of broker, result backend and database: which kinds there are, in one spelling.
+"""URLs of broker, result backend and database: which kinds there are, in one spelling; which hosts
+only this machine reaches.
 
 Raises ValueError, which says what is allowed.
 """
@@ -6,11 +7,12 @@ Raises ValueError, which says what is allowed.
 from __future__ import annotations
 
 import re
+from ipaddress import ip_address
 from typing import Annotated
 
 from pydantic import AfterValidator
 
-__all__ = ["BackendUrl", "BrokerUrl", "DatabaseUrl"]
+__all__ = ["BackendUrl", "BrokerUrl", "DatabaseUrl", "is_loopback"]
 
 REDIS = r"(redis|rediss|redis\+socket)://"
 
@@ -42,3 +44,13 @@ def _database(url: str) -> str:
 BrokerUrl = Annotated[str, AfterValidator(_broker)]
 BackendUrl = Annotated[str, AfterValidator(_backend)]
 DatabaseUrl = Annotated[str, AfterValidator(_database)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there; of other names nobody knows."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

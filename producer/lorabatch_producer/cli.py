@@ -23,6 +23,7 @@ from lorabatch_producer.commands import (
     dead,
     doctor,
     jobs,
+    keys,
     queues,
     report,
     serve,
@@ -75,6 +76,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(batch.app, name="batch")
 app.add_typer(dead.app, name="dead")
 app.add_typer(tenants.app, name="tenants")
+app.add_typer(keys.app, name="keys")
 app.add_typer(queues.app, name="queues")
 app.add_typer(report.app, name="report")
 app.add_typer(db.app, name="db")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from typing import Annotated
 
 import typer
 
 from lorabatch import Settings
+from lorabatch.database import open_database
 from lorabatch.errors import SettingsError
+from lorabatch.keys import Keys, keys_wanted
+from lorabatch.urls import is_loopback
 
 __all__ = ["serve"]
 
@@ -20,11 +22,7 @@ def serve(
     """Serve the HTTP API until it is stopped; its documentation is at /docs."""
     given = {"http_host": host, "http_port": port}
     settings = Settings.load(**{k: v for k, v in given.items() if v is not None})
-    if not _loopback(settings.http_host):
-        raise SettingsError(
-            f"LORABATCH_HTTP_HOST: {settings.http_host!r} can be reached from other machines, and "
-            "this version knows no keys: listen on 127.0.0.1, behind a proxy that asks who it is"
-        )
+    _closed_to_strangers(settings)
     try:
         import uvicorn
 
@@ -44,10 +42,22 @@ def serve(
     uvicorn.Server(config).run()
 
 
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
+def _closed_to_strangers(settings: Settings) -> None:
+    """Raise SettingsError if others reach it without a key, or nobody has one."""
+    if is_loopback(settings.http_host):
+        return
+    where = f"LORABATCH_HTTP_HOST: {settings.http_host!r} can be reached from other machines"
+    if not keys_wanted(settings):
+        raise SettingsError(
+            f"{where}, and LORABATCH_HTTP_KEYS is 'off': leave that out, or listen on 127.0.0.1, "
+            "behind a proxy that asks who it is"
+        )
+    engine = open_database(settings)
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+        usable = Keys(engine).usable()
+    finally:
+        engine.dispose()
+    if not usable:
+        raise SettingsError(
+            f"{where}, and nobody has a key yet: make one with `lorabatch keys create --tenant T`"
+        )

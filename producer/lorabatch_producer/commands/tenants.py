@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -24,13 +24,14 @@ from lorabatch_producer.console import printable, wide_console
 
 __all__ = ["app"]
 
-COLUMNS = ("tenant", "weight", "max running", "max queued")
+COLUMNS = ("tenant", "weight", "max running", "max queued", "requests/min", "tokens/min")
 SHOWN_NAMES = {EACH: "(each other)", ALL: "(all together)"}
 app = typer.Typer(no_args_is_help=True, help="Tenants: shares and limits.")
 Name = Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)]
 Each = Annotated[bool, typer.Option("--each", help="Every tenant that says nothing of its own.")]
 All = Annotated[bool, typer.Option("--all", help="All tenants together; --max-queued alone.")]
 NO_LIMIT = -1
+TOKENS = "Tokens that these may take: all that they ask for, and one for 4 characters of prompt."
 MOST = 2**31 - 1  # what the column takes
 
 
@@ -77,24 +78,31 @@ def set_limits(
         float | None, typer.Option(help="Twice as much gets twice the tokens.")
     ] = None,
     max_running: Annotated[
-        int | None,
-        _limit("Jobs under way at once; 0: what waits goes on waiting."),
+        int | None, _limit("Jobs under way at once; 0: what waits goes on waiting.")
     ] = None,
     max_queued: Annotated[
         int | None, _limit("Jobs that may wait; 0: whatever comes is refused.")
     ] = None,
+    requests_per_minute: Annotated[
+        int | None, _limit("Jobs that the HTTP API accepts in a minute, batches aside.")
+    ] = None,
+    tokens_per_minute: Annotated[int | None, _limit(TOKENS)] = None,
 ) -> None:
     """Say what a tenant may have. What is left out stays as it was."""
     tenant = _which(name, each, together)
-    _check(tenant, weight, max_running, max_queued)
-    with _opened() as tenants:
-        before = _before(tenants, tenant)
-        said = Limits(
-            tenant,
-            before.weight if weight is None else weight,
-            _said(max_running, before.max_running),
-            _said(max_queued, before.max_queued),
+    most = {
+        name: None if value == NO_LIMIT else value
+        for name, value in (
+            ("max_running", max_running),
+            ("max_queued", max_queued),
+            ("requests_per_minute", requests_per_minute),
+            ("tokens_per_minute", tokens_per_minute),
         )
+        if value is not None
+    }
+    _check(tenant, weight, most)
+    with _opened() as tenants:
+        said = _changed(_before(tenants, tenant), weight, most)
         tenants.set(said)
         others = {limits.tenant: limits for limits in tenants.list()}.get(EACH)
     typer.echo(_sentence(said, others))
@@ -132,16 +140,16 @@ def _which(name: str | None, each: bool, together: bool) -> str:
     return name
 
 
-def _check(
-    tenant: str, weight: float | None, max_running: int | None, max_queued: int | None
-) -> None:
+def _check(tenant: str, weight: float | None, most: Mapping[str, int | None]) -> None:
     if weight is not None and not (weight > 0 and math.isfinite(weight)):
         raise typer.BadParameter(f"{weight:g} is no number above 0", param_hint="--weight")
-    shares = weight is not None or max_running is not None
-    if tenant == ALL and (shares or max_queued is None):
+    if tenant == ALL and (weight is not None or set(most) != {"max_queued"}):
         raise typer.BadParameter("all tenants together have --max-queued, and nothing else")
-    if max_queued is None and not shares:
-        raise typer.BadParameter("give --weight, --max-running or --max-queued")
+    if weight is None and not most:
+        raise typer.BadParameter(
+            "give --weight, --max-running or --max-queued, --requests-per-minute or "
+            "--tokens-per-minute"
+        )
 
 
 def _before(tenants: Tenants, tenant: str) -> Limits:
@@ -151,22 +159,23 @@ def _before(tenants: Tenants, tenant: str) -> Limits:
     return known.get(tenant, Limits(tenant, weight))
 
 
-def _said(given: int | None, before: int | None) -> int | None:
-    if given is None:
-        return before
-    return None if given == NO_LIMIT else given
+def _changed(before: Limits, weight: float | None, most: Mapping[str, Any]) -> Limits:
+    weight = before.weight if weight is None else weight
+    return dataclasses.replace(before, weight=weight, **most)
 
 
 def _shown(tenant: str) -> str:
     return SHOWN_NAMES.get(tenant, tenant)
 
 
-def _cells(limits: Limits) -> tuple[str, str, str, str]:
+def _cells(limits: Limits) -> tuple[str, ...]:
     weight = "-" if limits.tenant == ALL else f"{limits.weight:g}"
-    running, queued = (
-        "-" if limit is None else f"{limit:,}" for limit in (limits.max_running, limits.max_queued)
+    most = (
+        *(limits.max_running, limits.max_queued),
+        *(limits.requests_per_minute, limits.tokens_per_minute),
     )
-    return printable(_shown(limits.tenant)), weight, running, queued
+    numbers = ("-" if limit is None else f"{limit:,}" for limit in most)
+    return (printable(_shown(limits.tenant)), weight, *numbers)
 
 
 def _sentence(limits: Limits, others: Limits | None) -> str:
@@ -177,7 +186,12 @@ def _sentence(limits: Limits, others: Limits | None) -> str:
     if limits.tenant == ALL:
         return f"{_shown(limits.tenant)}: {queued}"
     running = _number(limits.max_running, others.max_running)
-    return f"{_shown(limits.tenant)}: weight {limits.weight:g}, {running} under way, {queued}"
+    said = f"{_shown(limits.tenant)}: weight {limits.weight:g}, {running} under way, {queued}"
+    for what in ("requests", "tokens"):
+        own, theirs = (getattr(who, f"{what}_per_minute") for who in (limits, others))
+        if own is not None or theirs is not None:
+            said += f", {_number(own, theirs)} {what} a minute"
+    return said
 
 
 def _number(most: int | None, others: int | None) -> str:

@@ -17,7 +17,9 @@ from lorabatch import Settings
 from lorabatch_producer.server import health, jobs, openai, tgi
 from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
+from lorabatch_producer.server.keyed import Keyed
 from lorabatch_producer.server.problems import answer_errors
+from lorabatch_producer.server.rate_gate import RateHeaders
 
 __all__ = ["create_app"]
 
@@ -41,6 +43,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         title="lorabatch", version=lorabatch.__version__, description=ABOUT, lifespan=lifespan
     )
     app.add_middleware(BodyLimit, limit_bytes=known.http_max_body_bytes)
+    app.add_middleware(RateHeaders)
+    app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
     answer_errors(app)
     for room in (health, jobs, openai, tgi):
         app.include_router(room.router)

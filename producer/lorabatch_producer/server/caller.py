@@ -1,34 +1,64 @@
-"""Who asks: the tenant that a request is for.
+"""Who asks: the tenant that a request is for, and what its key is for.
 
-Without keys that is what the request says, `LoraBatch-Tenant`, or `default`: such a server is for
-people who trust each other, and listens on the loopback address only.
+`Keyed` has found the caller before a route is looked for; a route says what the key must be for, or
+leaves it to its method: reading wants `read`, all else `generate`. Raises NotAllowed.
+
+    @router.get("/usage")
+    async def usage(caller: Annotated[Caller, Depends(needs("usage"))]) -> ...
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated
 
-from fastapi import Header
+from fastapi import Depends, Header, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from lorabatch.errors import InvalidJob, shown
-from lorabatch.job import is_identifier
+from lorabatch.errors import NotAllowed
+from lorabatch.keys import SCOPES
 
-__all__ = ["Caller", "caller_of"]
+__all__ = ["Caller", "caller_of", "needs"]
+
+READING = ("GET", "HEAD")
+# For the OpenAPI document, which has only what a route asks for; Keyed reads both.
+InDocument = Annotated[
+    HTTPAuthorizationCredentials | None, Depends(HTTPBearer(bearerFormat="lb-", auto_error=False))
+]
+TenantInDocument = Annotated[str | None, Header(alias="LoraBatch-Tenant")]
 
 
 @dataclass(frozen=True)
 class Caller:
+    """`key_id` None: no keys are wanted, and everything is allowed."""
+
     tenant: str
+    scopes: tuple[str, ...] = SCOPES
+    key_id: str | None = None
+
+    def may(self, scope: str) -> bool:
+        """`admin` has all scopes in it, `generate` has `read`."""
+        enough = {scope, "admin", "generate"} if scope == "read" else {scope, "admin"}
+        return not enough.isdisjoint(self.scopes)
 
 
-async def caller_of(
-    lorabatch_tenant: Annotated[str, Header(alias="LoraBatch-Tenant")] = "default",
-) -> Caller:
-    """For `Depends`. Raises InvalidJob."""
-    if not is_identifier(lorabatch_tenant):
-        raise InvalidJob(
-            f"LoraBatch-Tenant: wanted letters, digits and _ . : @ -, at most 64 "
-            f"(got {shown(lorabatch_tenant)})"
-        )
-    return Caller(lorabatch_tenant)
+@lru_cache
+def needs(scope: str | None = None) -> Callable[..., Awaitable[Caller]]:
+    """For `Depends`: the caller, whose key must be for this. None: as the method says."""
+
+    async def caller(request: Request, _: InDocument = None, __: TenantInDocument = None) -> Caller:
+        found: Caller = request.state.caller
+        wanted = scope or ("read" if request.method in READING else "generate")
+        if not found.may(wanted):
+            raise NotAllowed(
+                f"key {found.key_id!r} is for {', '.join(found.scopes)}, and this wants {wanted}: "
+                f"make one with `lorabatch keys create --scope {wanted}`"
+            )
+        return found
+
+    return caller
+
+
+caller_of = needs()

@@ -22,6 +22,7 @@ from lorabatch_producer.client import Producer
 from lorabatch_producer.server.accepting import Accepting
 from lorabatch_producer.server.following import Following, Pieces
 from lorabatch_producer.server.outcomes import Outcomes
+from lorabatch_producer.server.rate_gate import RateGate
 
 __all__ = ["Desk", "desk_of"]
 
@@ -36,6 +37,7 @@ class Desk:
         self.settings = settings
         self.producer = Producer(settings)
         self._accepting = Accepting(self.producer.sender)
+        self._rates = RateGate()
         self._outcomes = Outcomes(self._results)
         self._cancelling = set[asyncio.Task[JobState]]()
 
@@ -72,7 +74,8 @@ class Desk:
         await self.call(self.ledger.states, ["-"])
 
     async def accept(self, job: Job, queue: str | None = None) -> str:
-        """The id that a job is known by, once it is committed."""
+        """The id that a job is known by, once it is committed. Raises RateLimited."""
+        await self._rates.take(self.ledger.engine, job)
         return await self._accepting.accept(job, queue)
 
     async def outcome(self, job_id: str, timeout_s: float) -> Result | None:

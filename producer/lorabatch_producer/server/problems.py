@@ -29,9 +29,12 @@ from lorabatch.errors import (
     JobCancelled,
     JobError,
     JobNotFound,
+    KeyRefused,
     LoraBatchError,
+    NotAllowed,
     QueueFull,
     QueueNotReady,
+    RateLimited,
     UnknownAdapter,
     WaitTimeout,
 )
@@ -42,10 +45,13 @@ __all__ = ["Told", "answer", "answer_errors", "problem", "status_of", "told"]
 log = structlog.get_logger(__name__)
 
 STATUSES: dict[type[LoraBatchError], int] = {  # the first that fits
+    KeyRefused: 401,
+    NotAllowed: 403,
     JobNotFound: 404,
     UnknownAdapter: 404,
     IdempotencyConflict: 409,
     QueueFull: 429,
+    RateLimited: 429,
     DatabaseNotReady: 503,
     QueueNotReady: 503,
     AdapterUnavailable: 503,
@@ -83,6 +89,8 @@ def told(error: Exception) -> Told:
 
 
 def headers_of(status: int) -> dict[str, str]:
+    if status == 401:
+        return {"WWW-Authenticate": "Bearer"}
     return {"Retry-After": str(COME_AGAIN_S)} if status in (429, 503) else {}
 
 

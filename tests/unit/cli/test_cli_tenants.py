@@ -64,6 +64,19 @@ def test_each_and_all(cli: Cli, ledger: Ledger) -> None:
     }, "a weight is kept that it had as one of the others"
 
 
+def test_how_much_may_be_asked_for_in_a_minute(cli: Cli, ledger: Ledger) -> None:
+    cli("tenants", "set", "--each", "--tokens-per-minute", "5000")
+    words = ("tenants", "set", "acme", "--requests-per-minute")
+    assert cli(*words, "60").stdout == (
+        "acme: weight 1, any number under way, any number may wait, at most 60 requests a minute, "
+        "at most 5,000 (as each other) tokens a minute\n"
+    )
+    assert said(ledger)[1] == Limits("acme", requests_per_minute=60)
+    assert " 60 " in cli("tenants", "list").stdout
+    cli(*words, "none", "--tokens-per-minute", "0")
+    assert said(ledger)[1] == Limits("acme", tokens_per_minute=0)
+
+
 def test_list_and_forget(cli: Cli, ledger: Ledger) -> None:
     assert "none: every tenant has weight 1 and no limit" in cli("tenants", "list").stdout
     assert cli("tenants", "list", "--json").stdout == ""
@@ -73,7 +86,8 @@ def test_list_and_forget(cli: Cli, ledger: Ledger) -> None:
     assert "12,345" in table
     assert "(each other)" in table
     found = [json.loads(line) for line in cli("tenants", "list", "--json").stdout.splitlines()]
-    assert {"tenant": "acme", "weight": 1.0, "max_running": None, "max_queued": 12345} in found
+    acme = {"tenant": "acme", "weight": 1.0, "max_running": None, "max_queued": 12345}
+    assert {**acme, "requests_per_minute": None, "tokens_per_minute": None} in found
     assert cli("tenants", "forget", "acme").stdout == "acme: forgotten\n"
     assert cli("tenants", "forget", "acme").stdout == "acme: nothing was said of it\n"
     cli("tenants", "forget", "--each")
@@ -86,7 +100,9 @@ def test_list_and_forget(cli: Cli, ledger: Ledger) -> None:
         ([], "give NAME, --each or --all"),
         (["acme", "--each"], "give NAME, --each or --all"),
         (["--all", "--each"], "give NAME, --each or --all"),
-        (["acme"], "give --weight, --max-running or --max-queued"),
+        (["acme"], "give --weight, --max-running or --max-queued, --requests-per-minute or"),
+        (["acme", "--tokens-per-minute", "1e6"], "wanted 0 to 2,147,483,647, or none"),
+        (["--all", "--max-queued", "1", "--requests-per-minute", "2"], "--max-queued, and nothing"),
         (["*each", "--weight", "1"], "wanted letters, digits"),
         (["a\x1b[31m", "--weight", "1"], "wanted letters, digits"),
         (["a" * 65, "--weight", "1"], "at most 64"),
