@@ -146,6 +146,9 @@ class Settings(BaseSettings):
         default=16 << 20, ge=1024, description="a larger request is refused, files aside"
     )
     http_wait_s: float = Field(default=600.0, gt=0, description="longest wait for a job's text")
+    http_files: Path | None = Field(default=None, description="folder of files; unset: in home")
+    http_max_file_bytes: int = Field(default=200 << 20, ge=1024, description="of one uploaded file")
+    http_max_batch_lines: int = Field(default=50_000, ge=1, description="of one file of a batch")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 
@@ -180,7 +183,7 @@ class Settings(BaseSettings):
             raise ValueError(f"{', '.join(unknown)}: no such setting; known: {sorted(known)}")
         return values
 
-    @field_validator("home", "hub_token_folder", "adapter_store")
+    @field_validator("home", "hub_token_folder", "adapter_store", "http_files")
     @classmethod
     def _absolute_if_set(cls, folder: Path | None) -> Path | None:
         return folder and folder.expanduser().resolve()
@@ -258,6 +261,10 @@ class Settings(BaseSettings):
     @property
     def adapter_store_folder(self) -> Path:
         return self.adapter_store or self.home / "adapter-store"
+
+    @property
+    def files_folder(self) -> Path:
+        return self.http_files or self.home / "files"
 
     @property
     def embedded_broker(self) -> bool:

@@ -7,7 +7,9 @@ never in the usage table. No column of a unique key is nullable.
 from __future__ import annotations
 
 import sqlalchemy as sa
-from sqlalchemy.dialects.postgresql import JSONB
+
+from lorabatch.columns import NEVER_US, Json, Micros, Serial, metadata, partial
+from lorabatch.file_tables import files, openai_batches
 
 __all__ = [
     "NEVER_US",
@@ -16,37 +18,17 @@ __all__ = [
     "adapters",
     "batches",
     "dead_letters",
+    "files",
     "job_attempts",
     "jobs",
     "metadata",
+    "openai_batches",
     "queues",
     "results",
     "schema_readers",
     "tenants",
     "usage_events",
 ]
-
-metadata = sa.MetaData(
-    naming_convention={
-        "pk": "pk_%(table_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-    }
-)
-
-Json = sa.JSON().with_variant(JSONB(), "postgresql")
-Micros = sa.BigInteger
-NEVER_US = 2**63 - 1
-Serial = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-
-
-def _partial(name: str, *columns: str, where: str) -> sa.Index:
-    """Of the rows that are looked for, which are few."""
-    condition = sa.text(where)
-    return sa.Index(name, *columns, sqlite_where=condition, postgresql_where=condition)
-
 
 batches = sa.Table(
     "batches",
@@ -138,16 +120,16 @@ jobs = sa.Table(
     sa.Index(None, "batch_id", "state"),
     sa.Index(None, "state", "sent_us"),
     sa.Index(None, "state", "lease_expires_us"),
-    _partial(
+    partial(
         "ix_jobs_unsent",
         *("queue", "tenant", "priority", "done_by_us", "submitted_us"),
         where="state = 'queued' AND sent_us IS NULL",
     ),
-    _partial(
+    partial(
         *("ix_jobs_out", "queue", "tenant"),
         where="state IN ('queued', 'running') AND sent_us IS NOT NULL",
     ),
-    _partial("ix_jobs_due", "done_by_us", where=f"state = 'queued' AND done_by_us < {NEVER_US}"),
+    partial("ix_jobs_due", "done_by_us", where=f"state = 'queued' AND done_by_us < {NEVER_US}"),
 )
 
 queues = sa.Table(

@@ -1,14 +1,14 @@
 """keys of the HTTP API; how much a tenant may ask of it in a minute
 
 Revision ID: 0006
-Revises: 0004
+Revises: 0005
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0006"
-down_revision = "0004"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 oldest_code = "0003"
