@@ -14,12 +14,14 @@ from fastapi import FastAPI
 
 import lorabatch
 from lorabatch import Settings
-from lorabatch_producer.server import health, jobs, openai, tgi
+from lorabatch_producer.server import health, jobs, openai, openai_files, tgi
 from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
 from lorabatch_producer.server.keyed import Keyed
+from lorabatch_producer.server.openai_files import FILES_PATH
 from lorabatch_producer.server.problems import answer_errors
 from lorabatch_producer.server.rate_gate import RateHeaders
+from lorabatch_producer.server.uploads import OVERHEAD_BYTES
 
 __all__ = ["create_app"]
 
@@ -42,10 +44,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app = FastAPI(
         title="lorabatch", version=lorabatch.__version__, description=ABOUT, lifespan=lifespan
     )
-    app.add_middleware(BodyLimit, limit_bytes=known.http_max_body_bytes)
+    files = {FILES_PATH: known.http_max_file_bytes + OVERHEAD_BYTES}
+    app.add_middleware(BodyLimit, limit_bytes=known.http_max_body_bytes, others=files)
     app.add_middleware(RateHeaders)
     app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
     answer_errors(app)
-    for room in (health, jobs, openai, tgi):
+    for room in (health, jobs, openai, openai_files, tgi):
         app.include_router(room.router)
     return app
