@@ -29,7 +29,15 @@ from lorabatch_producer.sending import NotSent, chunked
 if TYPE_CHECKING:
     from lorabatch_producer.client import Producer
 
-__all__ = ["BatchStatus", "Submitted", "batch_id_for", "batch_status", "file_digest", "submit"]
+__all__ = [
+    "BatchStatus",
+    "Lines",
+    "Submitted",
+    "batch_id_for",
+    "batch_status",
+    "file_digest",
+    "submit",
+]
 
 READ_BYTES = 1024 * 1024
 NAMESPACE = uuid.UUID("1f0f6c34-9a4d-5e0e-8c55-6d0a54f5a1b0")
@@ -107,7 +115,7 @@ def submit(
             else:
                 yield line.job
 
-    lines = _Lines(producer)
+    lines = Lines(producer)
     with path.open("rb") as file:
         digest = file_digest(file)
         batch_id = batch_id_for(tenant, digest, new)
@@ -130,16 +138,21 @@ def submit(
     return Submitted(batch_id, lines.accepted, rejected, lines.again, lines.finish())
 
 
-class _Lines:
-    """Accepts lines, as many of a chunk as may wait, and runs again what had ended badly."""
+class Lines:
+    """Accepts lines, as many of a chunk as may wait, and runs again what had ended badly, unless
+    `again` is false. `queue`: for whose workers; None: that of our settings."""
 
-    def __init__(self, producer: Producer) -> None:
+    def __init__(self, producer: Producer, queue: str | None = None, again: bool = True) -> None:
         self.accepted = self.again = 0
         self.batches = Batches(producer.ledger.engine)
         self._ledger = producer.ledger
-        self._sender = producer.sender()
+        self._sender = producer.sender(queue)
+        self._run_again = again
 
     def accept(self, some: Sequence[Job]) -> None:
+        if not self._run_again:
+            self._fill(some)
+            return
         ended_badly = _ended_badly(self._ledger, some)  # before the new ones begin to end
         self._fill(some)
         again = self.batches.run_again(ended_badly)
@@ -177,7 +190,7 @@ def _ended_badly(ledger: Ledger, some: Sequence[Job]) -> list[str]:
     return [job_id for job_id, state in states.items() if state in ("failed", "cancelled")]
 
 
-def _no_more(batch_id: str, lines: _Lines, error: QueueFull) -> QueueFull:
+def _no_more(batch_id: str, lines: Lines, error: QueueFull) -> QueueFull:
     reason = str(error).partition(";")[0]
     again = f", {lines.again} of them run again" if lines.again else ""
     return QueueFull(

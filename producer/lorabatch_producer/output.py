@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any, TextIO
 
 from lorabatch import Result
@@ -27,7 +28,7 @@ from lorabatch_producer.bulk import BadLine, GoodLine, read_lines
 from lorabatch_producer.openai_body import answer_body
 from lorabatch_producer.sending import chunked
 
-__all__ = ["Written", "errors_path", "write_output"]
+__all__ = ["Written", "atomic_files", "errors_path", "openai_line", "outcomes", "write_output"]
 
 CHUNK = 500
 
@@ -65,7 +66,7 @@ def write_output(
     with atomic_files(out, errors) as (results, bad):
         for some in chunked(_lines(status, path), CHUNK):
             good = [line.job.job_id for line in some if isinstance(line, GoodLine)]
-            accepted = _accepted(ledger, good)
+            accepted = outcomes(ledger, good)
             for line in some:
                 if isinstance(line, GoodLine) and line.job.job_id in accepted:
                     result = accepted[line.job.job_id]
@@ -101,7 +102,7 @@ def atomic_files(*paths: Path) -> Iterator[list[TextIO]]:
     """Text files that appear under their names only once all are complete and on the disk. Raises
     LoraBatchError if they cannot be written."""
     done: list[Path] = []
-    temporary = [path.with_name(f".{path.name}.{os.getpid()}.new") for path in paths]
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}.new") for path in paths]
     try:
         with contextlib.ExitStack() as stack:
             files: list[TextIO] = [
@@ -126,7 +127,7 @@ def atomic_files(*paths: Path) -> Iterator[list[TextIO]]:
             path.unlink(missing_ok=True)
 
 
-def _accepted(ledger: Ledger, job_ids: Sequence[str]) -> dict[str, Result | None]:
+def outcomes(ledger: Ledger, job_ids: Sequence[str]) -> dict[str, Result | None]:
     """Of lines by the ids of their first jobs, those that are jobs; None while they are open."""
     latest = Batches(ledger.engine).latest(job_ids)
     states = ledger.states(list(latest.values()))
@@ -142,7 +143,7 @@ def _bad(line: GoodLine | BadLine) -> BadLine:
 
 
 def _line(line: GoodLine, result: Result | None) -> dict[str, Any]:
-    return _short_line(line, result) if line.form == "short" else _openai_line(line, result)
+    return _short_line(line, result) if line.form == "short" else openai_line(line, result)
 
 
 def _error(result: Result | None) -> dict[str, str] | None:
@@ -172,7 +173,7 @@ def _short_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
     }
 
 
-def _openai_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
+def openai_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
     job_id = line.job.job_id
     response = None
     if result is not None and result.state == "succeeded":

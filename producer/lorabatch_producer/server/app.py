@@ -14,7 +14,8 @@ from fastapi import FastAPI
 
 import lorabatch
 from lorabatch import Settings
-from lorabatch_producer.server import health, jobs, openai, openai_files, tgi
+from lorabatch_producer.server import health, jobs, openai, openai_batches, openai_files, tgi
+from lorabatch_producer.server.batch_work import BatchWork
 from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
 from lorabatch_producer.server.keyed import Keyed
@@ -37,8 +38,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with Desk(known) as desk:
-            app.state.desk = desk
+        async with Desk(known) as desk, BatchWork(desk.producer) as work:
+            app.state.desk, app.state.batch_work = desk, work
             yield
 
     app = FastAPI(
@@ -49,6 +50,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RateHeaders)
     app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
     answer_errors(app)
-    for room in (health, jobs, openai, openai_files, tgi):
+    for room in (health, jobs, openai, openai_files, openai_batches, tgi):
         app.include_router(room.router)
     return app

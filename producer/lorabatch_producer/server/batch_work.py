@@ -1,0 +1,108 @@
+"""OpenAI batches brought from their file to their output, by whichever servers there are.
+
+Each batch is held by one server at a time; what a server that died had begun goes on when its lease
+has run out, with the same lines as the same jobs. Errors that are not the batch's are logged, and
+it is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+import structlog
+
+from lorabatch.files import Files
+from lorabatch.openai_batches import OpenAIBatches
+from lorabatch_producer.client import Producer
+from lorabatch_producer.server.batch_steps import Gone, Held, Steps
+
+__all__ = ["BatchWork"]
+
+log = structlog.get_logger(__name__)
+
+THREADS = 2  # a large file delays no small one, unless there are two
+LOOK_S = 0.5
+AFTER_ERROR_S = 5.0
+TIDY_S = 60.0
+
+
+class BatchWork:
+    """`async with BatchWork(producer) as work`. Used from one event loop."""
+
+    def __init__(self, producer: Producer) -> None:
+        self._producer = producer
+        self._settings = producer.settings
+        self._stopping = threading.Event()
+        self._came = asyncio.Event()
+        self._tidied_s = float("-inf")
+        self._running: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._running = [asyncio.create_task(self._run()) for _ in range(THREADS)]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """What is held is given back within a chunk of lines."""
+        self._stopping.set()
+        self._came.set()
+        await asyncio.gather(*self._running)
+
+    def wake(self) -> None:
+        """There is something new."""
+        self._came.set()
+
+    async def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._came.clear()
+            if not await asyncio.to_thread(self._one):
+                try:
+                    await asyncio.wait_for(self._came.wait(), LOOK_S)
+                except TimeoutError:
+                    continue
+
+    def _one(self) -> bool:
+        """Work on what is due, and tell whether there was anything."""
+        try:
+            self._tidy()
+            engine = self._producer.ledger.engine
+            row = OpenAIBatches(engine).take(self._settings.lease_s)
+        except Exception:
+            log.exception("batches cannot be looked for")
+            return False
+        if row is None:
+            return False
+        self._work_on(row)
+        return True
+
+    def _work_on(self, row: Any) -> None:
+        batches = OpenAIBatches(self._producer.ledger.engine)
+        held = Held(batches, row, self._settings.lease_s, self._stopping.is_set)
+        again_s = 0.0
+        try:
+            again_s = Steps(self._producer, held).run()
+        except Gone:
+            pass
+        except Exception:
+            log.exception("batch not worked on", batch_id=row.batch_id)
+            again_s = AFTER_ERROR_S
+        try:
+            batches.give_back(held.row, again_s)
+        except Exception:
+            log.exception("batch not given back: its lease runs out", batch_id=row.batch_id)
+
+    def _tidy(self) -> None:
+        """Files that have expired go."""
+        if time.monotonic() - self._tidied_s < TIDY_S:
+            return
+        self._tidied_s = time.monotonic()
+        for file_id in Files(self._producer.ledger.engine).remove_expired():
+            (self._settings.files_folder / file_id).unlink(missing_ok=True)

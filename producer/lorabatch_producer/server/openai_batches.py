@@ -1,0 +1,210 @@
+"""OpenAI's batches: made from a file of lines, worked on by `batch_work.py`, read from files.
+
+Another tenant's batch is one that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from starlette.exceptions import HTTPException
+
+from lorabatch.errors import shown
+from lorabatch.fields import storable
+from lorabatch.file_tables import OPEN, TIMED
+from lorabatch.openai_batches import OpenAIBatches
+from lorabatch.queues import Queues
+from lorabatch_producer.bulk import base_names
+from lorabatch_producer.server.batch_work import BatchWork
+from lorabatch_producer.server.caller import Caller, caller_of
+from lorabatch_producer.server.desk import Desk, desk_of
+from lorabatch_producer.server.paging import Page, page_of
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/v1/batches", tags=["openai"])
+WINDOWS_S = {"24h": 86_400.0}
+PREFIX = "batch_"
+
+TheDesk = Annotated[Desk, Depends(desk_of)]
+TheCaller = Annotated[Caller, Depends(caller_of)]
+Key = Annotated[str, StringConstraints(max_length=64), AfterValidator(storable)]
+Value = Annotated[str, StringConstraints(max_length=512), AfterValidator(storable)]
+
+
+def work_of(request: Request) -> BatchWork:
+    work: BatchWork = request.app.state.batch_work
+    return work
+
+
+TheWork = Annotated[BatchWork, Depends(work_of)]
+
+
+class ExpiresAfter(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(strict=True, ge=3600, le=2_592_000)
+
+
+class NewBatch(BaseModel):
+    """What to make. All lines of the file must be requests to `endpoint`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input_file_id: str
+    endpoint: Literal["/v1/chat/completions", "/v1/completions"]
+    completion_window: Literal["24h"]
+    metadata: dict[Key, Value] | None = Field(default=None, max_length=16)
+    output_expires_after: ExpiresAfter | None = None
+
+
+class BatchError(BaseModel):
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchErrors(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class RequestCounts(BaseModel):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchObject(BaseModel):
+    """A batch as it stands. Times: seconds UTC."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
+
+
+@router.post("")
+async def create(desk: TheDesk, caller: TheCaller, work: TheWork, asked: NewBatch) -> BatchObject:
+    """Make a batch of an uploaded file. Its lines are checked first: if one is bad, the batch fails
+    and none is accepted."""
+    row = await desk.call(_add, desk, caller.tenant, asked)
+    if row is None:
+        raise HTTPException(
+            404, f"input_file_id {shown(asked.input_file_id)}: no such file of purpose batch"
+        )
+    work.wake()
+    return _object(row, {})
+
+
+@router.get("")
+async def list_batches(
+    desk: TheDesk,
+    caller: TheCaller,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+) -> Page[BatchObject]:
+    """Your batches, the newest first."""
+    last = None if after is None else await _row(desk, caller, after)
+    rows = await desk.call(_batches(desk).list, caller.tenant, limit + 1, last)
+    return page_of(await _objects(desk, rows), limit)
+
+
+@router.get("/{batch_id}")
+async def show(batch_id: str, desk: TheDesk, caller: TheCaller) -> BatchObject:
+    (shown_,) = await _objects(desk, [await _row(desk, caller, batch_id)])
+    return shown_
+
+
+@router.post("/{batch_id}/cancel")
+async def cancel(batch_id: str, desk: TheDesk, caller: TheCaller, work: TheWork) -> BatchObject:
+    """Cancel what has not run: what has is in the output all the same."""
+    row = await _row(desk, caller, batch_id)
+    asked = await desk.call(_batches(desk).cancel, row.batch_id)
+    row = await _row(desk, caller, batch_id)
+    if not asked and row.status != "cancelled":
+        raise HTTPException(409, f"batch {batch_id}: it is {row.status}; nothing to cancel")
+    work.wake()
+    (cancelled,) = await _objects(desk, [row])
+    return cancelled
+
+
+def _add(desk: Desk, tenant: str, asked: NewBatch) -> Any | None:
+    queue = desk.settings.queue
+    theirs = Queues(desk.ledger.engine).list().get(queue)
+    expires = asked.output_expires_after
+    return _batches(desk).add(
+        tenant,
+        asked.input_file_id,
+        WINDOWS_S[asked.completion_window],
+        queue=queue,
+        base_names=sorted(base_names(desk.settings, theirs)),
+        endpoint=asked.endpoint,
+        completion_window=asked.completion_window,
+        metadata=asked.metadata,
+        output_expires_after_s=expires.seconds if expires else None,
+    )
+
+
+def _batches(desk: Desk) -> OpenAIBatches:
+    return OpenAIBatches(desk.ledger.engine)
+
+
+async def _row(desk: Desk, caller: Caller, batch_id: str) -> Any:
+    known = batch_id.startswith(PREFIX)
+    inner = batch_id.removeprefix(PREFIX)
+    row = await desk.call(_batches(desk).find, inner, caller.tenant) if known else None
+    if row is None:
+        raise HTTPException(404, f"batch {shown(batch_id)}: no such batch")
+    return row
+
+
+async def _objects(desk: Desk, rows: Sequence[Any]) -> list[BatchObject]:
+    running = [row.batch_id for row in rows if row.status in OPEN]
+    counts = await desk.call(_batches(desk).counts, running) if running else {}
+    return [_object(row, counts.get(row.batch_id, {})) for row in rows]
+
+
+def _object(row: Any, states: Mapping[str, int]) -> BatchObject:
+    """`states`: its jobs, while it is open."""
+    counts = RequestCounts(
+        total=row.total,
+        completed=states.get("succeeded", row.completed),
+        failed=states.get("failed", 0) + states.get("cancelled", 0) if states else row.failed,
+    )
+    at = {name: getattr(row, f"{name}_us") for name in ("created", *TIMED)}
+    return BatchObject(
+        id=PREFIX + row.batch_id,
+        endpoint=row.endpoint,
+        errors=None if row.errors is None else BatchErrors(data=row.errors),
+        input_file_id=row.input_file_id,
+        completion_window=row.completion_window,
+        status=row.status,
+        output_file_id=row.output_file_id,
+        error_file_id=row.error_file_id,
+        expires_at=row.done_by_us // 10**6,
+        request_counts=counts,
+        metadata=row.metadata,
+        **{f"{name}_at": us and us // 10**6 for name, us in at.items()},
+    )
