@@ -8,6 +8,7 @@ it is tried again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from types import TracebackType
@@ -63,25 +64,24 @@ class BatchWork:
     async def _run(self) -> None:
         while not self._stopping.is_set():
             self._came.clear()
-            if not await asyncio.to_thread(self._one):
-                try:
-                    await asyncio.wait_for(self._came.wait(), LOOK_S)
-                except TimeoutError:
-                    continue
+            pause_s = await asyncio.to_thread(self._one)
+            with contextlib.suppress(TimeoutError):
+                if pause_s:
+                    await asyncio.wait_for(self._came.wait(), pause_s)
 
-    def _one(self) -> bool:
-        """Work on what is due, and tell whether there was anything."""
+    def _one(self) -> float:
+        """Work on what is due; after how many seconds to look again."""
         try:
             self._tidy()
             engine = self._producer.ledger.engine
             row = OpenAIBatches(engine).take(self._settings.lease_s)
         except Exception:
             log.exception("batches cannot be looked for")
-            return False
+            return AFTER_ERROR_S
         if row is None:
-            return False
+            return LOOK_S
         self._work_on(row)
-        return True
+        return 0.0
 
     def _work_on(self, row: Any) -> None:
         batches = OpenAIBatches(self._producer.ledger.engine)
