@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from lorabatch.tables import Micros, metadata
+from lorabatch.columns import Micros, metadata
 
 __all__ = ["api_keys", "tenant_minutes"]
 

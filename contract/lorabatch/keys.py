@@ -21,8 +21,8 @@ from typing import Final
 import sqlalchemy as sa
 
 from lorabatch.database import now_us
-from lorabatch.http_tables import api_keys
 from lorabatch.settings import Settings
+from lorabatch.tables import api_keys
 from lorabatch.urls import is_loopback
 
 __all__ = ["DEFAULT_SCOPES", "SCOPES", "Key", "Keys", "keys_wanted"]

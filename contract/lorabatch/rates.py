@@ -16,10 +16,9 @@ import sqlalchemy as sa
 
 from lorabatch.database import now_us
 from lorabatch.errors import RateLimited
-from lorabatch.http_tables import tenant_minutes
 from lorabatch.job import Job
 from lorabatch.statements import insert
-from lorabatch.tables import tenants
+from lorabatch.tables import tenant_minutes, tenants
 from lorabatch.tenants import EACH
 
 __all__ = ["Minute", "Rate", "Rates", "estimated_tokens", "rate_of"]

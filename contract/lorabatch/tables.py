@@ -10,12 +10,14 @@ import sqlalchemy as sa
 
 from lorabatch.columns import NEVER_US, Json, Micros, Serial, metadata, partial
 from lorabatch.file_tables import files, openai_batches
+from lorabatch.http_tables import api_keys, tenant_minutes
 
 __all__ = [
     "NEVER_US",
     "adapter_faults",
     "adapter_versions",
     "adapters",
+    "api_keys",
     "batches",
     "dead_letters",
     "files",
@@ -26,6 +28,7 @@ __all__ = [
     "queues",
     "results",
     "schema_readers",
+    "tenant_minutes",
     "tenants",
     "usage_events",
 ]

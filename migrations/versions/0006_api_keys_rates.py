@@ -11,7 +11,7 @@ revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None
-oldest_code = "0003"
+oldest_code = "0004"
 
 
 def upgrade() -> None:

@@ -15,7 +15,6 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
-import lorabatch.http_tables  # noqa: F401 - with tables.py it is the whole schema
 from lorabatch import Settings, database
 from lorabatch.database import (
     _migrations,
