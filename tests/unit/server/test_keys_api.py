@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Annotated
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Annotated, Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
 
 from lorabatch import Ledger, Settings
@@ -208,3 +209,22 @@ async def test_a_revoked_key_ends_soon(
             assert time.monotonic() < end_s
             await asyncio.sleep(0.02)
     assert checks == [text, text]
+
+
+def test_no_route_that_changes_something_leaves_out_what_a_key_is_for(settings: Settings) -> None:
+    changing = [
+        route
+        for route in iter_route_contexts(create_app(settings).routes)
+        if not {"GET", "HEAD"} & (route.methods or {"GET"})
+    ]
+    assert {route.path for route in changing} >= {"/jobs", "/jobs/{job_id}"}
+    asking_for_scope = needs.__name__ + ".<locals>."
+    for route in changing:
+        asked = [call.__qualname__ for call in calls(route.dependant)]
+        assert any(name.startswith(asking_for_scope) for name in asked), route.path
+
+
+def calls(dependant: Dependant) -> Iterator[Any]:
+    for one in dependant.dependencies:
+        yield one.call if hasattr(one.call, "__qualname__") else type(one.call)
+        yield from calls(one)
