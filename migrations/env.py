@@ -2,7 +2,6 @@
 
 from alembic import context
 
-import lorabatch.http_tables  # noqa: F401 - with tables.py it is the whole schema
 from lorabatch.database import connect
 from lorabatch.migrating import alone, note_oldest_code
 from lorabatch.tables import metadata
