@@ -18,11 +18,13 @@ from lorabatch.database import now_us
 from lorabatch.fields import is_identifier
 from lorabatch.file_tables import OPEN
 from lorabatch.files import live, page
+from lorabatch.statements import insert
 from lorabatch.tables import files, jobs, openai_batches
 
 __all__ = ["OpenAIBatches"]
 
 IS_OPEN = sa.text(f"status IN {OPEN!r}")  # as the index has it
+NAMESPACE = uuid.UUID("5b0e3c52-6a0e-5d7b-9a43-0f1f5a4f8a11")
 CANCELLABLE = ("validating", "in_progress")
 
 
@@ -35,8 +37,16 @@ class OpenAIBatches:
 
     # -- owners --------------------------------------------------------------
 
-    def add(self, tenant: str, input_file_id: str, window_s: float, **fields: Any) -> Any | None:
-        """A new batch of a tenant's file: its row. None: it has no such file to make batches of."""
+    def add(
+        self,
+        tenant: str,
+        input_file_id: str,
+        window_s: float,
+        key: str | None = None,
+        **fields: Any,
+    ) -> Any | None:
+        """A new batch of a tenant's file, or the one that it made with the same `key`: its row.
+        None: it has no such file to make batches of."""
         if not is_identifier(input_file_id):
             return None
         with self._engine.begin() as connection:
@@ -48,9 +58,10 @@ class OpenAIBatches:
             if file is None or file.purpose != "batch":
                 return None
             now = int(connection.scalar(sa.select(now_us())) or 0)
+            made = uuid.uuid4() if key is None else uuid.uuid5(NAMESPACE, f"{tenant}\n{key}")
             row = {
                 **fields,
-                "batch_id": str(uuid.uuid4()),
+                "batch_id": str(made),
                 "tenant": tenant,
                 "input_file_id": input_file_id,
                 "status": "validating",
@@ -58,7 +69,7 @@ class OpenAIBatches:
                 "done_by_us": now + round(window_s * 1e6),
                 "due_us": now,
             }
-            connection.execute(openai_batches.insert(), [row])
+            connection.execute(insert(connection, openai_batches).on_conflict_do_nothing(), [row])
             return _row(connection, row["batch_id"])
 
     def find(self, batch_id: str, tenant: str) -> Any | None:

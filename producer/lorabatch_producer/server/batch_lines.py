@@ -17,6 +17,7 @@ from typing import Any
 from lorabatch import Ledger, Result
 from lorabatch.errors import DeadlinePassed
 from lorabatch_producer.bulk import BadLine, GoodLine, read_lines
+from lorabatch_producer.console import printable
 from lorabatch_producer.openai_line import CHAT_URL
 from lorabatch_producer.output import atomic_files, openai_line, outcomes
 from lorabatch_producer.sending import chunked
@@ -24,6 +25,7 @@ from lorabatch_producer.sending import chunked
 __all__ = ["Written", "check", "lines_of", "write_files"]
 
 SHOWN_ERRORS = 1000
+SHOWN_CHARS = 500
 CHUNK = 500
 EXPIRED = {
     "code": "batch_expired",
@@ -81,8 +83,9 @@ def _refused(line: GoodLine | BadLine, endpoint: str) -> dict[str, Any] | None:
 
 
 def _error(code: str, message: str, line: int | None) -> dict[str, Any]:
-    param = re.match(r"([a-z_][\w.]*): ", message)
-    return {"code": code, "message": message, "param": param and param[1], "line": line}
+    plain = printable(message)[:SHOWN_CHARS]  # names of fields are the file's
+    param = re.match(r"([a-z_][\w.]*): ", plain)
+    return {"code": code, "message": plain, "param": param and param[1], "line": line}
 
 
 def write_files(ledger: Ledger, folder: Path, batch: Any, keep: Keep) -> Written:

@@ -109,10 +109,11 @@ class Steps:
         if self._batches.now_us() >= self._held.row.done_by_us:
             self._cancel_jobs()
         elif self._held.row.accepted_us is None:
+            started_s = time.monotonic()
             try:
                 self._accept()
-            except QueueFull:
-                return FULL_S
+            except QueueFull:  # others' files are read in between
+                return max(FULL_S, 4 * (time.monotonic() - started_s))
             except Gone:
                 self._cancel_if_ended()
                 raise

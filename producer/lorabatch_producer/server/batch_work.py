@@ -29,6 +29,7 @@ THREADS = 2  # a large file delays no small one, unless there are two
 LOOK_S = 0.5
 AFTER_ERROR_S = 5.0
 TIDY_S = 60.0
+LEFT_S = 86_400.0
 
 
 class BatchWork:
@@ -100,9 +101,13 @@ class BatchWork:
             log.exception("batch not given back: its lease runs out", batch_id=row.batch_id)
 
     def _tidy(self) -> None:
-        """Files that have expired go."""
+        """Files that have expired go, and what uploads left that were never whole."""
         if time.monotonic() - self._tidied_s < TIDY_S:
             return
         self._tidied_s = time.monotonic()
         for file_id in Files(self._producer.ledger.engine).remove_expired():
             (self._settings.files_folder / file_id).unlink(missing_ok=True)
+        for path in self._settings.files_folder.glob(".file-*.new"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > LEFT_S:
+                    path.unlink()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from starlette.exceptions import HTTPException
 
@@ -106,16 +106,27 @@ class BatchObject(BaseModel):
 
 
 @router.post("")
-async def create(desk: TheDesk, caller: TheCaller, work: TheWork, asked: NewBatch) -> BatchObject:
+async def create(
+    desk: TheDesk,
+    caller: TheCaller,
+    work: TheWork,
+    asked: NewBatch,
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+) -> BatchObject:
     """Make a batch of an uploaded file. Its lines are checked first: if one is bad, the batch fails
-    and none is accepted."""
-    row = await desk.call(_add, desk, caller.tenant, asked)
+    and none is accepted. The same `Idempotency-Key` with the same batch answers with the first."""
+    row = await desk.call(_add, desk, caller.tenant, asked, idempotency_key)
     if row is None:
         raise HTTPException(
             404, f"input_file_id {shown(asked.input_file_id)}: no such file of purpose batch"
         )
+    if any(getattr(row, name) != value for name, value in _fields(asked).items()):
+        raise HTTPException(
+            409, f"Idempotency-Key {shown(idempotency_key)}: it made another batch; give a new one"
+        )
     work.wake()
-    return _object(row, {})
+    (made,) = await _objects(desk, [row])
+    return made
 
 
 @router.get("")
@@ -150,20 +161,28 @@ async def cancel(batch_id: str, desk: TheDesk, caller: TheCaller, work: TheWork)
     return cancelled
 
 
-def _add(desk: Desk, tenant: str, asked: NewBatch) -> Any | None:
+def _fields(asked: NewBatch) -> dict[str, Any]:
+    """As they are stored."""
+    expires = asked.output_expires_after
+    return {
+        "input_file_id": asked.input_file_id,
+        "endpoint": asked.endpoint,
+        "completion_window": asked.completion_window,
+        "metadata": asked.metadata,
+        "output_expires_after_s": expires.seconds if expires else None,
+    }
+
+
+def _add(desk: Desk, tenant: str, asked: NewBatch, key: str | None) -> Any | None:
     queue = desk.settings.queue
     theirs = Queues(desk.ledger.engine).list().get(queue)
-    expires = asked.output_expires_after
     return _batches(desk).add(
-        tenant,
-        asked.input_file_id,
-        WINDOWS_S[asked.completion_window],
+        tenant=tenant,
+        window_s=WINDOWS_S[asked.completion_window],
+        key=key,
         queue=queue,
         base_names=sorted(base_names(desk.settings, theirs)),
-        endpoint=asked.endpoint,
-        completion_window=asked.completion_window,
-        metadata=asked.metadata,
-        output_expires_after_s=expires.seconds if expires else None,
+        **_fields(asked),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,7 @@ BAD_FILES: list[tuple[list[bytes], list[tuple[str, int | None]]]] = [
     ([line("a", "/v1/completions", body={"model": "sql", "prompt": "x"})], [("wrong_url", 1)]),
     ([b'{"prompt": "x", "adapter_id": null, "tenant": "acme"}'], [("wrong_url", 1)]),
     ([line(n) for n in range(11)], [("too_many_lines", None)]),
+    ([line(0, body={"a\x00\ud800" * 999: 1})], [("invalid_job", 1)]),
     ([line(0, body={"model": "sql", "messages": [], "cost": 1})], [("invalid_job", 1)]),
 ]
 
@@ -132,6 +134,30 @@ def test_what_is_no_batch_is_refused(client: openai.OpenAI, ledger: Ledger) -> N
             client.post("/batches", body={**good, **wrong}, cast_to=object)
         assert refused.value.status_code in statuses, wrong
     assert client.batches.list().data == []
+
+
+def test_a_key_makes_one_batch(url: str, client: openai.OpenAI) -> None:
+    """So that a client may send again what was not answered."""
+    files = [client.files.create(file=("x", CHAT_LINE), purpose="batch").id for _ in range(2)]
+
+    def make(client: openai.OpenAI, file: str, what: str) -> str:
+        return client.batches.create(
+            input_file_id=file,
+            endpoint="/v1/chat/completions",
+            completion_window="24h",
+            metadata={"what": what},
+            extra_headers={"Idempotency-Key": "order 7"},
+        ).id
+
+    made = make(client, files[0], "a")
+    assert make(client, files[0], "a") == made
+    for file, what in ((files[1], "a"), (files[0], "b")):
+        with pytest.raises(openai.ConflictError):
+            make(client, file, what)
+    with client_of(url, tenant="acme") as other:
+        file = other.files.create(file=("x", CHAT_LINE), purpose="batch").id
+        assert make(other, file, "a") != made
+    assert [batch.id for batch in client.batches.list()] == [made]
 
 
 def test_a_batch_is_cancelled(client: openai.OpenAI, ledger: Ledger) -> None:
@@ -273,9 +299,14 @@ def test_expired_files_are_removed(
     with database.begin() as connection:
         connection.execute(sa.update(files).values(expires_us=1))
     folder: Path = http_settings.files_folder
+    left, new = folder / ".file-1.new", folder / ".file-2.new"
+    for path in (left, new):
+        path.touch()
+    os.utime(left, (1, 1))
     with served(http_settings) as url, client_of(url) as client:
-        while (folder / gone).exists():
+        while (folder / gone).exists() or left.exists():
             time.sleep(0.02)
+        assert new.exists()
         with working(ledger):
             assert ended(client, made).status == "completed"
 
