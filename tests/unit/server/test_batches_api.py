@@ -189,7 +189,7 @@ def test_what_has_ended_is_not_cancelled(client: openai.OpenAI, ledger: Ledger) 
 def test_a_batch_that_is_too_late_expires(
     client: openai.OpenAI, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(routes.WINDOWS_S, "24h", 3.0)
+    monkeypatch.setitem(routes.WINDOWS_S, "24h", 2.0)
     made = batch_of(client, [line(n) for n in range(4)])
     under_way(client, made, ledger, 4)
     ledger.record([Outcome(claim, succeeds(claim)) for claim in claimed(ledger)])

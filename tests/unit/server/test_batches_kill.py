@@ -17,13 +17,16 @@ import openai
 import pytest
 
 from lorabatch import Job, Ledger, Settings
+from lorabatch.files import Files
+from lorabatch.openai_batches import OpenAIBatches
+from lorabatch_producer import Producer
 from lorabatch_producer.batch import Lines
-from lorabatch_producer.server.batch_steps import Held
+from lorabatch_producer.server.batch_steps import Gone, Held, Steps
 from tests.http_server import served
-from tests.openai_client import batch_of, client_of, ended, line, lines_in
-from tests.played_worker import working
+from tests.openai_client import CHAT_URL, batch_of, client_of, ended, line, lines_in
+from tests.played_worker import fails, run_queued, working
 
-LINES = 3000
+LINES = 2500
 START_S = 60.0
 
 
@@ -104,5 +107,38 @@ def test_a_server_that_is_stopped_gives_its_batch_back(
             batch = batch_of(client, [line(n) for n in range(1200)])
             assert begun.wait(60.0)
     assert ledger.counts() == {"queued": 1000}
-    with served(settings) as url, client_of(url) as client:
-        goes_on(client, batch, ledger, 1200)
+    run_queued(ledger, fails)
+    with served(settings) as url, client_of(url) as client, working(ledger):
+        done = ended(client, batch)
+        assert len(lines_in(client, done.output_file_id)) == 200
+        assert len(lines_in(client, done.error_file_id)) == 1000
+    assert ledger.counts() == {"failed": 1000, "succeeded": 200}, "what failed ran again"
+
+
+def test_what_was_accepted_too_late_does_not_run(
+    http_settings: Settings, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that was silent for long commits lines when others have ended the batch."""
+    files, batches = Files(ledger.engine), OpenAIBatches(ledger.engine)
+    http_settings.files_folder.mkdir()
+    (http_settings.files_folder / "file-1").write_bytes(line("a"))
+    files.add("file-1", "acme", "batch", "in.jsonl", 1)
+    fields = {"endpoint": CHAT_URL, "completion_window": "24h"}
+    batch = batches.add("acme", "file-1", 3600.0, queue="lorabatch", base_names=["tiny"], **fields)
+    accept = Lines.accept
+
+    def held(lease_s: float) -> Held:
+        return Held(batches, batches.take(lease_s), lease_s, lambda: False)
+
+    with Producer(http_settings) as producer:
+
+        def accepts_late(lines: Lines, some: Sequence[Job]) -> None:
+            batches.cancel(batch.batch_id)
+            assert Steps(producer, held(60.0)).run() == 0.0
+            assert batches.find(batch.batch_id, "acme").status == "cancelled"
+            accept(lines, some)
+
+        monkeypatch.setattr(Lines, "accept", accepts_late)
+        with pytest.raises(Gone):
+            Steps(producer, held(0.0)).run()
+    assert ledger.counts() == {"cancelled": 1}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tracemalloc
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -26,6 +25,18 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
+@pytest.fixture
+def plain(settings: Settings, valkey_url: str) -> Settings:
+    """On the embedded database, for what databases have no part in."""
+    return settings.model_copy(update={"broker_url": valkey_url})
+
+
+@pytest.fixture
+def plain_http(plain: Settings) -> Iterator[httpx.Client]:
+    with served(plain) as url, httpx.Client(base_url=url, timeout=300.0) as client:
+        yield client
+
+
 def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI, http_settings: Settings) -> None:
     made = client.files.create(file=("in.jsonl", LINE), purpose="batch")
     assert (made.object, made.bytes, made.filename, made.purpose) == (
@@ -34,6 +45,7 @@ def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI, http_settings: 
     assert client.files.retrieve(made.id) == made
     assert client.files.content(made.id).content == LINE
     assert [path.name for path in http_settings.files_folder.iterdir()] == [made.id]
+    assert http_settings.files_folder.stat().st_mode & 0o077 == 0
     gone = client.files.delete(made.id)
     assert (gone.id, gone.deleted) == (made.id, True)
     assert list(http_settings.files_folder.iterdir()) == []
@@ -83,11 +95,12 @@ FILENAMES = [
 ]
 
 
-def test_a_filename_is_only_shown(http: httpx.Client, http_settings: Settings) -> None:
+def test_a_filename_is_only_shown(plain_http: httpx.Client, plain: Settings) -> None:
+    http, folder = plain_http, plain.files_folder
     for name, shown in FILENAMES:
         sent = post(http, [("purpose", None, b"batch"), ("file", name, LINE)])
         assert (sent.status_code, sent.json()["filename"]) == (200, shown)
-        (file,) = http_settings.files_folder.rglob("*")
+        (file,) = folder.rglob("*")
         assert file.name == sent.json()["id"]
         answer = http.get(f"/v1/files/{file.name}/content")
         assert answer.headers["content-disposition"] == f'attachment; filename="{file.name}.jsonl"'
@@ -116,7 +129,8 @@ BAD_UPLOADS: list[tuple[Parts, str]] = [
 ]
 
 
-def test_what_is_no_upload_is_refused(http: httpx.Client, http_settings: Settings) -> None:
+def test_what_is_no_upload_is_refused(plain_http: httpx.Client, plain: Settings) -> None:
+    http, folder = plain_http, plain.files_folder
     for parts, word in BAD_UPLOADS:
         sent = post(http, parts)
         assert (sent.status_code, word in sent.text) == (400, True), sent.text
@@ -126,11 +140,11 @@ def test_what_is_no_upload_is_refused(http: httpx.Client, http_settings: Setting
         assert sent.status_code == 400
     sent = http.post("/v1/files", content=whole, headers={"content-type": "application/json"})
     assert sent.status_code == 400
-    assert list(http_settings.files_folder.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
-def test_a_file_beyond_the_limit_is_refused(http_settings: Settings) -> None:
-    settings = http_settings.model_copy(update={"http_max_file_bytes": 100_000})
+def test_a_file_beyond_the_limit_is_refused(plain: Settings) -> None:
+    settings = plain.model_copy(update={"http_max_file_bytes": 100_000})
     with served(settings) as url, client_of(url) as client:
         kept = client.files.create(file=("x", b"x" * 100_000), purpose="batch")
         for size in (100_001, 5_000_000):
@@ -140,7 +154,7 @@ def test_a_file_beyond_the_limit_is_refused(http_settings: Settings) -> None:
         assert [path.name for path in settings.files_folder.iterdir()] == [kept.id]
 
 
-def test_a_large_file_is_not_held_in_memory(url: str, http_settings: Settings) -> None:
+def test_a_large_file_is_not_held_in_memory(plain_http: httpx.Client, plain: Settings) -> None:
     size, piece = 60 << 20, b"x" * 65_536
     head, _, tail = multipart([("purpose", None, b"batch"), ("file", "x", b"@@")]).partition(b"@@")
 
@@ -152,12 +166,12 @@ def test_a_large_file_is_not_held_in_memory(url: str, http_settings: Settings) -
 
     tracemalloc.start()
     try:
-        sent = httpx.post(f"{url}/v1/files", content=body(), headers=HEADERS, timeout=300.0)
+        sent = plain_http.post("/v1/files", content=body(), headers=HEADERS)
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert (sent.status_code, sent.json()["bytes"]) == (200, size)
-    assert (http_settings.files_folder / sent.json()["id"]).stat().st_size == size
+    assert (plain.files_folder / sent.json()["id"]).stat().st_size == size
     assert peak_bytes < 16 << 20
 
 
@@ -194,9 +208,3 @@ def multipart(parts: list[tuple[str, str | None, bytes]]) -> bytes:
 
 def post(http: httpx.Client, parts: list[tuple[str, str | None, bytes]]) -> httpx.Response:
     return http.post("/v1/files", content=multipart(parts), headers=HEADERS)
-
-
-def test_the_folder_is_the_owners_alone(client: openai.OpenAI, http_settings: Settings) -> None:
-    client.files.create(file=("x", LINE), purpose="batch")
-    folder: Path = http_settings.files_folder
-    assert folder.stat().st_mode & 0o077 == 0
