@@ -1,4 +1,4 @@
-"""Registered adapters with a real worker: versions, tenants, merges, and what is set aside."""
+"""Registered adapters with a real worker: versions, tenants, merges, what is set aside, HTTP."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+from huggingface_hub import InferenceClient
 from safetensors.torch import load_file, save_file
 from shop import RealWorker, Shop, model_settings, wait_until
+from transformers import AutoTokenizer
 
 from lorabatch import Job, MergedAdapters, Result
 from lorabatch.registry import Registered, Registry
+from tests.http_server import served
+from tests.models import quiet_peft
+from tests.parity import load_reference, reference_tokens, with_adapters
 
 COMMAND = "from lorabatch_producer.cli import main; main()"
 
@@ -186,3 +192,35 @@ def test_defaults_that_an_adapter_ships_are_used(shop: Registering, mine: Path) 
     assert len(shop.result(shop.enqueue("short", sampling_params=said)).token_ids) == 3
     said = {"ignore_eos": True, "max_new_tokens": 5}
     assert len(shop.result(shop.enqueue("short", sampling_params=said)).token_ids) == 5
+
+
+def test_http_clients_read_the_adapters_text(
+    shop: Registering, mine: Path, tiny_folder: Path
+) -> None:
+    """What transformers and PEFT write, for the base model and for an adapter."""
+    shop.register("served", mine)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    ids = tokenizer("Once upon a time").input_ids
+    with quiet_peft():
+        model = with_adapters(load_reference(tiny_folder), {"served": mine})
+    with served(shop.settings) as url:
+        hub = InferenceClient(model=url, token="none")
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            texts = set()
+            for name in (None, "served"):
+                text = tokenizer.decode(reference_tokens(model, name, ids, 6)[0])
+                asked = hub.text_generation("Once upon a time", adapter_id=name, max_new_tokens=6)
+                answer = client.completions.create(
+                    model=name or tiny_folder.name,
+                    prompt="Once upon a time",
+                    max_tokens=6,
+                    temperature=0,
+                )
+                assert asked == answer.choices[0].text == text
+                assert answer.usage is not None
+                assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 6)
+                texts.add(text)
+            assert len(texts) == 2
+            with pytest.raises(openai.BadRequestError) as error:
+                client.completions.create(model="served", prompt="many words " * 3000)
+    assert error.value.code == "context_length_exceeded"

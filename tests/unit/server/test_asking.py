@@ -81,9 +81,10 @@ def test_what_is_no_request_is_told_in_the_paths_dialect(
         b'{"\\ud800": 1}': "\\ud800: not supported",
         b'{"' + b"y" * 1500 + b'": 1}': "y" * 80 + ": not supported",
     }
+    as_json = {"content-type": "application/json"}
     for path, bad in ((OPENAI, 400), (TGI, 422)):
         for body, word in bodies.items():
-            answer = http.post(path, content=body, headers={"content-type": "application/json"})
+            answer = http.post(path, content=body, headers=as_json)
             assert answer.status_code == (413 if len(body) > 2000 else bad), answer.text
             assert word in message(answer)
         assert http.put(path).status_code == 405
@@ -91,6 +92,9 @@ def test_what_is_no_request_is_told_in_the_paths_dialect(
         whose = http.post(path, json=ASK[path], headers={"LoraBatch-Tenant": "a/b"})
         assert whose.status_code == bad
         assert message(whose).startswith("LoraBatch-Tenant: wanted")
+    chat = b'{"model": "base", "messages": [{"role": "user", "\\ud800": 1}]}'
+    half_a_letter = http.post("/v1/chat/completions", content=chat, headers=as_json)
+    assert message(half_a_letter) == "messages.0.\\ud800: not supported; remove it"
     nothing = http.get("/v1/nothing")
     assert (nothing.status_code, nothing.json()["error"]["code"]) == (404, "not_found")
     assert states(ledger) == {}
