@@ -14,7 +14,7 @@ from tests.http_server import served
 from tests.played_worker import working
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
-WAIT_S = 30.0
+WAIT_S = 15.0
 KEY = {"Idempotency-Key": "order 7"}
 OPENAI, TGI = "/v1/completions", "/generate"
 ASK = {OPENAI: {"model": "base", "prompt": "a"}, TGI: {"inputs": "a"}}
@@ -22,7 +22,8 @@ ASK = {OPENAI: {"model": "base", "prompt": "a"}, TGI: {"inputs": "a"}}
 
 @pytest.fixture
 def http_settings(http_settings: Settings) -> Settings:
-    return http_settings.model_copy(update={"base_model": "base", "http_max_body_bytes": 2000})
+    limits = {"http_max_body_bytes": 2000, "http_wait_s": 3 * WAIT_S}
+    return http_settings.model_copy(update={"base_model": "base", **limits})
 
 
 def states(ledger: Ledger) -> dict[str, str]:

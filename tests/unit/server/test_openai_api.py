@@ -23,7 +23,7 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How m
 
 @pytest.fixture
 def http_settings(http_settings: Settings) -> Settings:
-    return http_settings.model_copy(update={"base_model": "acme/tiny@main"})
+    return http_settings.model_copy(update={"base_model": "acme/tiny@main", "http_wait_s": 20.0})
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def http_settings(http_settings: Settings) -> Settings:
     adapters = Settings.load(adapters="configured=acme/lora").adapters
     return http_settings.model_copy(
-        update={"base_model": "/models/tiny", "adapters": adapters, "http_wait_s": 60.0}
+        update={"base_model": "/models/tiny", "adapters": adapters, "http_wait_s": 20.0}
     )
 
 
