@@ -177,6 +177,20 @@ def test_a_batch_is_cancelled(client: openai.OpenAI, ledger: Ledger) -> None:
     assert client.batches.cancel(made.id).status == "cancelled"
 
 
+def test_lines_that_were_never_accepted_are_cancelled_too(
+    client: openai.OpenAI, ledger: Ledger
+) -> None:
+    Tenants(ledger.engine).set(Limits(tenant="default", max_queued=2))
+    made = batch_of(client, [line(n) for n in range(5)])
+    while not ledger.counts():
+        time.sleep(0.02)
+    client.batches.cancel(made.id)
+    done = ended(client, made)
+    errors = [one["error"]["code"] for one in lines_in(client, done.error_file_id)]
+    assert (done.status, errors) == ("cancelled", ["batch_cancelled"] * 5)
+    assert ledger.counts() == {"cancelled": 2}
+
+
 def test_what_has_ended_is_not_cancelled(client: openai.OpenAI, ledger: Ledger) -> None:
     made = batch_of(client, [line(0)])
     with working(ledger):

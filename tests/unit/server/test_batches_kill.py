@@ -21,6 +21,7 @@ from lorabatch.files import Files
 from lorabatch.openai_batches import OpenAIBatches
 from lorabatch_producer import Producer
 from lorabatch_producer.batch import Lines
+from lorabatch_producer.server import batch_steps
 from lorabatch_producer.server.batch_steps import Gone, Held, Steps
 from tests.http_server import served
 from tests.openai_client import CHAT_URL, batch_of, client_of, ended, line, lines_in
@@ -142,3 +143,18 @@ def test_what_was_accepted_too_late_does_not_run(
         with pytest.raises(Gone):
             Steps(producer, held(0.0)).run()
     assert ledger.counts() == {"cancelled": 1}
+
+
+def test_a_holder_hears_of_what_was_changed_meanwhile(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_steps, "KEEP_EVERY_S", 0.0)
+    batches = OpenAIBatches(ledger.engine)
+    Files(ledger.engine).add("file-1", "acme", "batch", "in.jsonl", 1)
+    fields = {"endpoint": CHAT_URL, "completion_window": "24h"}
+    made = batches.add("acme", "file-1", 60.0, queue="lorabatch", base_names=["tiny"], **fields)
+    held = Held(batches, batches.take(60.0), 60.0, lambda: False)
+    held.keep()
+    assert batches.cancel(made.batch_id)
+    with pytest.raises(Gone):
+        held.keep()
