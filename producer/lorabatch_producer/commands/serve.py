@@ -10,6 +10,7 @@ from lorabatch import Settings
 from lorabatch.database import open_database
 from lorabatch.errors import SettingsError
 from lorabatch.keys import Keys, keys_wanted
+from lorabatch.logs import configure_logging
 from lorabatch.urls import is_loopback
 
 __all__ = ["serve"]
@@ -31,8 +32,10 @@ def serve(
         raise SettingsError(
             f"serve: {error.name} is not installed; pip install 'lorabatch[server]'"
         ) from None
+    configure_logging(settings)
     config = uvicorn.Config(
         create_app(settings),
+        log_config=None,
         host=settings.http_host,
         port=settings.http_port,
         log_level=settings.log_level,

@@ -17,6 +17,7 @@ from typing import Any, Self
 import structlog
 
 from lorabatch.files import Files
+from lorabatch.logs import trace
 from lorabatch.openai_batches import OpenAIBatches
 from lorabatch_producer.client import Producer
 from lorabatch_producer.server.batch_steps import Gone, Held, Steps
@@ -76,8 +77,8 @@ class BatchWork:
             self._tidy()
             engine = self._producer.ledger.engine
             row = OpenAIBatches(engine).take(self._settings.lease_s)
-        except Exception:
-            log.exception("batches cannot be looked for")
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+            log.error("batches cannot be looked for", trace=trace(error))
             return AFTER_ERROR_S
         if row is None:
             return LOOK_S
@@ -92,13 +93,13 @@ class BatchWork:
             again_s = Steps(self._producer, held).run()
         except Gone:
             pass
-        except Exception:
-            log.exception("batch not worked on", batch_id=row.batch_id)
+        except Exception as error:  # noqa: BLE001 - the same
+            log.error("batch not worked on", batch_id=row.batch_id, trace=trace(error))
             again_s = AFTER_ERROR_S
         try:
             batches.give_back(held.row, again_s)
-        except Exception:
-            log.exception("batch not given back: its lease runs out", batch_id=row.batch_id)
+        except Exception as error:  # noqa: BLE001 - its lease runs out
+            log.error("batch not given back", batch_id=row.batch_id, trace=trace(error))
 
     def _tidy(self) -> None:
         """Files that have expired go, and what uploads left that were never whole."""

@@ -42,7 +42,8 @@ class Desk:
         self._cancelling = set[asyncio.Task[JobState]]()
 
     async def __aenter__(self) -> Self:
-        await self.call(lambda: self.producer.ledger)
+        ledger = await self.call(lambda: self.producer.ledger)
+        ledger.engine.hide_parameters = True  # prompts are parameters, and errors are logged
         self._following = Following(await self.call(resolve_broker, self.settings))
         return self
 

@@ -38,6 +38,7 @@ from lorabatch.errors import (
     UnknownAdapter,
     WaitTimeout,
 )
+from lorabatch.logs import trace
 from lorabatch_producer.server.dialects import foreign_error
 
 __all__ = ["Told", "answer", "answer_errors", "problem", "status_of", "told"]
@@ -123,7 +124,7 @@ def answer_errors(app: FastAPI) -> None:
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         said = told(error)
         if said[0] >= 500:
-            log.warning("request failed", path=request.url.path, code=said[1], exc_info=error)
+            log.warning("request failed", path=request.url.path, code=said[1], trace=trace(error))
         headers = dict(getattr(error, "headers", None) or {})
         if isinstance(error, JobError) and said[0] != 503:
             headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and get the same answer

@@ -139,3 +139,17 @@ def test_what_is_not_there_is_a_problem_too(http: httpx.Client) -> None:
     answer = http.get("/nothing")
     assert (answer.status_code, answer.json()["status"]) == (404, 404)
     assert http.put("/jobs").status_code == 405
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_a_database_that_fails_is_told_and_no_prompt_is_logged(
+    http: httpx.Client, ledger: Ledger, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ledger.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs RENAME TO elsewhere")
+    refused = http.post("/jobs", json={"prompt": "a secret"})
+    assert (refused.status_code, refused.json()["code"]) == (503, "database_not_ready")
+    assert "retry-after" in refused.headers
+    said = capfd.readouterr()
+    assert "no such table" in said.out + said.err
+    assert "a secret" not in said.out + said.err
