@@ -46,7 +46,7 @@ class JobStatus(BaseModel):
     result: Result | None = None
 
 
-@router.post("", status_code=202)
+@router.post("", status_code=202, response_model_exclude_none=True)
 async def enqueue(
     desk: TheDesk,
     caller: TheCaller,
