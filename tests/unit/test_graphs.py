@@ -280,7 +280,7 @@ def test_an_engine_makes_the_same_tokens(
     engine = desk.engine
     graphs = engine.runner.graphs
     assert graphs is not None
-    assert graphs.replays > engine.steps / 2
+    assert graphs.replays > engine.counters.steps / 2
     assert (engine.scheduler.preemptions > 0) == ("kv_cache_tokens" in fields)
     assert engine.scheduler.blocks.free == engine.scheduler.blocks.capacity
 
