@@ -90,11 +90,10 @@ class GrowingTexts:
                 over = one is None
                 if one is not None:
                     grown[one] = None
+            pieces = [piece for sequence in grown if (piece := self._piece(sequence)).text]
             try:
-                pieces = [piece for sequence in grown if (piece := self._piece(sequence)).text]
-                if pieces:
-                    self._on_text(pieces)
-            except Exception as error:  # noqa: BLE001 - the texts are hints, the thread stays
+                self._on_text(pieces)
+            except Exception as error:  # noqa: BLE001 - or the engine's tokens would pile up here
                 log.warning("texts not sent", error=type(error).__name__)
             if over:
                 return
@@ -105,4 +104,8 @@ class GrowingTexts:
             text = GrowingText(self._tokenizer_of(sequence), sequence.params.stop)
             self._texts[sequence] = text
         at = text.length
-        return Piece(sequence.job_id, at, text.more(list(sequence.output)))
+        try:
+            return Piece(sequence.job_id, at, text.more(list(sequence.output)))
+        except Exception as error:  # noqa: BLE001 - a hint: others go on, and the result has it all
+            log.warning("text not sent", job_id=sequence.job_id, error=type(error).__name__)
+            return Piece(sequence.job_id, at, "")

@@ -33,7 +33,7 @@ class TextSender:
 
     def send(self, pieces: Sequence[Piece]) -> None:
         """All at once. After a failure, nothing for REST_S."""
-        if time.monotonic() - self._failed_s < REST_S:
+        if not pieces or time.monotonic() - self._failed_s < REST_S:
             return
         try:
             with self._client.pipeline(transaction=False) as pipe:
@@ -43,7 +43,7 @@ class TextSender:
                     pipe.xadd(key, entry, maxlen=LONGEST)  # type: ignore[arg-type]
                     pipe.expire(key, KEPT_S)
                 pipe.execute()
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:
             self._failed_s = time.monotonic()
             log.warning("texts not sent", error=reason(error))
 
