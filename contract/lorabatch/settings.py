@@ -25,6 +25,7 @@ from pydantic_settings import (
 
 from lorabatch.errors import SettingsError, explain
 from lorabatch.fields import queue_name
+from lorabatch.http_settings import HttpSettings
 from lorabatch.location import AdapterSource, is_path
 from lorabatch.urls import BackendUrl, BrokerUrl, DatabaseUrl
 
@@ -38,7 +39,7 @@ PREFIX = "LORABATCH_"
 READ_ELSEWHERE = ("config", "native")
 
 
-class Settings(BaseSettings):
+class Settings(HttpSettings):
     """All settings, checked. See each field; `lorabatch doctor` prints what is in force."""
 
     model_config = SettingsConfigDict(
@@ -137,18 +138,6 @@ class Settings(BaseSettings):
     result_expires_s: int = Field(
         default=86_400, ge=60, description="how long Redis keeps a published result"
     )
-    http_host: str = Field(default="127.0.0.1", description="address that `lorabatch serve` is at")
-    http_port: int = Field(default=8000, ge=0, le=65_535, description="its port; 0: any free one")
-    http_keys: Literal["auto", "on", "off"] = Field(
-        default="auto", description="auto: wanted once there is one, or others reach http_host"
-    )
-    http_max_body_bytes: int = Field(
-        default=16 << 20, ge=1024, description="a larger request is refused, files aside"
-    )
-    http_wait_s: float = Field(default=600.0, gt=0, description="longest wait for a job's text")
-    http_files: Path | None = Field(default=None, description="folder of files; unset: in home")
-    http_max_file_bytes: int = Field(default=200 << 20, ge=1024, description="of one uploaded file")
-    http_max_batch_lines: int = Field(default=50_000, ge=1, description="of one file of a batch")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 
