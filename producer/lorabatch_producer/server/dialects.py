@@ -19,6 +19,8 @@ OPENAI_CODES = {
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 TGI_STATUSES = {400: 422, 404: 422, 409: 422, 410: 424, 500: 424}
 TGI_TYPES = {
+    401: "authentication",
+    403: "permission",
     424: "generation",
     429: "overloaded",
     503: "overloaded",

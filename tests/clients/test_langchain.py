@@ -1,0 +1,53 @@
+"""LangChain (langchain-openai)."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
+
+from tests.clients.service import Service
+
+ASK = "How many books are there?"
+
+
+def model_of(service: Service, name: str = "sql") -> ChatOpenAI:
+    return ChatOpenAI(
+        model=name,
+        base_url=service.openai_url,
+        api_key=SecretStr(service.key),
+        temperature=0,
+        max_completion_tokens=24,
+        max_retries=0,
+    )
+
+
+def test_chat(service: Service) -> None:
+    answer = model_of(service).invoke(ASK)
+    assert "SELECT" in str(answer.content)
+    assert answer.usage_metadata
+    assert answer.usage_metadata["output_tokens"] > 0
+
+
+def test_chat_stream(service: Service) -> None:
+    pieces = [str(chunk.content) for chunk in model_of(service).stream(ASK)]
+    assert "SELECT" in "".join(pieces)
+
+
+def test_chain(service: Service) -> None:
+    prompt = ChatPromptTemplate.from_messages([("user", "{question}")])
+    answers = (prompt | model_of(service)).batch(
+        [{"question": ASK}, {"question": "Count the cars."}]
+    )
+    assert all("SELECT" in str(answer.content) for answer in answers)
+
+
+async def test_async_chat(service: Service) -> None:
+    assert "SELECT" in str((await model_of(service).ainvoke(ASK)).content)
+
+
+def test_unknown_adapter(service: Service) -> None:
+    with pytest.raises(openai.NotFoundError):
+        model_of(service, "nobody").invoke(ASK)

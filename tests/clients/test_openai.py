@@ -1,0 +1,141 @@
+"""openai."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from lorabatch.settings import DEFAULT_BASE_MODEL as BASE_MODEL
+from tests.clients.service import Service
+from tests.openai_client import batch_of, ended, line, lines_in
+
+MESSAGES: list[ChatCompletionMessageParam] = [
+    {"role": "user", "content": "How many books are there?"}
+]
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=service.openai_url, api_key=service.key, max_retries=0) as client:
+        yield client
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="sql", messages=MESSAGES, max_completion_tokens=24, temperature=0
+    )
+    assert "SELECT" in (answer.choices[0].message.content or "")
+    assert answer.usage is not None
+    assert 0 < answer.usage.completion_tokens <= 24
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="sql",
+            messages=MESSAGES,
+            max_completion_tokens=24,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert "SELECT" in text
+    assert chunks[-1].usage is not None
+
+
+def test_completion(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=BASE_MODEL, prompt="Once upon a time", max_tokens=8, temperature=0
+    )
+    assert (answer.choices[0].finish_reason, answer.usage and answer.usage.completion_tokens) == (
+        "length",
+        8,
+    )
+    assert len(answer.choices[0].text) > 8
+
+
+def test_completion_stream(client: openai.OpenAI) -> None:
+    chunks = client.completions.create(
+        model=BASE_MODEL, prompt="Once upon a time", max_tokens=8, temperature=0, stream=True
+    )
+    assert len("".join(c.choices[0].text for c in chunks)) > 8
+
+
+def test_models(client: openai.OpenAI) -> None:
+    known = {model.id for model in client.models.list()}
+    assert known >= {"html", "json", "pirate", "sql"}
+    assert client.models.retrieve("sql").id == "sql"
+
+
+def test_unknown_adapter(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as error:
+        client.chat.completions.create(model="nobody", messages=MESSAGES)
+    assert error.value.code == "model_not_found"
+
+
+def test_wrong_key(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="lb-nobody").models.list()
+
+
+def test_files(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("in.jsonl", line("a")), purpose="batch")
+    assert client.files.retrieve(file.id).bytes == len(line("a"))
+    assert client.files.content(file.id).content == line("a")
+    assert file.id in {one.id for one in client.files.list()}
+    assert client.files.delete(file.id).deleted
+
+
+def test_batch(client: openai.OpenAI) -> None:
+    ask = {"messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+    lines = [
+        line(f"{name}-{number}", body={"model": name, **ask})
+        for number in range(3)
+        for name in ("sql", "pirate", "json", "html")
+    ]
+    batch = ended(client, batch_of(client, [*lines, line("bad", model="nobody")]))
+    assert batch.status == "completed"
+    assert batch.request_counts is not None
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (12, 1)
+    found = lines_in(client, batch.output_file_id)
+    assert {one["custom_id"].rsplit("-", 1)[0] for one in found} == {
+        "sql",
+        "pirate",
+        "json",
+        "html",
+    }
+    assert [one["custom_id"] for one in lines_in(client, batch.error_file_id)] == ["bad"]
+
+
+def test_batch_cancelled(client: openai.OpenAI) -> None:
+    ask = {"messages": MESSAGES, "max_tokens": 400, "temperature": 0}
+    batch = batch_of(client, [line(n, body={"model": "sql", **ask}) for n in range(400)])
+    client.batches.cancel(batch.id)
+    assert ended(client, batch).status == "cancelled"
+
+
+def test_another_tenants(client: openai.OpenAI, service: Service) -> None:
+    file = client.files.create(file=("in.jsonl", line("a")), purpose="batch")
+    other = client.with_options(api_key=service.other_key)
+    with pytest.raises(openai.NotFoundError):
+        other.files.retrieve(file.id)
+
+
+def test_timeout_and_disconnect(client: openai.OpenAI) -> None:
+    """A client that goes away has its job cancelled: the next one is answered at once."""
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).completions.create(
+            model="html",
+            prompt="Go",
+            max_tokens=1500,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+    time.sleep(0.1)
+    assert client.completions.create(model="html", prompt="Go", max_tokens=4, temperature=0).id
