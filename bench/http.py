@@ -69,7 +69,7 @@ def turn(
             command, cwd=ROOT, env={**os.environ, **env}, stdout=file, stderr=file
         )
     try:
-        _wait_ready(port, process, log)
+        wait_ready(port, process, log)
         asyncio.run(load(port, args.clients * 20, args.clients))  # warm
         rate, times = asyncio.run(load(port, args.requests, args.clients))
     finally:
@@ -79,7 +79,7 @@ def turn(
     return {"a_second": rate, "p50_ms": cuts[49] * 1e3, "p99_ms": cuts[98] * 1e3}
 
 
-def _wait_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_ready(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     end_s = time.monotonic() + START_S
     while time.monotonic() < end_s:
         if process.poll() is not None:
