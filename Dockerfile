@@ -1,4 +1,4 @@
-# One image for worker, migration and command line. torch comes first and with CUDA.
+# One image for worker, HTTP API, migration and command line. torch comes first and with CUDA.
 FROM python:3.11-slim
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
@@ -12,7 +12,7 @@ COPY producer producer
 COPY worker worker
 COPY kernels kernels
 COPY migrations migrations
-RUN pip install --no-cache-dir ".[worker,postgres,s3,server]" \
+RUN pip install --no-cache-dir ".[worker,postgres,s3,server,tables]" \
     && useradd --create-home lorabatch \
     && mkdir /data && chown lorabatch /data
 USER lorabatch

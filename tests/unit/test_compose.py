@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lorabatch import Settings
+from lorabatch.keys import keys_wanted
 from lorabatch_worker.free_gpu import ANY
 
 ROOT = Path(__file__).parents[2]
@@ -48,10 +49,10 @@ def test_the_schema_check_can_fail(tmp_path: Path) -> None:
 
 
 def test_its_services_are_those_that_exist() -> None:
-    assert sorted(services()) == ["migrate", "postgres", "redis", "second", "worker"]
+    assert sorted(services()) == ["api", "migrate", "postgres", "redis", "second", "worker"]
 
 
-@pytest.mark.parametrize("service", ["migrate", "second", "worker"])
+@pytest.mark.parametrize("service", ["api", "migrate", "second", "worker"])
 def test_the_settings_it_sets_are_settings_and_valid(
     service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,19 @@ def test_there_may_be_several_of_a_worker(service: str) -> None:
     assert not worker.keys() & alone
     shared = [volume for volume in worker["volumes"] if not volume.endswith(":ro")]
     assert shared == ["data:/data"], "the folder of the locks"
+
+
+def test_the_api_is_for_this_machine_and_asks_for_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    api = services()["api"]
+    for name, value in api["environment"].items():
+        monkeypatch.setenv(name, str(value))
+    settings = Settings.load()
+    assert keys_wanted(settings)
+    assert api["ports"] == [f"127.0.0.1:8000:{settings.http_port}"]
+    assert f":{settings.http_port}/healthz" in api["healthcheck"]["test"][-1]
+    assert "data:/data" in api["volumes"], "uploaded files, the same for every server"
+    assert float(api["stop_grace_period"].removesuffix("s")) > settings.drain_s
+    assert "server" in (ROOT / "Dockerfile").read_text()
 
 
 def test_the_second_base_model_has_a_queue_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
