@@ -13,6 +13,7 @@ from typing import Any
 from zlib import crc32
 
 import redis
+import structlog
 from celery import Celery, signals
 from kombu import Producer, Queue
 from kombu.exceptions import BatchPublishError, OperationalError
@@ -32,12 +33,15 @@ __all__ = [
     "check_broker",
     "check_name",
     "drained",
+    "end_now",
     "lane",
     "make_app",
     "plain_url",
     "resolve_broker",
     "send",
 ]
+
+log = structlog.get_logger(__name__)
 
 TASK_NAME = "lorabatch.generate"
 LEDGER = "lorabatch"  # the result backend that reads the ledger, by its entry point
@@ -123,6 +127,17 @@ def send(app: Celery, queue: str, messages: Sequence[Message]) -> None:
                 _publish(app, producer, lane(queue, message.tenant), message, policy)
     except (OperationalError, BatchPublishError, redis.RedisError) as error:
         raise QueueNotReady(f"the broker did not take {len(messages)} messages: {error}") from None
+
+
+def end_now(app: Celery, job_ids: Sequence[str]) -> None:
+    """Have workers end these running jobs, that are cancelled in the ledger, at their next step.
+
+    A hint: where it is lost, or the broker is away, they find out when they renew their leases.
+    """
+    try:
+        app.control.revoke(list(job_ids), terminate=True)
+    except (OperationalError, redis.RedisError, OSError) as error:
+        log.warning("running jobs end later", jobs=len(job_ids), reason=str(error))
 
 
 def _publish(

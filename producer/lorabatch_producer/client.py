@@ -22,7 +22,7 @@ from celery import Celery
 from lorabatch import Job, Ledger, Result, Settings
 from lorabatch.batches import Batches
 from lorabatch.database import open_database
-from lorabatch.queue import check_name, make_app, resolve_broker
+from lorabatch.queue import check_name, end_now, make_app, resolve_broker
 from lorabatch.result import JobState
 from lorabatch_producer.batch import BatchStatus, batch_status
 from lorabatch_producer.fields import make_job
@@ -151,7 +151,10 @@ class Producer:
     def cancel(self, job_ids: str | Iterable[str], /) -> dict[str, JobState]:
         """Cancel jobs: the state each is in now; a running one ends at its next step."""
         ids = [job_ids] if isinstance(job_ids, str) else list(job_ids)
-        return self.ledger.cancel(ids)
+        states = self.ledger.cancel(ids)
+        if running := [job_id for job_id, state in states.items() if state == "running"]:
+            end_now(self.app(), running)
+        return states
 
     def cancel_batch(self, batch_id: str) -> dict[str, int]:
         """Cancel what is open of a batch: how many jobs were `cancelled` at once, and how many run

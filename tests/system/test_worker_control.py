@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lorabatch import Job
 from lorabatch.errors import JobFailed
 from lorabatch.queue import TASK_NAME
-from lorabatch_producer import services
+from lorabatch_producer import Producer, services
 from lorabatch_producer.cli import app
 
 WAIT_S = 30
@@ -58,6 +58,14 @@ def test_a_running_job_is_cancelled_through_the_ledger(running: Shop) -> None:
     with pytest.raises(TaskRevokedError):
         sent.get(timeout=WAIT_S)
     running.wait_broker_empty()
+
+
+def test_a_client_that_cancels_does_not_wait_for_the_next_renewal(shop: Shop) -> None:
+    shop.start(LORABATCH_LEASE_S="6000").wait_ready()
+    (sent,) = start_long(shop)
+    with Producer(shop.settings) as producer:
+        assert producer.cancel(sent.id) == {sent.id: "running"}
+        wait_cancelled(shop, sent.id)
 
 
 def test_revoke_with_terminate_cancels_a_running_job_in_the_ledger(running: Shop) -> None:

@@ -118,7 +118,7 @@ class Desk:
         return (await self.call(self.ledger.results, [job_id])).get(job_id)
 
     async def cancel(self, job_id: str) -> JobState:
-        return (await self.call(self.ledger.cancel, [job_id]))[job_id]
+        return (await self.call(self.producer.cancel, job_id))[job_id]
 
     def cancel_soon(self, job_id: str) -> None:
         """For whoever cannot wait for it, because it is being cancelled itself."""
