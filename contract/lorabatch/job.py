@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from lorabatch.candidates import Bias, Candidates, TokenId
 from lorabatch.errors import InvalidJob, explain, shown
 from lorabatch.fields import (
     MERGED,
@@ -62,10 +63,12 @@ class ChatMessage(Model):
     _storable = field_validator("content")(storable)
 
 
-class SamplingParams(Model):
+class SamplingParams(Candidates):
     """How the next token is picked. The defaults are greedy: the same job, the same text.
 
-    `temperature` 0 takes the most likely token and ignores top_k, top_p, min_p and seed.
+    `temperature` 0 takes the most likely token and ignores top_k, top_p, min_p, typical_p and seed;
+    several texts want more than that. `typical_p` keeps the tokens whose surprise is closest to
+    what is expected, with so much probability together. `logit_bias` is added to tokens' logits.
     `repetition_penalty` divides (multiplies if negative) the logits of tokens already seen in
     prompt or output; `frequency_penalty` and `presence_penalty` subtract for those in the output.
     A `stop` string ends the text just before it. Without `seed` one is derived from the job id,
@@ -73,16 +76,26 @@ class SamplingParams(Model):
     """
 
     max_new_tokens: int = Field(default=256, strict=True, ge=1, le=131_072)
-    temperature: float = Field(default=0.0, strict=True, ge=0.0, le=10.0)
+    temperature: float = Field(default=0.0, strict=True, ge=0, le=10, validate_default=True)
     top_k: int = Field(default=0, strict=True, ge=0, le=1_000_000, description="0: all tokens")
     top_p: float = Field(default=1.0, strict=True, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, strict=True, ge=0.0, le=1.0)
+    typical_p: float = Field(default=1.0, strict=True, gt=0.0, le=1.0)
+    logit_bias: dict[TokenId, Bias] = Field(default={}, max_length=300)
     repetition_penalty: float = Field(default=1.0, strict=True, gt=0.0, le=10.0)
     frequency_penalty: float = Field(default=0.0, strict=True, ge=-2.0, le=2.0)
     presence_penalty: float = Field(default=0.0, strict=True, ge=-2.0, le=2.0)
     stop: Annotated[tuple[Stop, ...], BeforeValidator(_as_list)] = Field(default=(), max_length=16)
     seed: int | None = Field(default=None, strict=True, ge=0, le=MAX_SEED)
     ignore_eos: bool = Field(default=False, strict=True)
+
+    @field_validator("temperature")
+    @classmethod
+    def _texts_differ(cls, temperature: float, info: ValidationInfo) -> float:
+        most = max(info.data.get("n", 1), info.data.get("best_of") or 1)
+        if most > 1 and temperature == 0:
+            raise ValueError(f"wanted above 0 for {most} texts (n, best_of), or they are all alike")
+        return temperature
 
     @field_validator("stop")
     @classmethod
@@ -208,6 +221,13 @@ class Job(Model):
                 f"give at most one of adapter_id and merged_adapters, not both (adapter_id "
                 f"{self.adapter_id!r}, merged_adapters.ids {', '.join(self.merged_adapters.ids)})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_text_is_followed(self) -> Self:
+        texts = self.sampling_params.candidates
+        if self.stream and texts > 1:
+            raise ValueError(f"stream: one text can be followed, not {texts} (n, best_of)")
         return self
 
     @classmethod

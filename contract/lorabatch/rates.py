@@ -116,4 +116,5 @@ def estimated_tokens(job: Job) -> int:
     its prompt; only a worker can count those."""
     texts = [job.prompt or "", *(message.content for message in job.messages or ())]
     chars = sum(map(len, texts))
-    return job.sampling_params.max_new_tokens - (-chars // CHARS_PER_TOKEN)
+    params = job.sampling_params
+    return params.candidates * params.max_new_tokens - (-chars // CHARS_PER_TOKEN)

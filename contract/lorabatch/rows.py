@@ -7,7 +7,7 @@ clock, except `queue_us` and `run_us`, which are durations. Raises what the mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "micros",
     "moment",
     "names_of",
+    "output_tokens",
     "result_row",
     "stored_job",
     "stored_result",
@@ -122,9 +123,10 @@ def stored_result(row: Any) -> Result:
         token_ids=tuple(row.results_token_ids),
         finish_reason=row.results_finish_reason,
         seed=row.results_seed,
+        **(row.results_choices or {}),
         usage=Usage(
             prompt_tokens=row.results_prompt_tokens,
-            output_tokens=len(row.results_token_ids),
+            output_tokens=output_tokens(row.results_token_ids, row.results_choices),
             cached_tokens=row.results_cached_tokens,
         ),
         error=error,
@@ -150,6 +152,7 @@ def result_row(result: Result, now: int) -> dict[str, Any]:
         "text": None if text is None else text.replace("\x00", "\ufffd"),
         "token_ids": list(result.token_ids),
         "finish_reason": result.finish_reason,
+        "choices": _choices(result),
         "prompt_tokens": result.usage.prompt_tokens,
         "cached_tokens": result.usage.cached_tokens,
         "adapter_version": result.adapter_version,
@@ -160,6 +163,23 @@ def result_row(result: Result, now: int) -> dict[str, Any]:
         "error_message": error.message.replace("\x00", "\ufffd") if error else None,
         "recorded_us": now,
     }
+
+
+def output_tokens(token_ids: Sequence[int], choices: Mapping[str, Any] | None) -> int:
+    """Tokens that a stored result was generated with: those of `token_ids`, or of all choices, and
+    of what was discarded."""
+    stored = choices or {}
+    texts = [choice["token_ids"] for choice in stored.get("choices") or ()] or [token_ids]
+    return sum(map(len, [*texts, *(stored.get("discarded") or ())]))
+
+
+def _choices(result: Result) -> Any:
+    if result.choices is None and result.discarded is None:
+        return sa.null()
+    found = result.model_dump(mode="json", include={"choices", "discarded"}, exclude_defaults=True)
+    for choice in found.get("choices", ()):
+        choice["text"] = choice["text"].replace("\x00", "\ufffd")
+    return found
 
 
 def usage_row(row: Any, result: Result, started: int, finished: int, now: int) -> dict[str, Any]:

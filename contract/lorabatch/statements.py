@@ -52,6 +52,10 @@ ACCOUNT = [
     jobs.c.submitted_us,
     jobs.c.started_us,
 ]
+EARLIER_FIELDS = (  # of SamplingParams, when all of them were in a row
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("frequency_penalty", "presence_penalty", "stop", "seed", "ignore_eos"),
+)
 T = TypeVar("T")
 
 
@@ -125,8 +129,9 @@ def same_request(
 
 def _earlier_hash(job: Job) -> str:
     """Of rows from before sampling fields that were left out stayed out."""
-    whole = job.sampling_params.model_dump(mode="json", exclude_none=True)
-    return job.request_hash({**job.body(), "sampling_params": whole})
+    params, body = job.sampling_params, job.body()
+    whole = params.model_dump(mode="json", exclude_none=True, include=set(EARLIER_FIELDS))
+    return job.request_hash({**body, "sampling_params": {**whole, **body["sampling_params"]}})
 
 
 def lease(

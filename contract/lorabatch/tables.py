@@ -183,6 +183,7 @@ results = sa.Table(
     sa.Column("text", sa.Text),
     sa.Column("token_ids", Json, nullable=False),
     sa.Column("finish_reason", sa.String(16)),
+    sa.Column("choices", Json, comment="several texts, log probabilities, and what was discarded"),
     sa.Column("prompt_tokens", sa.Integer, nullable=False),
     sa.Column("cached_tokens", sa.Integer, nullable=False),
     sa.Column("adapter_version", sa.String(64)),

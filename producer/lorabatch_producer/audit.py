@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from lorabatch.result import TERMINAL_STATES
+from lorabatch.rows import output_tokens
 from lorabatch.tables import jobs, results, usage_events
 
 __all__ = ["Difference", "audit"]
@@ -66,7 +67,7 @@ def _pages(connection: sa.Connection) -> Iterator[Sequence[Any]]:
             *(job.job_id, job.tenant, job.adapter_id, job.batch_id, job.state),
             result.job_id.label("result_id"),
             result.state.label("result_state"),
-            *(result.token_ids, result.prompt_tokens, result.cached_tokens),
+            *(result.token_ids, result.choices, result.prompt_tokens, result.cached_tokens),
             *(result.adapter_version, result.base_model),
         )
         .select_from(jobs.outerjoin(results, result.job_id == job.job_id))
@@ -115,7 +116,7 @@ def _event(row: Any, event: Any) -> Iterator[Difference]:
             ("base_model", event.base_model, row.base_model),
             ("input_tokens", event.input_tokens, row.prompt_tokens),
             ("cached_tokens", event.cached_tokens, row.cached_tokens),
-            ("output_tokens", event.output_tokens, len(row.token_ids)),
+            ("output_tokens", event.output_tokens, output_tokens(row.token_ids, row.choices)),
         ]
     for what, seen, wanted in pairs:
         if seen != wanted:
@@ -126,11 +127,12 @@ def _recount(row: Any, into: Counter[tuple[str, str]]) -> None:
     """Add a result's stored tokens to its tenant's sums."""
     if row.result_id is None:
         return
+    generated = output_tokens(row.token_ids, row.choices)
     into[row.tenant, "input_tokens"] += row.prompt_tokens
     into[row.tenant, "cached_tokens"] += row.cached_tokens
-    into[row.tenant, "output_tokens"] += len(row.token_ids)
+    into[row.tenant, "output_tokens"] += generated
     if row.state == "succeeded":
-        into[row.tenant, "billable_tokens"] += row.prompt_tokens + len(row.token_ids)
+        into[row.tenant, "billable_tokens"] += row.prompt_tokens + generated
 
 
 def _orphans(connection: sa.Connection) -> Iterator[Difference]:

@@ -262,7 +262,11 @@ def test_many_threads_claim_each_job_once(ledger: Ledger) -> None:
 def test_a_request_of_before_sampling_fields_stayed_out_is_known(ledger: Ledger) -> None:
     job = Job(prompt="hi", idempotency_key="k", sampling_params={"max_new_tokens": 4})
     ledger.accept([job])
-    whole = job.sampling_params.model_dump(mode="json", exclude_none=True)
+    whole = {  # all fields that there were then
+        **{"max_new_tokens": 4, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
+        **{"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0},
+        **{"stop": [], "ignore_eos": False},
+    }
     earlier = job.request_hash({**job.body(), "sampling_params": whole})
     with ledger.engine.begin() as connection:
         connection.execute(sa.update(jobs).values(request_hash=earlier))

@@ -148,6 +148,7 @@ class Recorder:
         log.error("the database refused an outcome", job_id=job_id, error=type(error).__name__)
         info = ErrorInfo(code="engine_fault", message=REFUSED)
         empty = {"text": None, "token_ids": (), "seed": None, "usage": Usage()}
+        empty |= {"choices": None, "discarded": None}
         result = outcome.result.model_copy(update={"state": "failed", "error": info, **empty})
         failed = Outcome(outcome.claim, result, outcome.at_s)
         try:
