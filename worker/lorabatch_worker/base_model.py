@@ -57,6 +57,11 @@ class BaseModel:
             "kernels": kernels,
         }
 
+    def vocabulary_of(self, adapter: Adapter | None) -> int:
+        """Token ids that there are: its own, or an adapter's that adds tokens."""
+        own = adapter.vocabulary_size if adapter else None
+        return int(self.model.config.get_text_config().vocab_size) if own is None else own
+
     def tokenizer_for(self, adapter: Adapter | None) -> Any:
         """Its own, or that of an adapter that adds tokens."""
         own = adapter.tokenizer if adapter else None

@@ -201,13 +201,10 @@ class Engine:
 
     def _take_arrivals(self) -> None:
         arrived, aborts = self.arrivals.take()
-        ended = []
-        for job_id, reason in aborts.items():
-            gone = self.scheduler.remove(job_id)
-            if gone is not None and reason is not None:
-                ended.append(finished(gone, self.base, reason))
+        gone = [(one, aborts[one.job_id]) for one in self.scheduler.end_jobs(aborts)]
+        ended = [finished(one, self.base, reason) for one, reason in gone if reason is not None]
         # Aborts first: they were asked of what was here before these came.
-        for sequence in arrived:
+        for sequence in [s for first in arrived for s in first.family.members]:
             self.scheduler.add(sequence)
         if ended:
             self._on_finished(ended)
@@ -230,7 +227,7 @@ class Engine:
                     log.warning("out of memory", next_tokens=self.portions.most_tokens)
                     continue
                 self._failed(portion, error)
-                chunks = [c for c in chunks if c.sequence.job_id in self.scheduler.running]
+                chunks = [c for c in chunks if c.sequence.key in self.scheduler.running]
         for misfit in self.portions.judge(len(chunks)):
             self._failed([misfit], no_memory_for(misfit))
         if self.portions.short_steps > SHORT_STEPS:
@@ -253,13 +250,17 @@ class Engine:
         tokens = draw.wait()
         self.portions.fitted(self.scheduler.max_step_tokens)
         self.counters.count(portion, len(tokens))
-        for sequence, token in zip(sampling, tokens, strict=True):
+        for row, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
+            if sequence.family.closed:
+                continue  # with another of the same job
             if token == UNSOUND:
                 self._end(sequence, "nonfinite_logits")
                 if sequence.adapter is not None:
                     self.store.set_aside(sequence.adapter, "its logits were NaN or infinite")
                 continue
             sequence.append(token, self.base.eos_ids)
+            if sequence.params.scored:
+                sequence.scores.append(draw.scores[row])
             if sequence.claim.job.stream:
                 self.texts.grew(sequence)
             if sequence.finish_reason is not None:
@@ -268,8 +269,10 @@ class Engine:
             self._report_ended()
 
     def _end(self, sequence: Sequence, reason: str | None) -> None:
-        self.scheduler.remove(sequence.job_id, keep=reason is None)
-        self._ended.append((sequence, reason))
+        self.scheduler.remove(sequence.key, keep=reason is None)
+        if reason is not None or sequence.family.is_over:
+            self.scheduler.end(sequence.family)
+            self._ended.append((sequence, reason))
 
     def _report_ended(self) -> None:
         ended, self._ended = self._ended, []
@@ -279,7 +282,7 @@ class Engine:
     def _failed(self, portion: list[Chunk], error: Exception) -> None:
         self._report_ended()
         info = explained(error, "the engine failed in a step")
-        gone = [c.sequence for c in portion if self.scheduler.remove(c.sequence.job_id)]
+        gone = [c.sequence for c in portion if self.scheduler.end(c.sequence.family)]
         self._on_finished([failed(s.claim, info, self.base.name) for s in gone])
 
     def _is_lost(self, job_ids: List[str]) -> bool:

@@ -48,7 +48,7 @@ _Key = tuple[int, str]  # priority, tenant
 
 @dataclass(eq=False)
 class _Account:
-    """Of one tenant at one priority. `waiting` and `running` are by job."""
+    """Of one tenant at one priority. `waiting` and `running` are by sequence."""
 
     key: _Key
     weight: float = 1.0
@@ -115,15 +115,15 @@ class FairShare:
         account = self._here[key]
         if not account.waiting:
             self._came.add(account)
-        account.waiting.add(sequence.job_id)
+        account.waiting.add(sequence.key)
 
     def begins(self, sequence: Sequence) -> None:
         """It has its blocks: charge all that it may take, less what it was charged for before it
         lost its place. What it lost is computed anew at nobody's expense."""
         account = self._here[_key(sequence)]
         tokens = sequence.max_length - sequence.cached_tokens - sequence.charged_tokens
-        account.waiting.discard(sequence.job_id)
-        account.running[sequence.job_id] = sequence, tokens
+        account.waiting.discard(sequence.key)
+        account.running[sequence.key] = sequence, tokens
         account.reserved_tokens += tokens
 
     def leaves(self, sequence: Sequence) -> None:
@@ -131,8 +131,8 @@ class FairShare:
         account = self._here[_key(sequence)]
         now_s = time.monotonic()
         account.recent_tokens, account.seen_s = account.recent(now_s), now_s
-        if sequence.job_id in account.waiting:
-            account.waiting.remove(sequence.job_id)
+        if sequence.key in account.waiting:
+            account.waiting.remove(sequence.key)
         else:
             self._settle(account, sequence)
         if not (account.waiting or account.running):
@@ -205,7 +205,7 @@ class FairShare:
         return [*self._here.values(), *self._idle.values()]
 
     def _settle(self, account: _Account, sequence: Sequence) -> None:
-        _, reserved = account.running.pop(sequence.job_id)
+        _, reserved = account.running.pop(sequence.key)
         account.reserved_tokens -= reserved
         taken = _taken(sequence)
         tokens, sequence.charged_tokens = taken - sequence.charged_tokens, taken

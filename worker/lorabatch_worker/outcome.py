@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as List
 from typing import Literal
 
 import structlog
 
 from lorabatch.errors import EngineFault, JobCancelled, LoraBatchError
 from lorabatch.ledger import Claim, Outcome
-from lorabatch.result import ErrorInfo, Result, Usage
+from lorabatch.result import Choice, ErrorInfo, Result, Usage
 from lorabatch_worker.base_model import BaseModel
+from lorabatch_worker.choices import choice_of, ranked
 from lorabatch_worker.sequence import Sequence
-from lorabatch_worker.stop import decode, trim
 
 __all__ = ["CANCELLED", "aborted", "explained", "failed", "finished"]
 
@@ -21,16 +22,18 @@ CANCELLED = "cancelled"
 
 
 def finished(sequence: Sequence, base: BaseModel, reason: str | None = None) -> Outcome:
-    """A sequence that ended by itself, or that was ended for `reason`.
+    """The job of a sequence: all of its own ended by themselves, or were ended for `reason`.
 
-    What was generated until then is counted in any case; the text is kept only on success.
+    What was generated until then is counted in any case; texts are kept only on success.
     """
-    job = sequence.claim.job
-    text = None
+    job, params, members = sequence.claim.job, sequence.params, sequence.family.members
+    texts: list[Choice] = []
+    kept = 1
     if reason is None:
-        text = decode(base.tokenizer_for(sequence.adapter), sequence.output)
-        if sequence.finish_reason == "stop_sequence":
-            text = trim(text, sequence.params.stop)
+        members, kept = ranked(members), params.n
+        tokenizer = base.tokenizer_for(sequence.adapter)
+        texts = [choice_of(one, tokenizer) for one in members[:kept]]
+    first, discarded = members[0], members[kept:]
     error = None if reason is None else _ended(reason)
     result = Result(
         job_id=job.job_id,
@@ -41,21 +44,28 @@ def finished(sequence: Sequence, base: BaseModel, reason: str | None = None) -> 
         custom_id=job.custom_id,
         batch_id=job.batch_id,
         state="succeeded" if reason is None else _state(reason),
-        text=text,
-        token_ids=tuple(sequence.output),
-        finish_reason=sequence.finish_reason,
-        seed=job.seed,
-        usage=Usage(
-            prompt_tokens=len(sequence.prompt),
-            output_tokens=len(sequence.output),
-            cached_tokens=sequence.cached_tokens,
-        ),
+        text=texts[0].text if texts else None,
+        token_ids=tuple(first.output),
+        finish_reason=first.finish_reason,
+        seed=first.seed,
+        choices=tuple(texts) if texts and (params.n > 1 or params.logprobs) else None,
+        discarded=tuple(tuple(one.output) for one in discarded) or None,
+        usage=_usage(sequence.family.members),
         error=error,
         attempt=sequence.claim.attempt,
         submitted_us=sequence.claim.submitted_us,
         started_us=sequence.claim.started_us,
     )
     return Outcome(sequence.claim, result)
+
+
+def _usage(members: List[Sequence]) -> Usage:
+    """The prompt once, and all that was generated."""
+    return Usage(
+        prompt_tokens=len(members[0].prompt),
+        output_tokens=sum(len(one.output) for one in members),
+        cached_tokens=members[0].cached_tokens,
+    )
 
 
 def failed(claim: Claim, error: ErrorInfo, base_model: str) -> Outcome:

@@ -38,12 +38,13 @@ class Portions:
     def next(self, chunks: list[Chunk]) -> list[Chunk]:
         """What is to be computed next of a step's chunks, by how far their sequences are: none once
         all are done that can be."""
-        out = {chunk.sequence.job_id for chunk in self._misfits}
+        out = {chunk.sequence.key for chunk in self._misfits}
         room = self.most_tokens or sum(c.end - c.start for c in chunks)
         portion = []
         for chunk in chunks:
             start = chunk.sequence.computed
-            if start < chunk.end and room > 0 and chunk.sequence.job_id not in out:
+            left = start < chunk.end and not chunk.sequence.family.closed
+            if left and room > 0 and chunk.sequence.key not in out:
                 portion.append(Chunk(chunk.sequence, start, min(chunk.end, start + room)))
                 room -= portion[-1].end - start
         return portion

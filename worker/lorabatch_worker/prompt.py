@@ -21,7 +21,7 @@ from lorabatch_worker.adapters.defaults import GenerationDefaults
 from lorabatch_worker.adapters.render import TemplateRenderer
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.base_model import BaseModel
-from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.sequence import Family, Sequence
 from lorabatch_worker.stop import StopWatch
 
 __all__ = ["Preparer"]
@@ -40,6 +40,7 @@ class Preparer:
         self._renderer.close()
 
     def prepare(self, claim: Claim, adapter: Adapter | None) -> Sequence:
+        """The first of the job's sequences."""
         job = claim.job
         own = adapter.chat_template if adapter else None
         rendered = None
@@ -65,8 +66,13 @@ class Preparer:
         if defaults is not None:
             with self._lock:
                 end_ids = _end_ids(tokenizer, defaults, job.sampling_params)
-        watch = StopWatch(tokenizer, params.stop) if params.stop else None
-        return Sequence(claim, ids, adapter, watch, effective=params, end_ids=end_ids)
+        _check_bias(job, self._base.vocabulary_of(adapter) if params.logit_bias else 0)
+
+        def one() -> Sequence:
+            watch = StopWatch(tokenizer, params.stop) if params.stop else None
+            return Sequence(claim, ids, adapter, watch, effective=params, end_ids=end_ids)
+
+        return Family.of(params.candidates, one).members[0]
 
     def _render_own(self, job: Job, template: str, adapter: Adapter | None) -> str:
         with self._lock:
@@ -84,6 +90,15 @@ def _tokens(job: Job, rendered: str | None, tokenizer: Any) -> list[int]:
     if not ids:
         raise InvalidJob(f"job {job.job_id!r}: the prompt has no tokens; give it some text")
     return list(ids)
+
+
+def _check_bias(job: Job, vocabulary: int) -> None:
+    highest = max(job.sampling_params.logit_bias, default=-1)
+    if highest >= vocabulary and highest >= 0:
+        raise InvalidJob(
+            f"job {job.job_id!r}: logit_bias has token {highest}, wanted one that the model has, "
+            f"0 to {vocabulary - 1}; leave it out"
+        )
 
 
 def _render(job: Job, tokenizer: Any) -> str:

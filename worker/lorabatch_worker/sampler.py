@@ -2,7 +2,8 @@
 
 The random number of a row is a hash of (seed, position), and the token is found by inverting
 the distribution at it, so a job's tokens do not depend on its row, its batch or the device's
-random state. Logits are taken in float32. Order: penalties, temperature, top_k, top_p, min_p.
+random state. Logits are taken in float32. Order: logit_bias, penalties, temperature, top_k, top_p,
+min_p, typical_p.
 Rows whose adapters add tokens are drawn apart from the others, so that nobody's tokens depend on
 how wide the others' logits are.
 
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from lorabatch_kernels import argmax, can_argmax
 from lorabatch_worker.packing import Packed
-from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.scores import Scores
+from lorabatch_worker.sequence import Scored, Sequence
+from lorabatch_worker.typical import typical
 
 __all__ = ["UNSOUND", "Draw", "sample", "uniform"]
 
@@ -37,12 +40,16 @@ class Draw:
     ) -> None:
         """Changes `logits`, where they are float32. `vocabulary`: of the base model, if they may be
         wider."""
-        tokens = _drawn(logits, sequences, vocabulary or logits.shape[1])
+        widths = [s.vocabulary or vocabulary or logits.shape[1] for s in sequences]
+        scored = any(s.params.scored for s in sequences)
+        self._scores = Scores(logits, sequences, widths) if scored else None
+        tokens = _drawn(logits, sequences, widths)
+        self._found = [tokens] if self._scores is None else [tokens, self._scores.of(tokens)]
         self._came: torch.cuda.Event | None = None
-        self._tokens = tokens
+        self.scores: dict[int, Scored] = {}
+        """By row, once its tokens were waited for: of those whose sequences want them."""
         if tokens.device.type == "cuda":
-            self._tokens = torch.empty_like(tokens, device="cpu", pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
+            self._found = [_to_host(found) for found in self._found]
             self._came = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._came.record()
 
@@ -50,7 +57,15 @@ class Draw:
         """One token id a row; UNSOUND where the logits hold NaN or infinity."""
         if self._came is not None:
             self._came.synchronize()
-        return [int(t) for t in self._tokens.tolist()]
+        if self._scores is not None:
+            self.scores = self._scores.read(self._found[1])
+        return [int(t) for t in self._found[0].tolist()]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is complete once the device has come so far."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -65,9 +80,8 @@ def sample(logits: Tensor, sequences: List[Sequence]) -> list[int]:
     return [int(t) for t in _choose(logits, wishes).tolist()]
 
 
-def _drawn(logits: Tensor, sequences: List[Sequence], vocabulary: int) -> Tensor:
+def _drawn(logits: Tensor, sequences: List[Sequence], widths: List[int]) -> Tensor:
     """[rows], each of as many columns as there are tokens for it."""
-    widths = [s.vocabulary or vocabulary for s in sequences]
     if set(widths) <= {logits.shape[1]}:
         return _sound(logits, sequences)
     tokens = torch.empty(len(widths), dtype=torch.int64, device=logits.device)
@@ -110,29 +124,35 @@ class _Wishes:
         packed = Packed()
         _add_repeated(packed, sequences)
         _add_made(packed, sequences)
+        _add_biases(packed, sequences)
         params = [s.params for s in self.random]
         self._top_k = max((p.top_k for p in params), default=0)
         rows = [i for i, s in enumerate(sequences) if s.params.temperature > 0.0]
         nucleus = [i for i, p in enumerate(params) if p.top_p < 1.0]
-        for ints in (rows, [p.top_k for p in params], nucleus):
+        usual = [i for i, p in enumerate(params) if p.typical_p < 1.0]
+        for ints in (rows, [p.top_k for p in params], nucleus, usual):
             packed.add(ints, torch.int64)
-        uniforms = [uniform(s.claim.job.seed, len(s.output)) for s in self.random]
+        uniforms = [uniform(s.seed, len(s.output)) for s in self.random]
         for numbers in (
             [p.temperature for p in params],
             [p.min_p for p in params],
             uniforms,
             [params[i].top_p for i in nucleus],
+            [params[i].typical_p for i in usual],
         ):
             packed.add(numbers, torch.float64)
         tables = packed.views(packed.send(device))
-        self._repeated, self._made = tables[:3], tables[3:8]
-        self.rows, self._limits, self._nucleus = tables[8:11]
-        self._temperature, self._min_p, self._uniform, self._top_p = tables[11:]
+        self._repeated, self._made, self._biases = tables[:3], tables[3:8], tables[8:11]
+        self.rows, self._limits, self._nucleus, self._usual = tables[11:15]
+        self._temperature, self._min_p, self._uniform, self._top_p, self._typical_p = tables[15:]
 
     def penalize(self, logits: Tensor) -> None:
-        """In place: repetition over prompt and output, frequency and presence over the output."""
+        """In place: biases, then repetition over prompt and output, then frequency and presence
+        over the output."""
         if not self._penalized:
             return
+        row, token, bias = self._biases
+        logits[row, token] += bias
         row, token, factor = self._repeated
         values = logits[row, token]
         logits[row, token] = torch.where(values > 0, values / factor, values * factor)
@@ -154,6 +174,8 @@ class _Wishes:
         if self._nucleus.shape[0]:
             dropped[self._nucleus] |= self._past_top_p(p[self._nucleus])
         p.masked_fill_(dropped, 0.0)
+        if self._usual.shape[0]:
+            p[self._usual] = typical(p[self._usual], self._typical_p)
         cumulative = p.cumsum(dim=-1)
         draws = self._uniform[:, None] * cumulative[:, -1:]
         picked = torch.searchsorted(cumulative, draws, right=True)
@@ -177,7 +199,8 @@ class _Wishes:
 
 def _is_penalized(sequence: Sequence) -> bool:
     p = sequence.params
-    return p.repetition_penalty != 1.0 or bool(p.frequency_penalty or p.presence_penalty)
+    more = p.frequency_penalty or p.presence_penalty or p.logit_bias
+    return p.repetition_penalty != 1.0 or bool(more)
 
 
 def _add_repeated(packed: Packed, sequences: List[Sequence]) -> None:
@@ -217,3 +240,13 @@ def _add_made(packed: Packed, sequences: List[Sequence]) -> None:
     packed.add(made, torch.int64)
     for numbers in (counts, frequencies, presences):
         packed.add(numbers, torch.float32)
+
+
+def _add_biases(packed: Packed, sequences: List[Sequence]) -> None:
+    """Row, token and bias."""
+    found = [
+        (row, *pair) for row, s in enumerate(sequences) for pair in s.params.logit_bias.items()
+    ]
+    packed.add([row for row, _, _ in found], torch.int64)
+    packed.add([token for _, token, _ in found], torch.int64)
+    packed.add([bias for _, _, bias in found], torch.float32)

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from lorabatch_worker.adapters.slots import AdapterSlots
 from lorabatch_worker.block_manager import BlockManager
 from lorabatch_worker.fair_share import FairShare, alike
 from lorabatch_worker.memory import out_of_memory
-from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.sequence import Family, Sequence
 
 __all__ = ["Chunk", "Scheduler"]
 
@@ -61,10 +61,11 @@ class Scheduler:
         self.max_seqs = max_seqs
         self.max_step_tokens = max_step_tokens
         self.age_cap_s = age_cap_s
-        self.waiting: dict[str, Sequence] = {}
+        self.waiting: dict[str, Sequence] = {}  # by key
         self.running: dict[str, Sequence] = {}  # in order of admission
         self.refused: list[tuple[Sequence, Exception]] = []
-        """Out of both: their adapter could not be put into a slot, even alone if memory lacked."""
+        """Out of both, one of each job: their adapter could not be put into a slot, even alone if
+        memory lacked."""
         self.on_suspect: Callable[[Sequence], None] = lambda _: None
         """Told before anything of a suspect, its adapter too, is put on the device."""
         self.preemptions = 0
@@ -84,17 +85,30 @@ class Scheduler:
         }
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting[sequence.job_id] = sequence
+        self.waiting[sequence.key] = sequence
         self.fair_share.waits(sequence)
 
-    def remove(self, job_id: str, keep: bool = False) -> Sequence | None:
+    def end(self, family: Family) -> bool:
+        """Take out all of a job that are left, and trust nothing of them: whether the job had not
+        ended before."""
+        for sequence in family.members:
+            self.remove(sequence.key)
+        open_until_now, family.closed = not family.closed, True
+        return open_until_now
+
+    def end_jobs(self, job_ids: Collection[str]) -> list[Sequence]:
+        """Take out all sequences of these jobs: one of each job."""
+        here = (*self.running.values(), *self.waiting.values()) if job_ids else ()
+        return [s for s in here if s.job_id in job_ids and self.end(s.family)]
+
+    def remove(self, key: str, keep: bool = False) -> Sequence | None:
         """Take a sequence out, wherever it is, and free what it holds; `keep` what it computed
         for others that begin alike."""
-        sequence = self.waiting.pop(job_id, None)
+        sequence = self.waiting.pop(key, None)
         if sequence is not None:
             self.fair_share.leaves(sequence)
             return sequence
-        sequence = self.running.pop(job_id, None)
+        sequence = self.running.pop(key, None)
         if sequence is not None:
             self._no_memory = False
             self.fair_share.leaves(sequence)
@@ -104,7 +118,8 @@ class Scheduler:
         return sequence
 
     def plan(self, admit: bool = True) -> tuple[list[Chunk], list[Sequence]]:
-        """The next step's chunks, decode first, and the sequences that begin to run with it."""
+        """The next step's chunks, decode first, and of each job that begins with it the first
+        sequence."""
         self._make_room()
         self.fair_share.lift()
         decode = [Chunk(s, s.computed, s.length) for s in self.running.values() if s.pending == 1]
@@ -118,11 +133,11 @@ class Scheduler:
     def _make_room(self) -> None:
         """A block for every running sequence's last token, whoever has to give it up."""
         for sequence in list(self.running.values()):
-            while sequence.job_id in self.running and not self.blocks.grow(sequence):
+            while sequence.key in self.running and not self.blocks.grow(sequence):
                 self._preempt(next(reversed(self.running)))
 
-    def _preempt(self, job_id: str) -> None:
-        sequence = self.remove(job_id)
+    def _preempt(self, key: str) -> None:
+        sequence = self.remove(key)
         assert sequence is not None
         sequence.computed = 0
         sequence.preempted = True
@@ -153,7 +168,7 @@ class Scheduler:
                     break
                 continue
             if not self._acquire(sequence):
-                if aged and sequence.job_id in self.waiting:
+                if aged and sequence.key in self.waiting:
                     if self._no_memory:
                         break
                     if sequence.adapter_version not in had_a_turn:
@@ -161,31 +176,37 @@ class Scheduler:
                         loads = False
                 continue
             self._begin(sequence)
-            if not sequence.preempted:
+            if sequence.family.begins():
                 admitted.append(sequence)
             budget -= _take(sequence, budget, prefill)
         return admitted
 
     def _candidates(self, old: float) -> Iterator[Sequence]:
-        """Whose turn it is, one after another as they begin. Suspects are alone."""
-        if any(s.claim.suspect for s in self.running.values()):
-            return
+        """Whose turn it is, one after another as they begin. A suspect is alone, as a job."""
+        alone = self._alone()
         ordered = sorted(self.waiting.values(), key=lambda s: self._order(s, old))
         for sequence in self.fair_share.in_turn(ordered):
+            if alone is not None and sequence.family is not alone:
+                continue
             suspect = sequence.claim.suspect
-            if suspect and self.running:
+            if suspect and self.running and alone is None:
                 if sequence.waiting_since_s < old:
                     return  # until those that run have ended
                 continue
-            if sequence.job_id in self.waiting:
+            if sequence.key in self.waiting:
                 yield sequence
             if suspect and self.running:
-                return
+                alone = sequence.family
+
+    def _alone(self) -> Family | None:
+        """The suspect job that has begun, until its last sequence has ended."""
+        here = (*self.running.values(), *self.waiting.values())
+        return next((s.family for s in here if s.claim.suspect and s.family.begun), None)
 
     def _begin(self, sequence: Sequence) -> None:
         self.blocks.allocate(sequence)
-        del self.waiting[sequence.job_id]
-        self.running[sequence.job_id] = sequence
+        del self.waiting[sequence.key]
+        self.running[sequence.key] = sequence
         if not sequence.preempted:
             sequence.cached_tokens = sequence.computed
         self.fair_share.begins(sequence)
@@ -203,7 +224,7 @@ class Scheduler:
         """Put its adapter into a slot. False: there is no room now, or it is refused."""
         if self._no_memory and not self.slots.is_resident(sequence.adapter):
             return False
-        if sequence.claim.suspect and not sequence.preempted:
+        if sequence.claim.suspect and not sequence.family.begun:
             self.on_suspect(sequence)
         try:
             return self.slots.acquire(sequence)
@@ -218,8 +239,8 @@ class Scheduler:
         """All of the same adapter: none of them is running."""
         version = sequence.adapter_version
         for other in [s for s in self.waiting.values() if s.adapter_version == version]:
-            self.remove(other.job_id)
-            self.refused.append((other, error))
+            if self.end(other.family):
+                self.refused.append((other, error))
 
     def _order(self, sequence: Sequence, old: float) -> tuple[int, bool, bool, float]:
         aged = sequence.waiting_since_s < old

@@ -1,27 +1,64 @@
-"""One job inside the engine: its tokens, how far they are computed, and where its KV lies.
+"""One text of a job inside the engine: its tokens, how far they are computed, where its KV lies.
 
 Token ids are the base model's, and those that the adapter adds. `computed` counts tokens whose keys
 and values are in the cache; a sequence is in prefill while more than its last token is missing
-there.
+there. The sequences of a job are a family: it begins with the first of them and is over with the
+last, or as soon as one fails.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
+from typing import NamedTuple
 
+from lorabatch.candidates import seed_of
 from lorabatch.job import SamplingParams
 from lorabatch.ledger import Claim
 from lorabatch.result import FinishReason
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.stop import StopWatch
 
-__all__ = ["Sequence"]
+__all__ = ["Family", "Scored", "Sequence"]
+
+
+class Scored(NamedTuple):
+    """A token's log probability, and the most likely tokens in its place with theirs."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False)
+class Family:
+    """All sequences of one job, by their numbers. `closed`: the job's end was reported, or will be
+    from what they are now."""
+
+    members: list[Sequence]
+    begun: bool = False
+    closed: bool = False
+
+    @classmethod
+    def of(cls, count: int, make: Callable[[], Sequence]) -> Family:
+        family = cls([make() for _ in range(count)])
+        for number, sequence in enumerate(family.members):
+            sequence.number, sequence.family = number, family
+        return family
+
+    def begins(self) -> bool:
+        """One of them begins to run: whether it is the first one."""
+        first, self.begun = not self.begun, True
+        return first
+
+    @property
+    def is_over(self) -> bool:
+        return all(s.finish_reason is not None for s in self.members)
 
 
 @dataclass(eq=False)
 class Sequence:
-    """State of one running or waiting job. `slot` -1 is the base model alone. `params` are the
+    """State of one running or waiting text. `slot` -1 is the base model alone. `params` are the
     job's own unless others are given, with what its adapter wants where the job says nothing."""
 
     claim: Claim
@@ -44,14 +81,28 @@ class Sequence:
     effective: InitVar[SamplingParams | None] = None
     end_ids: frozenset[int] = frozenset()
     """The adapter's own end tokens, beside the base model's."""
+    number: int = 0
+    scores: list[Scored] = field(default_factory=list)
+    """Of the output's tokens, where `params.scored`."""
     params: SamplingParams = field(init=False)
+    family: Family = field(init=False)
 
     def __post_init__(self, effective: SamplingParams | None) -> None:
+        self.family = Family([self])
         self.params = self.claim.job.sampling_params if effective is None else effective
 
     @property
     def job_id(self) -> str:
         return self.claim.job.job_id
+
+    @property
+    def key(self) -> str:
+        """Among all sequences. The first one's is the job's id."""
+        return f"{self.job_id}#{self.number}" if self.number else self.job_id
+
+    @property
+    def seed(self) -> int:
+        return seed_of(self.claim.job.seed, self.number)
 
     @property
     def length(self) -> int:

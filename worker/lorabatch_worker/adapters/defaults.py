@@ -24,7 +24,7 @@ __all__ = ["GENERATION", "GenerationDefaults", "read_defaults"]
 
 GENERATION = "generation_config.json"
 OURS = {  # the file's name of a field: ours
-    **{name: name for name in ("temperature", "top_p", "top_k", "min_p")},
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "typical_p")},
     **{name: name for name in ("repetition_penalty", "max_new_tokens")},
     "stop_strings": "stop",
 }
