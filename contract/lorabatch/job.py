@@ -36,6 +36,7 @@ from lorabatch.fields import (
     is_identifier,
     storable,
 )
+from lorabatch.structured import StructuredOutputs
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -43,6 +44,7 @@ __all__ = [
     "Job",
     "MergedAdapters",
     "SamplingParams",
+    "StructuredOutputs",
     "is_identifier",
 ]
 
@@ -72,7 +74,8 @@ class SamplingParams(Candidates):
     `repetition_penalty` divides (multiplies if negative) the logits of tokens already seen in
     prompt or output; `frequency_penalty` and `presence_penalty` subtract for those in the output.
     A `stop` string ends the text just before it. Without `seed` one is derived from the job id,
-    so that a retried job repeats itself; the result says which seed ran.
+    so that a retried job repeats itself; the result says which seed ran. `structured_outputs`: what
+    the text must be like.
     """
 
     max_new_tokens: int = Field(default=256, strict=True, ge=1, le=131_072)
@@ -88,6 +91,13 @@ class SamplingParams(Candidates):
     stop: Annotated[tuple[Stop, ...], BeforeValidator(_as_list)] = Field(default=(), max_length=16)
     seed: int | None = Field(default=None, strict=True, ge=0, le=MAX_SEED)
     ignore_eos: bool = Field(default=False, strict=True)
+    structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def _structure_ends(self) -> Self:
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError("ignore_eos: not with structured_outputs, which end; leave out one")
+        return self
 
     @field_validator("temperature")
     @classmethod

@@ -58,6 +58,7 @@ class Arrivals:
         self._report = report
         self._room = room
         self._rendering = ThreadPoolExecutor(1, "render")
+        self._compiling = ThreadPoolExecutor(1, "grammar")
         self._changed = threading.Condition()
         self._woken = False
 
@@ -73,7 +74,7 @@ class Arrivals:
                 by_adapter[wanted_by(claim)].append(claim)
         for wanted, group in by_adapter.items():
             if wanted is None:
-                self._prepare(group, None)
+                self._prepare_all(group, None)
             else:
                 self._wait_for(self._store.request(wanted), group)
         self._keep_room()
@@ -131,7 +132,8 @@ class Arrivals:
 
     def close(self) -> dict[str, Claim]:
         """What is left, by job. An adapter that comes after this reports nothing."""
-        self._rendering.shutdown(wait=False, cancel_futures=True)
+        for aside in (self._rendering, self._compiling):
+            aside.shutdown(wait=False, cancel_futures=True)
         with self._changed:
             left = {s.job_id: s.claim for s in self.ready}
             left |= {job_id: one.claim for job_id, one in self.preparing.items()}
@@ -159,18 +161,27 @@ class Arrivals:
             return
         error = adapter.exception()
         if error is None:
-            self._adapter_is_here(claims, adapter.result())
+            self._prepare_all(claims, adapter.result())
         elif not isinstance(error, Stopped):  # else the jobs are handed back
             what = f"adapter {claims[0].job.adapter_name!r}: could not be loaded"
             self._fail(claims, explained(error, what))
 
-    def _adapter_is_here(self, claims: list[Claim], adapter: Adapter) -> None:
-        """What an adapter's own template takes must hold up neither this thread nor other jobs."""
-        chats = [c for c in claims if adapter.chat_template and c.job.messages is not None]
-        self._prepare([c for c in claims if c not in chats] if chats else claims, adapter)
-        if chats:
+    def _prepare_all(self, claims: list[Claim], adapter: Adapter | None) -> None:
+        """What an adapter's own template or a job's grammar takes must hold up neither this thread
+        nor other jobs."""
+        groups: dict[ThreadPoolExecutor | None, list[Claim]] = defaultdict(list)
+        for claim in claims:
+            groups[self._aside(claim, adapter)].append(claim)
+        self._prepare(groups.pop(None, []), adapter)
+        for aside, group in groups.items():
+            assert aside is not None
             with contextlib.suppress(RuntimeError):  # the engine stops: the jobs are handed back
-                self._rendering.submit(self._prepare, chats, adapter)
+                aside.submit(self._prepare, group, adapter)
+
+    def _aside(self, claim: Claim, adapter: Adapter | None) -> ThreadPoolExecutor | None:
+        if adapter is not None and adapter.chat_template and claim.job.messages is not None:
+            return self._rendering
+        return self._compiling if claim.job.sampling_params.structured_outputs else None
 
     def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
         for claim in claims:

@@ -33,7 +33,7 @@ from lorabatch_worker.counters import Counters
 from lorabatch_worker.growing_text import GrowingTexts
 from lorabatch_worker.memory import out_of_memory
 from lorabatch_worker.model_runner import ModelRunner
-from lorabatch_worker.outcome import explained, failed, finished
+from lorabatch_worker.outcome import GRAMMAR, explained, failed, finished
 from lorabatch_worker.portions import Portions, no_memory_for
 from lorabatch_worker.prompt import Preparer
 from lorabatch_worker.runner import Broken, OnText, Postpone
@@ -253,6 +253,9 @@ class Engine:
         for row, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
             if sequence.family.closed:
                 continue  # with another of the same job
+            if sequence.grammar is not None and sequence.grammar.failed:
+                self._end(sequence, GRAMMAR)
+                continue
             if token == UNSOUND:
                 self._end(sequence, "nonfinite_logits")
                 if sequence.adapter is not None:

@@ -7,18 +7,19 @@ from typing import Literal
 
 import structlog
 
-from lorabatch.errors import EngineFault, JobCancelled, LoraBatchError
+from lorabatch.errors import EngineFault, InvalidJob, JobCancelled, LoraBatchError
 from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import Choice, ErrorInfo, Result, Usage
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.choices import choice_of, ranked
 from lorabatch_worker.sequence import Sequence
 
-__all__ = ["CANCELLED", "aborted", "explained", "failed", "finished"]
+__all__ = ["CANCELLED", "GRAMMAR", "aborted", "explained", "failed", "finished"]
 
 log = structlog.get_logger(__name__)
 
 CANCELLED = "cancelled"
+GRAMMAR = "grammar"
 
 
 def finished(sequence: Sequence, base: BaseModel, reason: str | None = None) -> Outcome:
@@ -106,6 +107,12 @@ def explained(error: BaseException, what: str) -> ErrorInfo:
 def _ended(reason: str) -> ErrorInfo:
     if reason == CANCELLED:
         return ErrorInfo(code=JobCancelled.code, message="cancelled")
+    if reason == GRAMMAR:
+        message = (
+            "structured_outputs: what may come next got too complex to compute, or no token could "
+            "go on; make the schema or regex simpler"
+        )
+        return ErrorInfo(code=InvalidJob.code, message=message)
     return ErrorInfo(code=reason, message=f"ended by the worker: {reason}")
 
 

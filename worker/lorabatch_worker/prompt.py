@@ -4,7 +4,8 @@ Messages are rendered by the adapter's own chat template, in a process of its ow
 (adapters/render.py), else by the base model's. A plain prompt is tokenized as it is, with the
 tokenizer's own special tokens. The tokenizer is the base model's, or that of an adapter that adds
 tokens. Sampling parameters that the job leaves out are the adapter's, if it ships some; its end
-tokens come beside the base model's. Raises InvalidJob, InvalidAdapter, PromptTooLong. Thread-safe.
+tokens come beside the base model's. What the text must be like becomes a grammar (grammars.py).
+Raises InvalidJob, InvalidAdapter, PromptTooLong. Thread-safe.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lorabatch_worker.adapters.defaults import GenerationDefaults
 from lorabatch_worker.adapters.render import TemplateRenderer
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.base_model import BaseModel
+from lorabatch_worker.grammars import Grammars
 from lorabatch_worker.sequence import Family, Sequence
 from lorabatch_worker.stop import StopWatch
 
@@ -33,11 +35,13 @@ class Preparer:
     def __init__(self, base: BaseModel, renderer: TemplateRenderer | None = None) -> None:
         self._base = base
         self._renderer = TemplateRenderer() if renderer is None else renderer
+        self._grammars = Grammars()
         self._lock = threading.Lock()  # fast tokenizers refuse to be used while being changed
 
     def close(self) -> None:
-        """End the process that renders adapters' templates."""
+        """End the processes that render adapters' templates and try grammars."""
         self._renderer.close()
+        self._grammars.close()
 
     def prepare(self, claim: Claim, adapter: Adapter | None) -> Sequence:
         """The first of the job's sequences."""
@@ -70,7 +74,15 @@ class Preparer:
 
         def one() -> Sequence:
             watch = StopWatch(tokenizer, params.stop) if params.stop else None
-            return Sequence(claim, ids, adapter, watch, effective=params, end_ids=end_ids)
+            grammar = None
+            if params.structured_outputs is not None:
+                ends = self._base.eos_ids | end_ids
+                grammar = self._grammars.grammar_of(
+                    job.job_id, params.structured_outputs, tokenizer, ends
+                )
+            return Sequence(
+                *(claim, ids, adapter, watch), effective=params, end_ids=end_ids, grammar=grammar
+            )
 
         return Family.of(params.candidates, one).members[0]
 

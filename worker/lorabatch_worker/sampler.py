@@ -2,8 +2,8 @@
 
 The random number of a row is a hash of (seed, position), and the token is found by inverting
 the distribution at it, so a job's tokens do not depend on its row, its batch or the device's
-random state. Logits are taken in float32. Order: logit_bias, penalties, temperature, top_k, top_p,
-min_p, typical_p.
+random state. Logits are taken in float32. Order: grammar, logit_bias, penalties, temperature,
+top_k, top_p, min_p, typical_p.
 Rows whose adapters add tokens are drawn apart from the others, so that nobody's tokens depend on
 how wide the others' logits are.
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lorabatch_kernels import argmax, can_argmax
+from lorabatch_worker.grammar import constrain
 from lorabatch_worker.packing import Packed
 from lorabatch_worker.scores import Scores
 from lorabatch_worker.sequence import Scored, Sequence
@@ -38,11 +39,12 @@ class Draw:
     def __init__(
         self, logits: Tensor, sequences: List[Sequence], vocabulary: int | None = None
     ) -> None:
-        """Changes `logits`, where they are float32. `vocabulary`: of the base model, if they may be
-        wider."""
+        """Changes `logits`, where they are float32 or constrained. `vocabulary`: of the base model,
+        if they may be wider."""
         widths = [s.vocabulary or vocabulary or logits.shape[1] for s in sequences]
         scored = any(s.params.scored for s in sequences)
         self._scores = Scores(logits, sequences, widths) if scored else None
+        constrain(logits, sequences)
         tokens = _drawn(logits, sequences, widths)
         self._found = [tokens] if self._scores is None else [tokens, self._scores.of(tokens)]
         self._came: torch.cuda.Event | None = None

@@ -18,6 +18,7 @@ from lorabatch.job import SamplingParams
 from lorabatch.ledger import Claim
 from lorabatch.result import FinishReason
 from lorabatch_worker.adapters.weights import Adapter
+from lorabatch_worker.grammar import Grammar
 from lorabatch_worker.stop import StopWatch
 
 __all__ = ["Family", "Scored", "Sequence"]
@@ -84,6 +85,8 @@ class Sequence:
     number: int = 0
     scores: list[Scored] = field(default_factory=list)
     """Of the output's tokens, where `params.scored`."""
+    grammar: Grammar | None = None
+    """What the text must be like, as far as it has come."""
     params: SamplingParams = field(init=False)
     family: Family = field(init=False)
 
@@ -141,7 +144,10 @@ class Sequence:
         ends = token in eos_ids or token in self.end_ids
         if ends and not self.params.ignore_eos:
             self.finish_reason = "eos_token"
-        elif self.stop_watch is not None and self.stop_watch.saw(token):
+            return
+        if self.grammar is not None:
+            self.grammar.take(token)
+        if self.stop_watch is not None and self.stop_watch.saw(token):
             self.finish_reason = "stop_sequence"
         elif len(self.output) >= self.params.max_new_tokens:
             self.finish_reason = "length"

@@ -12,10 +12,6 @@ Thread-safe. Not covered: the base model's template, which is the operator's (pr
 from __future__ import annotations
 
 import json
-import os
-import selectors
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -25,6 +21,7 @@ from typing import Any
 
 from lorabatch.errors import EngineFault, InvalidAdapter, InvalidJob, JobError
 from lorabatch.fields import MAX_PROMPT_CHARS
+from lorabatch_worker.child import Child
 
 __all__ = ["TemplateRenderer"]
 
@@ -35,11 +32,6 @@ RETRY_S = 60.0
 SLOW_PART = 5  # of the bound: over which a template counts as slow
 REMEMBERED = 256  # templates that ran over
 CHILD = Path(__file__).with_name("render_child.py")
-# No secret of the worker's lies where a template that got out of the sandbox could read it.
-ENVIRONMENT = {
-    *("PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "HOME", "TMPDIR"),
-    *("LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "TZ"),
-}
 
 
 class TemplateRenderer:
@@ -57,7 +49,7 @@ class TemplateRenderer:
         self.memory_bytes = memory_bytes
         self.retry_s = retry_s
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._end_child: weakref.finalize[..., Any] | None = None
         self._overrun: dict[str, tuple[int, float, str]] = {}  # template: times, when, what
         self._closed = False
@@ -120,9 +112,9 @@ class TemplateRenderer:
             return {**answer, "took_s": time.monotonic() - started_s}
         return {"kind": "died"}
 
-    def _started(self, job_id: str) -> _Child:
+    def _started(self, job_id: str) -> Child:
         if not self._closed and self._child is None:
-            child = self._child = _Child(self.memory_bytes)
+            child = self._child = Child(CHILD, self.memory_bytes)
             self._end_child = weakref.finalize(self, child.end)
             try:
                 child.ask(b"", START_S)
@@ -180,68 +172,3 @@ class TemplateRenderer:
             f"(bounds: {self.bound_s:g} s, {self.memory_bytes >> 20} MiB)",
             "long": f"made {answer.get('chars')} characters, allowed {self.max_chars}",
         }[answer["kind"]]
-
-
-class _Child:
-    """The process, which answers one line to one line."""
-
-    def __init__(self, memory_bytes: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(CHILD), str(memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={
-                **{name: value for name, value in os.environ.items() if name in ENVIRONMENT},
-                "OMP_NUM_THREADS": "1",  # numpy comes with transformers and starts as many
-            },
-            start_new_session=True,  # a terminal's signals are for the worker
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
-        for fd in (self._in, self._out):
-            os.set_blocking(fd, False)
-
-    def ask(self, line: bytes, bound_s: float) -> bytes:
-        """The next line it says. Raises TimeoutError, and EOFError if it died."""
-        end_s = time.monotonic() + bound_s
-        left, said = memoryview(line), bytearray()
-        with selectors.DefaultSelector() as ready:
-            ready.register(self._out, selectors.EVENT_READ)
-            if left:
-                ready.register(self._in, selectors.EVENT_WRITE)
-            while not said.endswith(b"\n"):
-                events = ready.select(max(0.0, end_s - time.monotonic()))
-                if not events and time.monotonic() >= end_s:
-                    raise TimeoutError
-                for key, _ in events:
-                    if key.fd == self._out:
-                        said += self._read()
-                        continue
-                    left = left[self._write(left) :]
-                    if not left:
-                        ready.unregister(self._in)
-        return bytes(said)
-
-    def _read(self) -> bytes:
-        piece = os.read(self._out, 1 << 20)
-        if not piece:
-            raise EOFError
-        return piece
-
-    def _write(self, line: memoryview) -> int:
-        try:
-            return os.write(self._in, line)
-        except BrokenPipeError:
-            raise EOFError from None
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()

@@ -1,0 +1,182 @@
+"""From a job's `structured_outputs` to the grammar of its sequence, by llguidance.
+
+A grammar is tried in a process of its own first (grammar_child.py), under bounds of seconds and
+bytes, because it comes from a tenant and its compiler can be brought down by it; then it is
+compiled here, once for each tokenizer. JSON is written as Python's json.dumps writes it: no spaces
+but one after a comma and a colon. Kept are the last KEPT grammars of each tokenizer, and for
+RETRY_S what was refused. Raises InvalidJob, EngineFault. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorabatch.errors import EngineFault, InvalidJob
+from lorabatch.structured import StructuredOutputs
+from lorabatch_worker.child import Child
+from lorabatch_worker.grammar import WORD, Grammar
+
+__all__ = ["Grammars"]
+
+BOUND_S = 5.0
+START_S = 120.0
+MEMORY_BYTES = 256 << 20
+KEPT = 128
+RETRY_S = 60.0
+SHOWN_CHARS = 300
+CHILD = Path(__file__).with_name("grammar_child.py")
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 200_000,  # an enum of 10,000 texts takes over half of it
+    "max_lexer_states": 50_000,  # of one sequence; 1 to 2 KB each
+    "precompute_large_lexemes": False,  # it would take the time of all tokens, not just of bytes
+    "verbose_errors": False,
+}
+JSON_STYLE = {
+    "whitespace_flexible": False,  # or a small model writes spaces until it runs out of tokens
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
+
+
+class _Refused(NamedTuple):
+    why: str
+    at_s: float
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance has it, and the grammars that were compiled for it."""
+
+    def __init__(self, tokenizer: Any, end_id: int) -> None:
+        from llguidance.hf import from_tokenizer
+
+        self.tokenizer = from_tokenizer(tokenizer, eos_token=end_id)
+        self.words = -(-self.tokenizer.vocab_size // WORD)
+        self.end_id = end_id
+        self.known: OrderedDict[str, Any] = OrderedDict()
+
+
+class Grammars:
+    """Of one base model."""
+
+    def __init__(self, bound_s: float = BOUND_S, memory_bytes: int = MEMORY_BYTES) -> None:
+        self.bound_s = bound_s
+        self.memory_bytes = memory_bytes
+        self._lock = threading.Lock()
+        self._child: Child | None = None
+        self._end_child: weakref.finalize[..., Any] | None = None
+        self._closed = False
+        self._vocabularies: weakref.WeakKeyDictionary[Any, _Vocabulary] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def grammar_of(
+        self, job_id: str, wanted: StructuredOutputs, tokenizer: Any, end_ids: frozenset[int]
+    ) -> Grammar:
+        """A new one, at its beginning. `end_ids`: the tokens that end the job's sequence."""
+        if not end_ids:
+            raise InvalidJob(
+                f"job {job_id!r}: structured_outputs: the base model has no end token, so that no "
+                "text could end; wanted a model with eos_token_id"
+            )
+        text = _text_of(wanted)
+        with self._lock:
+            vocabulary = self._vocabularies.get(tokenizer)
+            if vocabulary is None:
+                vocabulary = self._vocabularies[tokenizer] = _Vocabulary(tokenizer, min(end_ids))
+            found = vocabulary.known.get(text)
+            if found is None or (isinstance(found, _Refused) and _is_old(found)):
+                found = vocabulary.known[text] = self._compiled(job_id, text, vocabulary)
+                if len(vocabulary.known) > KEPT:
+                    vocabulary.known.popitem(last=False)
+            vocabulary.known.move_to_end(text)
+            if isinstance(found, _Refused):
+                raise InvalidJob(f"job {job_id!r}: structured_outputs: {found.why}")
+            return Grammar(found.deep_copy(), vocabulary.words, vocabulary.end_id, end_ids)
+
+    def close(self) -> None:
+        """End the child; a grammar that is being tried ends as EngineFault."""
+        self._closed = True
+        child = self._child
+        if child is not None:
+            child.kill()
+        with self._lock:
+            self._end()
+
+    # -- under the lock ------------------------------------------------------
+
+    def _compiled(self, job_id: str, text: str, vocabulary: _Vocabulary) -> Any:
+        """llguidance's matcher, or why there is none."""
+        import llguidance
+
+        why = self._tried(job_id, text)
+        if why is None:
+            limits = llguidance.LLParserLimits(**LIMITS)
+            matcher = llguidance.LLMatcher(vocabulary.tokenizer, text, limits=limits, log_level=0)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # or the engine's thread would be the first to
+            why = matcher.get_error()
+            if not why:
+                return matcher
+        return _Refused(" ".join(why.split())[:SHOWN_CHARS], time.monotonic())
+
+    def _tried(self, job_id: str, text: str) -> str | None:
+        """What is wrong with it, according to the child."""
+        request = {"grammar": text, "limits": LIMITS, "end_s": 2 * self.bound_s + 1}
+        line = json.dumps(request).encode() + b"\n"
+        for _ in range(2):  # it may have died for a reason of its own, while it was idle
+            child = self._started(job_id)
+            try:
+                answer: dict[str, str | None] = json.loads(child.ask(line, self.bound_s))
+            except TimeoutError:
+                self._end()
+                return f"not compiled after {self.bound_s:g} s, which is the bound; make it simpler"
+            except EOFError:
+                self._end()
+                continue
+            return answer["why"]
+        return (
+            "it brought down the process that compiles it, twice (bounds: "
+            f"{self.memory_bytes >> 20} MiB, references a few hundred deep); make it simpler"
+        )
+
+    def _started(self, job_id: str) -> Child:
+        if not self._closed and self._child is None:
+            child = self._child = Child(CHILD, self.memory_bytes)
+            self._end_child = weakref.finalize(self, child.end)
+            try:
+                child.ask(b"{}\n", START_S)
+            except (TimeoutError, EOFError):
+                self._end()
+        if self._closed or self._child is None:
+            why = "is closed" if self._closed else "did not start; see the worker's error output"
+            raise EngineFault(f"job {job_id!r}: the process that tries grammars {why}")
+        return self._child
+
+    def _end(self) -> None:
+        if self._end_child is not None:
+            self._end_child()
+        self._child = self._end_child = None
+
+
+def _is_old(refused: _Refused) -> bool:
+    return time.monotonic() - refused.at_s > RETRY_S
+
+
+def _text_of(wanted: StructuredOutputs) -> str:
+    """The grammar as llguidance reads it."""
+    from llguidance import LLMatcher
+
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice is not None:
+        texts = (json.dumps(text, ensure_ascii=False) for text in wanted.choice)
+        return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
+    schema = wanted.json_schema or '{"type": "object"}'
+    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)  # type: ignore[arg-type]
