@@ -18,9 +18,10 @@ from lorabatch.bindings import bound
 from lorabatch.database import now_us
 from lorabatch.errors import JobNotFound, QueueFull
 from lorabatch.job import Job
+from lorabatch.outbox import delivery_row
 from lorabatch.rows import job_row, names_of, stored_job
 from lorabatch.statements import chunks, insert, locked
-from lorabatch.tables import batches, jobs, results, usage_events
+from lorabatch.tables import batches, jobs, results, usage_events, webhook_deliveries
 from lorabatch.tenants import Room
 
 __all__ = ["Again", "Batches"]
@@ -176,7 +177,13 @@ def _renewed(row: Any) -> Job:
 
 
 def _record_cancelled(connection: sa.Connection, which: sa.ColumnElement[bool], now: int) -> None:
-    """Results and usage of jobs that never ran, as `statements.write_results` has them."""
+    """Results, usage and webhooks of jobs that never ran, as `statements.write_results` has
+    them."""
+    columns = (jobs.c.job_id, jobs.c.tenant, jobs.c.webhook)
+    query = sa.select(*columns).where(which, jobs.c.webhook.is_not(None))
+    told = [delivery_row(("job", CANCELLED), *row, now, now) for row in connection.execute(query)]
+    if told:
+        connection.execute(webhook_deliveries.insert(), told)
     zero, at = sa.literal(0), sa.literal(now)
     none = sa.null()
     usage = {

@@ -22,6 +22,7 @@
     ├── RateLimited              a tenant asked for more in this minute than it may: come again
     ├── KeyRefused               the HTTP API wants a key, and this is none, or holds no longer
     ├── NotAllowed               the key is not for this, or not for that tenant
+    ├── NotVerified              raised to who receives: this webhook is not ours, or not of now
     ├── JobNotFound              no job of that id
     ├── JobFailed                raised to who waits: the job ended as failed
     ├── JobCancelled             raised to who waits: the job was cancelled
@@ -55,6 +56,7 @@ __all__ = [
     "KeyRefused",
     "LoraBatchError",
     "NotAllowed",
+    "NotVerified",
     "OutOfMemory",
     "PromptTooLong",
     "QueueFull",
@@ -160,6 +162,10 @@ class KeyRefused(LoraBatchError):
 
 class NotAllowed(LoraBatchError):
     code = "not_allowed"
+
+
+class NotVerified(LoraBatchError):
+    code = "not_verified"
 
 
 class JobNotFound(LoraBatchError):

@@ -42,6 +42,7 @@ openai_batches = sa.Table(
     sa.Column("output_file_id", sa.String(64)),
     sa.Column("error_file_id", sa.String(64)),
     sa.Column("output_expires_after_s", sa.Integer),
+    sa.Column("webhook", sa.Text, comment="URL that hears of its end"),
     sa.Column("status", sa.String(16), nullable=False),
     sa.Column("errors", Json),
     sa.Column("total", sa.Integer, nullable=False, server_default="0"),

@@ -36,6 +36,7 @@ from lorabatch.fields import (
     is_identifier,
     storable,
 )
+from lorabatch.outgoing import OutgoingUrl
 from lorabatch.structured import StructuredOutputs
 
 __all__ = [
@@ -209,6 +210,7 @@ class Job(Model):
     batch_id: Identifier | None = None
     custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
     stream: bool = Field(default=False, strict=True, description="send the text as it grows")
+    webhook: OutgoingUrl | None = Field(default=None, description="URL that is told of its end")
 
     @field_validator("prompt", "idempotency_key", "custom_id")
     @classmethod

@@ -18,8 +18,9 @@ from lorabatch.database import now_us
 from lorabatch.fields import is_identifier
 from lorabatch.file_tables import OPEN
 from lorabatch.files import live, page
+from lorabatch.outbox import delivery_row
 from lorabatch.statements import insert
-from lorabatch.tables import files, jobs, openai_batches
+from lorabatch.tables import files, jobs, openai_batches, webhook_deliveries
 
 __all__ = ["OpenAIBatches"]
 
@@ -159,7 +160,8 @@ class OpenAIBatches:
         any_status: bool = False,
     ) -> Any | None:
         """Write what has become of it, if it is still held and its status is what it was: its new
-        row. A new status is dated. `written`: files that are there from then on."""
+        row. A new status is dated, and its webhook hears of the last. `written`: files that are
+        there from then on."""
         mine = [openai_batches.c.batch_id == held.batch_id, openai_batches.c.holder == held.holder]
         if not any_status:
             mine.append(openai_batches.c.status == held.status)
@@ -171,7 +173,16 @@ class OpenAIBatches:
                 return None
             for file in written:
                 connection.execute(files.insert().values({**file, "created_us": now}))
+            if "status" in values:
+                _tell(connection, held, values["status"], now)
             return _row(connection, held.batch_id)
+
+
+def _tell(connection: sa.Connection, held: Any, status: str, now: int) -> None:
+    """Its webhook hears of its end."""
+    if held.webhook is not None and status not in OPEN:
+        told = delivery_row(("batch", status), held.batch_id, held.tenant, held.webhook, now, now)
+        connection.execute(webhook_deliveries.insert(), [told])
 
 
 def _row(connection: sa.Connection, batch_id: str) -> Any | None:

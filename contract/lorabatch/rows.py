@@ -68,6 +68,7 @@ def job_row(job: Job, now: int, versions: Versions) -> dict[str, Any]:
         "priority": job.priority,
         "done_by_us": NEVER_US if job.done_by is None else micros(job.done_by),
         "adapter_versions": bound or sa.null(),
+        "webhook": job.webhook,
         "submitted_us": now,
     }
 
@@ -84,6 +85,7 @@ def stored_job(row: Any) -> Job:
             "idempotency_key": row.idempotency_key,
             "priority": row.priority,
             "done_by": None if row.done_by_us == NEVER_US else moment(row.done_by_us),
+            "webhook": row.webhook,
         }
     )
 

@@ -15,9 +15,17 @@ from sqlalchemy.dialects import postgresql, sqlite
 from lorabatch.claim import Claim, Start, suspected
 from lorabatch.errors import AttemptsExhausted, IdempotencyConflict
 from lorabatch.job import Job
+from lorabatch.outbox import delivery_row
 from lorabatch.result import Result
 from lorabatch.rows import result_row, stored_job, usage_row
-from lorabatch.tables import dead_letters, job_attempts, jobs, results, usage_events
+from lorabatch.tables import (
+    dead_letters,
+    job_attempts,
+    jobs,
+    results,
+    usage_events,
+    webhook_deliveries,
+)
 
 __all__ = [
     "BODILESS",
@@ -51,6 +59,7 @@ ACCOUNT = [
     jobs.c.done_by_us,
     jobs.c.submitted_us,
     jobs.c.started_us,
+    jobs.c.webhook,
 ]
 EARLIER_FIELDS = (  # of SamplingParams, when all of them were in a row
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
@@ -215,6 +224,13 @@ def write_results(connection: sa.Connection, ended: Sequence[Ended], now: int) -
         connection.execute(
             dead_letters.insert(), [{"job_id": job_id, "died_us": now} for job_id in dead]
         )
+    told = [
+        delivery_row(("job", state), row.job_id, row.tenant, row.webhook, at, now)
+        for row, state, at in ((e.row, e.result.state, e.finished_us) for e in ended)
+        if row.webhook is not None
+    ]
+    if told:
+        connection.execute(webhook_deliveries.insert(), told)
     running = [(e.row, e.result.state) for e in ended if e.row.state == "running"]
     end_attempts(connection, running, now)
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from lorabatch.columns import NEVER_US, Json, Micros, Serial, metadata, partial
 from lorabatch.file_tables import files, openai_batches
 from lorabatch.http_tables import api_keys, tenant_minutes
+from lorabatch.webhook_tables import webhook_deliveries, webhook_secrets
 
 __all__ = [
     "NEVER_US",
@@ -31,6 +32,8 @@ __all__ = [
     "tenant_minutes",
     "tenants",
     "usage_events",
+    "webhook_deliveries",
+    "webhook_secrets",
 ]
 
 batches = sa.Table(
@@ -114,6 +117,7 @@ jobs = sa.Table(
         server_default=sa.false(),
         comment="another job of its batch runs its line again",
     ),
+    sa.Column("webhook", sa.Text, comment="URL that hears of its end"),
     sa.Column("started_us", Micros),
     sa.Column("finished_us", Micros),
     sa.UniqueConstraint("tenant", "idempotency_key"),

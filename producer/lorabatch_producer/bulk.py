@@ -32,7 +32,7 @@ SKIP_BYTES = 1024 * 1024
 BOM = b"\xef\xbb\xbf"
 SHORT_FIELDS = SAMPLING_FIELDS | {
     *("adapter_id", "prompt", "messages", "custom_id", "tenant", "sampling_params", "priority"),
-    "merged_adapters",
+    *("merged_adapters", "webhook"),
 }
 
 

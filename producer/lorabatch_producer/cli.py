@@ -29,6 +29,7 @@ from lorabatch_producer.commands import (
     serve,
     server,
     tenants,
+    webhooks,
     why,
 )
 from lorabatch_producer.console import printable
@@ -77,6 +78,7 @@ app.add_typer(batch.app, name="batch")
 app.add_typer(dead.app, name="dead")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(keys.app, name="keys")
+app.add_typer(webhooks.app, name="webhooks")
 app.add_typer(queues.app, name="queues")
 app.add_typer(report.app, name="report")
 app.add_typer(db.app, name="db")

@@ -14,7 +14,15 @@ from fastapi import FastAPI
 
 import lorabatch
 from lorabatch import Settings
-from lorabatch_producer.server import health, jobs, openai, openai_batches, openai_files, tgi
+from lorabatch_producer.server import (
+    health,
+    jobs,
+    openai,
+    openai_batches,
+    openai_files,
+    tgi,
+    webhooks,
+)
 from lorabatch_producer.server.batch_work import BatchWork
 from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
@@ -23,6 +31,7 @@ from lorabatch_producer.server.openai_files import FILES_PATH
 from lorabatch_producer.server.problems import answer_errors
 from lorabatch_producer.server.rate_gate import RateHeaders
 from lorabatch_producer.server.uploads import OVERHEAD_BYTES
+from lorabatch_producer.webhook_sender import WebhookSender
 
 __all__ = ["create_app"]
 
@@ -38,7 +47,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with Desk(known) as desk, BatchWork(desk.producer) as work:
+        async with (
+            Desk(known) as desk,
+            BatchWork(desk.producer) as work,
+            WebhookSender(desk.ledger, known),
+        ):
             app.state.desk, app.state.batch_work = desk, work
             yield
 
@@ -50,6 +63,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RateHeaders)
     app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
     answer_errors(app)
-    for room in (health, jobs, openai, openai_files, openai_batches, tgi):
+    for room in (health, jobs, openai, openai_files, openai_batches, tgi, webhooks):
         app.include_router(room.router)
     return app

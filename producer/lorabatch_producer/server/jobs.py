@@ -19,6 +19,7 @@ from lorabatch.result import JobState
 from lorabatch_producer.fields import make_job
 from lorabatch_producer.server.caller import Caller, caller_of
 from lorabatch_producer.server.desk import Desk, desk_of
+from lorabatch_producer.server.webhooks import check_webhook
 
 __all__ = ["router"]
 
@@ -58,9 +59,10 @@ async def enqueue(
     """Accept a job: it is committed when this answers, and `Location` says where it is.
 
     The same `Idempotency-Key` with the same job answers with the first one's id; with another job
-    it is refused as 409.
+    it is refused as 409. `webhook`: a URL that hears of its end, signed with the tenant's secret.
     """
     job = make_job(_mine(fields, caller, idempotency_key))
+    await check_webhook(desk, caller.tenant, job.webhook)
     job_id = await desk.accept(job, queue)
     response.headers["Location"] = f"/jobs/{job_id}"
     state = await desk.state(job_id, caller.tenant) if job.idempotency_key else "queued"

@@ -16,12 +16,14 @@ from lorabatch.errors import shown
 from lorabatch.fields import storable
 from lorabatch.file_tables import OPEN, TIMED
 from lorabatch.openai_batches import OpenAIBatches
+from lorabatch.outgoing import OutgoingUrl
 from lorabatch.queues import Queues
 from lorabatch_producer.bulk import base_names
 from lorabatch_producer.server.batch_work import BatchWork
 from lorabatch_producer.server.caller import Caller, caller_of
 from lorabatch_producer.server.desk import Desk, desk_of
 from lorabatch_producer.server.paging import Page, page_of
+from lorabatch_producer.server.webhooks import check_webhook
 
 __all__ = ["router"]
 
@@ -51,7 +53,8 @@ class ExpiresAfter(BaseModel):
 
 
 class NewBatch(BaseModel):
-    """What to make. All lines of the file must be requests to `endpoint`."""
+    """What to make. All lines of the file must be requests to `endpoint`. `webhook`, which is ours:
+    a URL that hears of its end."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,6 +63,7 @@ class NewBatch(BaseModel):
     completion_window: Literal["24h"]
     metadata: dict[Key, Value] | None = Field(default=None, max_length=16)
     output_expires_after: ExpiresAfter | None = None
+    webhook: OutgoingUrl | None = None
 
 
 class BatchError(BaseModel):
@@ -115,6 +119,7 @@ async def create(
 ) -> BatchObject:
     """Make a batch of an uploaded file. Its lines are checked first: if one is bad, the batch fails
     and none is accepted. The same `Idempotency-Key` with the same batch answers with the first."""
+    await check_webhook(desk, caller.tenant, asked.webhook)
     row = await desk.call(_add, desk, caller.tenant, asked, idempotency_key)
     if row is None:
         raise HTTPException(
@@ -170,6 +175,7 @@ def _fields(asked: NewBatch) -> dict[str, Any]:
         "completion_window": asked.completion_window,
         "metadata": asked.metadata,
         "output_expires_after_s": expires.seconds if expires else None,
+        "webhook": asked.webhook,
     }
 
 
