@@ -173,7 +173,8 @@ def again_id(job_id: str) -> str:
 def _renewed(row: Any) -> Job:
     job = stored_job(row)
     new_id = again_id(job.job_id)
-    return job.model_copy(update={"job_id": new_id, "idempotency_key": new_id, "done_by": None})
+    fresh = {"job_id": new_id, "idempotency_key": new_id, "done_by": None}
+    return job.model_copy(update={**fresh, "webhook": row.webhook})
 
 
 def _record_cancelled(connection: sa.Connection, which: sa.ColumnElement[bool], now: int) -> None:

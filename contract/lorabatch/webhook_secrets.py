@@ -104,7 +104,8 @@ def _secrets(connection: sa.Connection, tenant: str | None) -> Sequence[Secret]:
     now = _now(connection)
     mine = sa.true() if tenant is None else webhook_secrets.c.tenant == tenant
     query = webhook_secrets.select().where(mine)
-    query = query.order_by(webhook_secrets.c.created_us.desc(), webhook_secrets.c.secret_id)
+    replaced = webhook_secrets.c.expires_us.is_not(None)  # SQLite's clock has milliseconds
+    query = query.order_by(replaced, webhook_secrets.c.created_us.desc())
     rows = connection.execute(query).mappings()
     return [
         Secret(**row, valid=row["expires_us"] is None or row["expires_us"] > now) for row in rows

@@ -34,7 +34,6 @@ log = structlog.get_logger(__name__)
 
 LOOK_S = 0.5
 AFTER_ERROR_S = 5.0
-LEASE_MARGIN_S = 30.0
 TIDY_S = 3600.0
 LONGEST_S = 21_600.0
 LONGEST_WISH_S = 86_400.0  # of a receiver's Retry-After
@@ -79,11 +78,6 @@ class WebhookSender:
         await asyncio.gather(*self._sending, return_exceptions=True)
         self._poster.close()
 
-    async def forever(self) -> None:
-        """Until it is cancelled."""
-        assert self._running is not None
-        await self._running
-
     async def _run(self) -> None:
         while True:
             self._ended.clear()
@@ -106,7 +100,7 @@ class WebhookSender:
         if time.monotonic() - self._tidied_s > TIDY_S:
             self._tidied_s = time.monotonic()
             await asyncio.to_thread(self._outbox.tidy)
-        lease_s = self._settings.webhook_timeout_s + LEASE_MARGIN_S
+        lease_s = self._settings.webhook_timeout_s + self._settings.lease_s
         rows = await asyncio.to_thread(self._outbox.take, free, self._room, lease_s)
         if not rows:
             return False

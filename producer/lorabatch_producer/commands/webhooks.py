@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -98,7 +99,7 @@ def retry(
 
 @app.command()
 def deliver() -> None:
-    """Deliver webhooks until it is stopped, as every `lorabatch serve` does too."""
+    """Deliver webhooks until SIGINT or SIGTERM, as every `lorabatch serve` does too."""
     settings = Settings.load()
     if not settings.webhook_senders:
         raise SettingsError("LORABATCH_WEBHOOK_SENDERS: it is 0, wanted 1 or more to deliver")
@@ -111,8 +112,11 @@ def deliver() -> None:
     configure_logging(settings)
 
     async def run(ledger: Ledger) -> None:
-        async with WebhookSender(ledger, settings) as sender:
-            await sender.forever()
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        async with WebhookSender(ledger, settings):
+            await stop.wait()
 
     with _opened(settings) as engine:
         asyncio.run(run(Ledger(engine)))
