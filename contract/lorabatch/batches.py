@@ -16,15 +16,16 @@ import sqlalchemy as sa
 
 from lorabatch.bindings import bound
 from lorabatch.database import now_us
-from lorabatch.errors import JobNotFound, QueueFull
+from lorabatch.errors import JobCancelled, JobNotFound, QueueFull
 from lorabatch.job import Job
 from lorabatch.outbox import delivery_row
+from lorabatch.result import ErrorInfo
 from lorabatch.rows import job_row, names_of, stored_job
 from lorabatch.statements import chunks, insert, locked
 from lorabatch.tables import batches, jobs, results, usage_events, webhook_deliveries
 from lorabatch.tenants import Room
 
-__all__ = ["Again", "Batches"]
+__all__ = ["Again", "Batches", "end_open"]
 
 NAMESPACE = uuid.UUID("7c0c8a1e-3f7a-5d0c-9f0e-9a6f6f1f2c11")
 CANCELLED = "cancelled"
@@ -45,8 +46,11 @@ class Batches:
     def __init__(self, engine: sa.Engine) -> None:
         self._engine = engine
 
-    def add(self, batch_id: str, tenant: str, source: str) -> None:
-        """Note a bulk file, before its first line is accepted; the same again changes nothing."""
+    def add(
+        self, batch_id: str, tenant: str, source: str, reading: dict[str, Any] | None = None
+    ) -> None:
+        """Note a bulk file, before its first line is accepted; the same again changes nothing.
+        `reading`: how its rows are jobs, unless each line says it all."""
         with self._engine.begin() as connection:
             row = {
                 "batch_id": batch_id,
@@ -54,6 +58,7 @@ class Batches:
                 "source": source,
                 "accepted_lines": 0,
                 "rejected_lines": 0,
+                "reading": sa.null() if reading is None else reading,
                 "created_us": connection.scalar(sa.select(now_us())),
             }
             connection.execute(insert(connection, batches).on_conflict_do_nothing(), [row])
@@ -77,24 +82,9 @@ class Batches:
         with self._engine.begin() as connection:
             if connection.scalar(sa.select(sa.exists().where(mine))) is not True:
                 raise JobNotFound(f"batch {batch_id!r}: no jobs of it in this ledger")
-            now = int(connection.scalar(sa.select(now_us())) or 0)
-            # Locked in id order, as by all others; and none changes sides between the updates.
-            open_ones = mine, jobs.c.state.in_(("queued", "running"))
-            held = sa.select(jobs.c.job_id).where(*open_ones).order_by(jobs.c.job_id)
-            held = held.with_for_update()
-            connection.execute(sa.select(sa.func.count()).select_from(held.subquery()))
-            ended = connection.execute(
-                sa.update(jobs)
-                .where(mine, jobs.c.state == "queued")
-                .values(state=CANCELLED, finished_us=now)
+            return end_open(
+                connection, batch_id, ErrorInfo(code=JobCancelled.code, message=CANCELLED)
             )
-            asked = connection.execute(
-                sa.update(jobs).where(mine, jobs.c.state == "running").values(cancel_requested=True)
-            )
-            known = sa.exists().where(results.c.job_id == jobs.c.job_id)
-            fresh = sa.and_(mine, jobs.c.state == CANCELLED, sa.not_(known))
-            _record_cancelled(connection, fresh, now)
-        return {"cancelled": ended.rowcount, "asked": asked.rowcount}
 
     def latest(self, job_ids: Sequence[str]) -> dict[str, str]:
         """Of lines by the ids of their first jobs: the ids of those that count now."""
@@ -130,6 +120,30 @@ class Batches:
             return Again(again)
         room, reached = left[0]
         return Again(again, room.full(reached, f"{len(again)} run again, {len(left)} do not"))
+
+
+def end_open(
+    connection: sa.Connection,
+    batch_id: str,
+    why: ErrorInfo,
+    ask: sa.ColumnElement[bool] | None = None,
+) -> dict[str, int]:
+    """End what waits of a batch, and ask what runs, or those of it that meet a condition, to end:
+    how many of each, by `cancelled` and `asked`."""
+    mine = jobs.c.batch_id == batch_id
+    now = int(connection.scalar(sa.select(now_us())) or 0)
+    # Locked in id order, as by all others; and none changes sides between the updates.
+    open_ones = mine, jobs.c.state.in_(("queued", "running"))
+    held = sa.select(jobs.c.job_id).where(*open_ones).order_by(jobs.c.job_id).with_for_update()
+    connection.execute(sa.select(sa.func.count()).select_from(held.subquery()))
+    waiting = sa.update(jobs).where(mine, jobs.c.state == "queued")
+    ended = connection.execute(waiting.values(state=CANCELLED, finished_us=now))
+    running = mine, jobs.c.state == "running", sa.true() if ask is None else ask
+    asked = connection.execute(sa.update(jobs).where(*running).values(cancel_requested=True))
+    known = sa.exists().where(results.c.job_id == jobs.c.job_id)
+    fresh = sa.and_(mine, jobs.c.state == CANCELLED, sa.not_(known))
+    _record_cancelled(connection, fresh, now, why)
+    return {"cancelled": ended.rowcount, "asked": asked.rowcount}
 
 
 def _ended_badly(connection: sa.Connection, job_ids: Sequence[str]) -> list[Any]:
@@ -177,7 +191,9 @@ def _renewed(row: Any) -> Job:
     return job.model_copy(update={**fresh, "webhook": row.webhook})
 
 
-def _record_cancelled(connection: sa.Connection, which: sa.ColumnElement[bool], now: int) -> None:
+def _record_cancelled(
+    connection: sa.Connection, which: sa.ColumnElement[bool], now: int, why: ErrorInfo
+) -> None:
     """Results, usage and webhooks of jobs that never ran, as `statements.write_results` has
     them."""
     columns = (jobs.c.job_id, jobs.c.tenant, jobs.c.webhook)
@@ -212,8 +228,8 @@ def _record_cancelled(connection: sa.Connection, which: sa.ColumnElement[bool], 
         "prompt_tokens": zero,
         "cached_tokens": zero,
         "attempt": jobs.c.attempts,
-        "error_code": sa.literal("job_cancelled"),
-        "error_message": sa.literal("cancelled"),
+        "error_code": sa.literal(why.code),
+        "error_message": sa.literal(why.message),
         "recorded_us": at,
     }
     for table, values in ((usage_events, usage), (results, result)):

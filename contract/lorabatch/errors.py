@@ -23,6 +23,7 @@
     ├── KeyRefused               the HTTP API wants a key, and this is none, or holds no longer
     ├── NotAllowed               the key is not for this, or not for that tenant
     ├── NotVerified              raised to who receives: this webhook is not ours, or not of now
+    ├── BudgetExhausted          a batch has spent or failed as much as it may
     ├── JobNotFound              no job of that id
     ├── JobFailed                raised to who waits: the job ended as failed
     ├── JobCancelled             raised to who waits: the job was cancelled
@@ -43,6 +44,7 @@ __all__ = [
     "AdapterSetAside",
     "AdapterUnavailable",
     "AttemptsExhausted",
+    "BudgetExhausted",
     "DatabaseNotReady",
     "DeadlinePassed",
     "EngineFault",
@@ -166,6 +168,10 @@ class NotAllowed(LoraBatchError):
 
 class NotVerified(LoraBatchError):
     code = "not_verified"
+
+
+class BudgetExhausted(LoraBatchError):
+    code = "budget_exhausted"
 
 
 class JobNotFound(LoraBatchError):

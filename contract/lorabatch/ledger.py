@@ -19,6 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from lorabatch.bindings import bound
+from lorabatch.budgets import reasons
 from lorabatch.claim import Claim, Message, Outcome, Start
 from lorabatch.database import now_us
 from lorabatch.errors import JobNotFound
@@ -147,7 +148,8 @@ class Ledger:
     # -- workers -------------------------------------------------------------
 
     def claim(self, job_ids: Sequence[str], owner: str, lease_s: float) -> dict[str, Claim]:
-        """Lease those of these jobs that are queued or whose lease has run out."""
+        """Lease those of these jobs that are queued or whose lease has run out. Those whose batch
+        may spend no more end as cancelled instead."""
         with self.engine.begin() as connection:
             now = self._now(connection)
             free = sa.or_(
@@ -155,6 +157,10 @@ class Ledger:
                 sa.and_(jobs.c.state == "running", jobs.c.lease_expires_us < now),
             )
             rows = list(locked(connection, job_ids, free, skip_locked=True, whole=True))
+            over = reasons(connection, (row.batch_id for row in rows))
+            unpaid = [row for row in rows if row.batch_id in over]
+            write_results(connection, [Ended(r, cancelled(r), now, now) for r in unpaid], now)
+            rows = [row for row in rows if row.batch_id not in over]
             return lease(connection, rows, owner, now, now + round(lease_s * 1e6))
 
     def mark_started(self, starts: Sequence[Start]) -> None:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from lorabatch.budgets import charge, reasons
 from lorabatch.claim import Claim, Start, suspected
-from lorabatch.errors import AttemptsExhausted, IdempotencyConflict
+from lorabatch.errors import AttemptsExhausted, BudgetExhausted, IdempotencyConflict
 from lorabatch.job import Job
 from lorabatch.outbox import delivery_row
-from lorabatch.result import Result
+from lorabatch.result import ErrorInfo, Result
 from lorabatch.rows import result_row, stored_job, usage_row
 from lorabatch.tables import (
     dead_letters,
@@ -206,6 +207,7 @@ def write_results(connection: sa.Connection, ended: Sequence[Ended], now: int) -
     """End jobs."""
     if not ended:
         return
+    ended = _explained(connection, ended)
     connection.execute(
         sa.update(jobs)
         .where(jobs.c.job_id == sa.bindparam("id"))
@@ -233,6 +235,19 @@ def write_results(connection: sa.Connection, ended: Sequence[Ended], now: int) -
         connection.execute(webhook_deliveries.insert(), told)
     running = [(e.row, e.result.state) for e in ended if e.row.state == "running"]
     end_attempts(connection, running, now)
+    charge(connection, [(e.row.batch_id, e.result) for e in ended])
+
+
+def _explained(connection: sa.Connection, ended: Sequence[Ended]) -> list[Ended]:
+    """The same; what was cancelled because its batch may spend no more says so."""
+    stopped = reasons(connection, (e.row.batch_id for e in ended if e.result.state == "cancelled"))
+    found = []
+    for one in ended:
+        why = stopped.get(one.row.batch_id) if one.result.state == "cancelled" else None
+        error = None if why is None else ErrorInfo(code=BudgetExhausted.code, message=why)
+        result = one.result if error is None else one.result.model_copy(update={"error": error})
+        found.append(one._replace(result=result))
+    return found
 
 
 def _code(result: Result) -> str | None:

@@ -45,6 +45,22 @@ batches = sa.Table(
     sa.Column("accepted_lines", sa.Integer, nullable=False),
     sa.Column("rejected_lines", sa.Integer, nullable=False),
     sa.Column("created_us", Micros, nullable=False),
+    sa.Column("reading", Json, comment="how its files' rows are jobs; NULL: each line says all"),
+    sa.Column("max_tokens", sa.BigInteger, comment="that its jobs may take; NULL: any number"),
+    sa.Column("max_failures", sa.Integer, comment="jobs that may fail; NULL: all"),
+    sa.Column(
+        "spent_tokens",
+        sa.BigInteger,
+        nullable=False,
+        server_default="0",
+        comment="counted while one of the two is set",
+    ),
+    sa.Column("failures", sa.Integer, nullable=False, server_default="0", comment="likewise"),
+    sa.Column("stopped_us", Micros, comment="when what waited was cancelled for it"),
+    partial(
+        *("ix_batches_capped", "batch_id"),
+        where="(max_tokens IS NOT NULL OR max_failures IS NOT NULL) AND stopped_us IS NULL",
+    ),
 )
 
 jobs = sa.Table(

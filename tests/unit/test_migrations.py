@@ -31,7 +31,7 @@ from lorabatch.tables import metadata, schema_readers
 from tests.later import LATEST, later_config
 
 ROOT = Path(__file__).parents[2]
-HEAD = "0008"
+HEAD = "0009"
 SAYING = {f"{n:04}" for n in range(4, int(HEAD) + 1)}  # which code they serve
 
 
@@ -82,7 +82,7 @@ def test_down_to_nothing_and_up_again(url: str, engine: sa.Engine) -> None:
 
 
 def test_a_database_that_is_not_upgraded_is_refused(url: str, engine: sa.Engine) -> None:
-    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0008: run `lorabatch db up"):
+    with pytest.raises(DatabaseNotReady, match="at schema none, wanted 0009: run `lorabatch db up"):
         check_schema(engine)
 
 

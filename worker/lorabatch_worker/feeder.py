@@ -1,4 +1,5 @@
-"""The feeder: fills the queue with what was accepted and not sent, and ends what is too late.
+"""The feeder: fills the queue with what was accepted and not sent, and ends what is too late, or
+of a batch that may spend no more.
 
 Every worker runs one; each takes other jobs. Looks every FIRST_PAUSE_S while there is something,
 and rests longer while there is nothing. Messages that the broker does not take are unsent again,
@@ -18,6 +19,7 @@ from lorabatch.feed import Feed
 from lorabatch.ledger import Ledger
 from lorabatch.queue import send
 from lorabatch.settings import Settings
+from lorabatch.stopping import stop_exhausted
 from lorabatch_worker.retry import reason
 
 __all__ = ["Feeder", "feeds"]
@@ -58,7 +60,7 @@ class Feeder:
         pause_s = FIRST_PAUSE_S
         while not self._stop.wait(pause_s):
             try:
-                self._end_late_ones()
+                self._end_what_must_end()
                 sent = self.feed()
                 pause_s = FIRST_PAUSE_S if sent else min(pause_s * GROWTH, LAST_PAUSE_S)
             except Exception as error:  # noqa: BLE001 - database or broker away: the next look
@@ -79,7 +81,7 @@ class Feeder:
                 raise
         return len(messages)
 
-    def _end_late_ones(self) -> None:
+    def _end_what_must_end(self) -> None:
         now_s = time.monotonic()
         if now_s - self._looked_s < LATE_EVERY_S:
             return
@@ -87,3 +89,5 @@ class Feeder:
         late = self._ledger.end_late()
         if late:
             log.info("jobs not done by their deadline", jobs=len(late))
+        for batch_id, counts in stop_exhausted(self._ledger.engine).items():
+            log.info("batch stopped: it may spend no more", batch_id=batch_id, **counts)
