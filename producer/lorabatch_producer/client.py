@@ -5,8 +5,8 @@
         print(producer.wait(job_id).text)
 
 Accepted means committed to the ledger; the broker is only touched by enqueueing. One producer
-may be shared by threads. Raises InvalidJob, IdempotencyConflict, NotSent, JobNotFound,
-JobFailed, JobCancelled, WaitTimeout, QueueFull, DatabaseNotReady.
+may be shared by threads, an iterator that it gave may not. Raises InvalidJob, IdempotencyConflict,
+NotSent, JobNotFound, JobFailed, JobCancelled, WaitTimeout, QueueFull, DatabaseNotReady.
 """
 
 from __future__ import annotations
@@ -26,6 +26,17 @@ from lorabatch.queue import check_name, end_now, make_app, resolve_broker
 from lorabatch.result import JobState
 from lorabatch_producer.batch import BatchStatus, batch_status
 from lorabatch_producer.fields import make_job
+from lorabatch_producer.flow import (
+    IN_FLIGHT,
+    Flow,
+    Gives,
+    Jobs,
+    OnAccepted,
+    Turn,
+    note_accepted,
+    turns,
+)
+from lorabatch_producer.pages import pages
 from lorabatch_producer.sending import CHUNK, Sender, chunked
 from lorabatch_producer.texts import follow
 from lorabatch_producer.waiting import Watch, succeeded
@@ -97,18 +108,73 @@ class Producer:
         return job_id
 
     def enqueue_many(
-        self, jobs: Iterable[Job | Mapping[str, Any]], queue: str | None = None
+        self,
+        jobs: Jobs,
+        queue: str | None = None,
+        *,
+        max_in_flight: int | None = None,
+        idle_timeout_s: float | None = None,
+        on_accepted: OnAccepted | None = None,
     ) -> list[str]:
         """Accept and send jobs in chunks of 1000: their ids, in order. `queue`: as in `enqueue`.
 
-        A job that is refused ends the call; the chunks before its own stay accepted.
+        A job that is refused ends the call; the chunks before its own stay accepted, which the
+        error notes. With `max_in_flight` it waits for room instead: see `enqueue_each`.
         """
+        if max_in_flight is not None:
+            options = (queue, max_in_flight, idle_timeout_s, on_accepted)
+            return [job_id for turn in self._turns(jobs, "ids", *options) for job_id in turn.ids]
         sender = self.sender(queue)
         job_ids: list[str] = []
-        for some in chunked(jobs, CHUNK):
-            job_ids.extend(sender.chunk([make_job(job) for job in some]))
+        try:
+            for some in chunked(jobs, CHUNK):
+                ids = sender.chunk([make_job(job) for job in some])
+                job_ids.extend(ids)
+                if on_accepted is not None:
+                    on_accepted(ids)
+        except Exception as error:
+            note_accepted(error, job_ids)
+            raise
         sender.finish()
         return job_ids
+
+    def enqueue_each(
+        self,
+        jobs: Jobs,
+        queue: str | None = None,
+        *,
+        max_in_flight: int = IN_FLIGHT,
+        idle_timeout_s: float | None = None,
+        on_accepted: OnAccepted | None = None,
+    ) -> Iterator[str]:
+        """Ids of jobs from a source of any length, as they are accepted. The source is read no
+        further than there is room: at most `max_in_flight` of the call's jobs are open, and a full
+        queue is waited for.
+
+        `on_accepted` gets the ids of each commit, whatever becomes of the call. All jobs before one
+        that is refused, or before an error of the source, are accepted first. Raises WaitTimeout or
+        QueueFull after `idle_timeout_s` in which nothing ended and nothing could be accepted.
+        """
+        options = (queue, max_in_flight, idle_timeout_s, on_accepted)
+        flowing = self._turns(jobs, "ids", *options)
+        return (job_id for turn in flowing for job_id in turn.ids)
+
+    def map(
+        self,
+        jobs: Jobs,
+        queue: str | None = None,
+        *,
+        ordered: bool = False,
+        max_in_flight: int = IN_FLIGHT,
+        idle_timeout_s: float | None = None,
+        on_accepted: OnAccepted | None = None,
+    ) -> Iterator[Result]:
+        """Results of jobs from a source of any length, failed and cancelled ones too: as they come,
+        or in its order if `ordered`, one for each. Otherwise as `enqueue_each`; whoever stops early
+        leaves what was accepted to run."""
+        options = (queue, max_in_flight, idle_timeout_s, on_accepted)
+        flowing = self._turns(jobs, "in order" if ordered else "results", *options)
+        return (result for turn in flowing for result in turn.results)
 
     def result(self, job_id: str) -> Result | None:
         """The result; None while the job is open. Raises JobNotFound."""
@@ -135,6 +201,18 @@ class Producer:
             return succeeded(next(self._ended([job_ids], timeout_s)))
         return self._ended(job_ids, timeout_s)
 
+    def as_completed(
+        self, job_ids: Iterable[str], /, timeout_s: float | None = None
+    ) -> Iterator[Result]:
+        """The results of any number of jobs as they come, as `wait` gives them."""
+        return self._ended(job_ids, timeout_s)
+
+    def results(self, batch_id: str) -> Iterator[Result]:
+        """The results of a batch's jobs that have ended, in no order that means anything, a page at
+        a time. Raises JobNotFound."""
+        for page in pages(self.ledger, batch_id):
+            yield from page
+
     def stream(self, job_id: str, /, timeout_s: float | None = None) -> Iterator[str]:
         """The text of a job as it grows, if it was enqueued with `stream=True`; of any other at
         once when it ends. Raises as `wait` does, and TextChanged: it was run again, not alike."""
@@ -147,6 +225,19 @@ class Producer:
             yield from watch.look()
             if not watch.over:
                 time.sleep(watch.pause_s())
+
+    def _turns(
+        self,
+        jobs: Jobs,
+        gives: Gives,
+        queue: str | None,
+        max_in_flight: int,
+        idle_timeout_s: float | None,
+        on_accepted: OnAccepted | None,
+    ) -> Iterator[Turn]:
+        sender = self.sender(queue)
+        limits = (max_in_flight, idle_timeout_s, on_accepted)
+        return turns(jobs, Flow(sender, self.ledger, gives, *limits))
 
     def cancel(self, job_ids: str | Iterable[str], /) -> dict[str, JobState]:
         """Cancel jobs: the state each is in now; a running one ends at its next step."""

@@ -67,6 +67,11 @@ class Sender:
         if unsent:
             raise NotSent(self._ids, unsent, self._reason)
 
+    def forget(self) -> None:
+        """Let `finish` say nothing of the chunks so far: of a call without end it would keep all
+        their ids once the broker has failed."""
+        self._ids.clear()
+
     def _send(self, job_ids: Sequence[str]) -> None:
         waiting = self._feed.take_these(job_ids) if job_ids else []
         if not waiting:

@@ -7,7 +7,7 @@ JobCancelled, TextChanged.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import redis
@@ -23,7 +23,7 @@ __all__ = ["follow"]
 REST_S = 1.0
 
 
-def follow(broker_url: str, job_id: str, watch: Watch) -> Iterator[str]:
+def follow(broker_url: str, job_id: str, watch: Watch) -> Generator[str]:
     """Pieces of the text, each once; `watch`: the job. Ends when the job has. After each look an
     empty one, so that nobody is held for longer than a pause."""
     followed = Followed()

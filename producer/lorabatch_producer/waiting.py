@@ -10,7 +10,7 @@ Raises JobNotFound, WaitTimeout, and for a single job JobFailed and JobCancelled
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from lorabatch import Ledger, Result
 from lorabatch.errors import JobCancelled, JobFailed, JobNotFound, WaitTimeout
@@ -21,6 +21,8 @@ FIRST_PAUSE_S = 0.02
 LAST_PAUSE_S = 1.0
 GROWTH = 1.5
 LOOKS_PER_PAUSE = 100
+LOOK_IDS = 5000
+"""Of very many jobs a look is made in parts, so that no more results are held than these."""
 
 
 class Pauses:
@@ -53,7 +55,9 @@ class Watch:
         self._timeout_s = timeout_s
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._open = dict.fromkeys(job_ids)
-        self._known = False
+        self._known = not self._open
+        self._left: list[str] = []  # of the look that is under way
+        self._found_any = False
         self._pauses = Pauses()
         self._took_s = 0.0
 
@@ -61,47 +65,65 @@ class Watch:
     def over(self) -> bool:
         return not self._open
 
+    @property
+    def open(self) -> int:
+        return len(self._open)
+
+    def add(self, job_ids: Iterable[str]) -> None:
+        """Watch these too, which are in the ledger."""
+        self._open.update(dict.fromkeys(job_ids))
+
     def look(self) -> list[Result]:
-        """Results of the jobs that have ended since the last look.
+        """Results of the jobs that have ended since the last look, or of a part of very many.
 
         Raises JobNotFound for an unknown id and WaitTimeout when time is up.
         """
         started = time.monotonic()
+        if not self._left:
+            self._left, self._found_any, self._took_s = list(self._open), False, 0.0
+        some, self._left = self._left[:LOOK_IDS], self._left[LOOK_IDS:]
         if not self._known:
-            self._check_known()
-        found = self._ledger.results(list(self._open))
-        ended = [found[job_id] for job_id in self._open if job_id in found]
+            self._check_known(some)
+            self._known = not self._left
+        found = self._ledger.results(some)
         for job_id in found:
             del self._open[job_id]
-        self._took_s = time.monotonic() - started
-        if found:
+        self._found_any = self._found_any or bool(found)
+        self._took_s += time.monotonic() - started
+        if self._found_any:
             self._pauses.restart()
-        elif self._deadline is not None and time.monotonic() >= self._deadline:
-            raise self._timeout()
-        return ended
+        elif self._late and not self._left and self._timeout_s is not None:
+            raise self.timeout(self._timeout_s)
+        return [found[job_id] for job_id in some if job_id in found]
 
-    def _check_known(self) -> None:
-        states = self._ledger.states(list(self._open))
-        for job_id in self._open:
+    @property
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _check_known(self, job_ids: Sequence[str]) -> None:
+        states = self._ledger.states(job_ids)
+        for job_id in job_ids:
             if job_id not in states:
                 raise JobNotFound(f"job {job_id!r}: no such job in this ledger")
-        self._known = True
 
     def pause_s(self) -> float:
         """Seconds until the next look."""
+        if self._left:
+            return 0.0
         pause = self._pauses.after(self._took_s)
         if self._deadline is not None:
             pause = min(pause, max(0.0, self._deadline - time.monotonic()))
         return pause
 
-    def _timeout(self) -> WaitTimeout:
+    def timeout(self, after_s: float) -> WaitTimeout:
+        """The error that says what is open."""
         job_id = next(iter(self._open))
         state = self._ledger.states([job_id]).get(job_id, "unknown")
         who = f"job {job_id!r} is {state}"
         if len(self._open) > 1:
             who = f"{len(self._open)} jobs are open, the first {job_id!r} ({state})"
         return WaitTimeout(
-            f"{who} after {self._timeout_s:g} s; nothing was cancelled: wait longer or ask again "
+            f"{who} after {after_s:g} s; nothing was cancelled: wait longer or ask again "
             "later, and check that a worker runs"
         )
 
