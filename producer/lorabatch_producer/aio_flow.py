@@ -2,7 +2,8 @@
 left behind, and a flow whose source may be awaited.
 
 An async source is read by one task, one job ahead of what there is room for, so that a slow one
-keeps no result waiting; an iterable is read in a thread. Raises what `flow` does.
+keeps no result waiting; an async generator is closed with the call. An iterable is read in a
+thread. Raises what `flow` does.
 """
 
 from __future__ import annotations
@@ -109,6 +110,9 @@ class _Awaited:
                 await self._next.put(job)
         except Exception as error:  # noqa: BLE001 - likewise
             self._error = error
+        finally:
+            if isinstance(jobs, AsyncGenerator):
+                await jobs.aclose()
         await self._next.put(None)
 
 
