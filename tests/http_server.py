@@ -7,10 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 
-import uvicorn
-
 from lorabatch import Settings
-from lorabatch_producer.server import create_app
+from lorabatch_producer.server.serving import Server
 
 START_S = 30.0
 
@@ -18,8 +16,7 @@ START_S = 30.0
 @contextlib.contextmanager
 def served(settings: Settings) -> Iterator[str]:
     """Its URL."""
-    config = uvicorn.Config(create_app(settings), port=0, log_level="warning")
-    server = uvicorn.Server(config)
+    server = Server(settings.model_copy(update={"http_port": 0}), log_level="warning")
     thread = threading.Thread(target=server.run, name="http")
     thread.start()
     try:

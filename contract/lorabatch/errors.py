@@ -28,6 +28,7 @@
     ├── JobFailed                raised to who waits: the job ended as failed
     ├── JobCancelled             raised to who waits: the job was cancelled
     ├── TextChanged              raised to who follows: the job was run again, and not alike
+    ├── ServerStops              raised to who waits: this server stops, the job goes on
     └── WaitTimeout              raised to who waits: no outcome within the time given
 
 Each has a stable `code`, which is what results and tables hold, and a sentence that names
@@ -64,6 +65,7 @@ __all__ = [
     "QueueFull",
     "QueueNotReady",
     "RateLimited",
+    "ServerStops",
     "SettingsError",
     "TextChanged",
     "UnknownAdapter",
@@ -74,12 +76,18 @@ __all__ = [
 ]
 
 SHOWN_VALUE_CHARS = 80
+PROMPTS = ("prompt", "content")
 
 
 class LoraBatchError(Exception):
-    """Base of the tree. `code` is stable; the text is for people."""
+    """Base of the tree. `code` is stable; the text is for people, those who run the service.
+    `public`: what everybody else may be told; the same text, unless that names a place."""
 
     code: ClassVar[str] = "error"
+
+    def __init__(self, text: str = "", public: str | None = None) -> None:
+        super().__init__(text)
+        self.public = text if public is None else public
 
 
 class SettingsError(LoraBatchError):
@@ -190,6 +198,10 @@ class TextChanged(LoraBatchError):
     code = "text_changed"
 
 
+class ServerStops(LoraBatchError):
+    code = "server_stops"
+
+
 class WaitTimeout(LoraBatchError):
     code = "wait_timeout"
 
@@ -224,5 +236,12 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         elif item["type"] == "value_error" and isinstance(item["input"], dict):
             parts.append(where + wanted)
         else:
-            parts.append(f"{where}{wanted} (got {shown(item['input'])})")
+            parts.append(f"{where}{wanted} (got {_seen(item['loc'], item['input'])})")
     return "; ".join(parts)
+
+
+def _seen(loc: tuple[int | str, ...], value: object) -> str:
+    """Errors are kept and logged, and prompts are not for either."""
+    if loc and loc[-1] in PROMPTS and isinstance(value, str):
+        return f"a text of {len(value)} characters"
+    return shown(value)

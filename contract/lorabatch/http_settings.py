@@ -28,6 +28,9 @@ class HttpSettings(BaseSettings):
         default=16 << 20, ge=1024, description="a larger request is refused, files aside"
     )
     http_wait_s: float = Field(default=600.0, gt=0, description="longest wait for a job's text")
+    http_read_s: float = Field(
+        default=60.0, gt=0, description="longest wait for a request's headers, or its body"
+    )
     http_files: Path | None = Field(default=None, description="folder of files; unset: in home")
     http_max_file_bytes: int = Field(default=200 << 20, ge=1024, description="of one uploaded file")
     http_max_batch_lines: int = Field(default=50_000, ge=1, description="of one file of a batch")

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lorabatch.fields import ADAPTER_PATTERN
 
-__all__ = ["AdapterSource", "Location", "is_path"]
+__all__ = ["AdapterSource", "Location", "is_path", "public_name"]
 
 PATH_STARTS = ("/", "./", "../", "~")
 SCHEMES = ("file:", "hub:", "s3:")
@@ -162,6 +162,11 @@ class AdapterSource(BaseModel):
 def is_path(location: str) -> bool:
     """Whether a location is meant as a folder: it starts like a path, or is one."""
     return location.startswith(PATH_STARTS) or Path(location).is_dir()
+
+
+def public_name(model: str) -> str:
+    """A base model's name as everybody may see it: without folder or revision."""
+    return model.rstrip("/").rpartition("/")[2] if is_path(model) else model.partition("@")[0]
 
 
 def is_revision(text: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorabatch.errors import InvalidJob, shown
 from lorabatch.fields import ADAPTER_PATTERN
+from lorabatch.location import public_name
 from lorabatch_producer.openai_body import CHAT_URL, COMPLETIONS_URL, body_fields
 
 __all__ = ["CHAT_URL", "COMPLETIONS_URL", "openai_fields"]
@@ -44,7 +45,7 @@ def _adapter(model: object, base_names: frozenset[str] | None) -> str | None:
             return None
         if re.fullmatch(ADAPTER_PATTERN, model):
             return model
-    names = " or ".join(sorted(base_names or ())) or "none"
+    names = " or ".join(sorted(set(map(public_name, base_names or ())))) or "none"
     raise InvalidJob(
         f"body.model: wanted an adapter id or the base model's name, here {names} (what the "
         f"queue's workers have; before the first one LORABATCH_BASE_MODEL) (got {shown(model)})"

@@ -151,8 +151,9 @@ def test_configured_folders_lie_in_the_roots(
 
 @pytest.mark.parametrize("entry", ["x=acme/nothing", "x=acme/sql@v9"])
 def test_what_the_hub_does_not_have_is_unknown(hub: HubServer, home: Path, entry: str) -> None:
-    with pytest.raises(UnknownAdapter, match=rf"adapter 'x': hub:{entry[2:]}: there is no"):
+    with pytest.raises(UnknownAdapter, match=r"adapter 'x': there is no adapter that") as caught:
         where(catalog(home, entry), "x")
+    assert entry[2:] not in str(caught.value), "where it is looked for is the log's"
 
 
 def test_a_worker_that_stops_fails_nobody_for_it(hub: HubServer, home: Path) -> None:

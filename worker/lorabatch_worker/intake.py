@@ -221,7 +221,7 @@ class Intake:
         """Record a message that is no job as a failed one, unless its id is a job's already."""
         job_id = delivery.task_id
         if is_identifier(job_id):
-            info = ErrorInfo(code=error.code, message=str(error))
+            info = ErrorInfo(code=error.code, message=error.public)
             tenant = tenant_of(delivery)
             self._db("reject", lambda: self._p.ledger.reject(job_id, tenant, info))
         self._end(delivery, error)
@@ -229,7 +229,7 @@ class Intake:
     def _end(self, delivery: Delivery, error: LoraBatchError) -> None:
         log.warning("message refused", job_id=delivery.task_id, code=error.code)
         tenant = tenant_of(delivery)
-        result = failed_result(delivery.task_id, tenant, error.code, str(error))
+        result = failed_result(delivery.task_id, tenant, error.code, error.public)
         self._p.publisher.put(result, [delivery])
 
     def _db(self, what: str, call: Callable[[], T]) -> T:

@@ -97,7 +97,7 @@ def aborted(claim: Claim, reason: str, base_model: str) -> Outcome:
 def explained(error: BaseException, what: str) -> ErrorInfo:
     """The error as the job's owner is told it; one that is not of our tree goes to the log."""
     if isinstance(error, LoraBatchError):
-        return ErrorInfo(code=error.code, message=str(error))
+        return ErrorInfo(code=error.code, message=error.public)
     log.error(what, exc_info=error)
     return ErrorInfo(
         code=EngineFault.code, message=f"{what} ({type(error).__name__}); see the worker's log"

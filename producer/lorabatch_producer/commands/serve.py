@@ -25,24 +25,13 @@ def serve(
     settings = Settings.load(**{k: v for k, v in given.items() if v is not None})
     _closed_to_strangers(settings)
     try:
-        import uvicorn
-
-        from lorabatch_producer.server import create_app
+        from lorabatch_producer.server.serving import serve_forever
     except ImportError as error:
         raise SettingsError(
             f"serve: {error.name} is not installed; pip install 'lorabatch[server]'"
         ) from None
     configure_logging(settings)
-    config = uvicorn.Config(
-        create_app(settings),
-        log_config=None,
-        host=settings.http_host,
-        port=settings.http_port,
-        log_level=settings.log_level,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-    )
-    uvicorn.Server(config).run()
+    serve_forever(settings)
 
 
 def _closed_to_strangers(settings: Settings) -> None:

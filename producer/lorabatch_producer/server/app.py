@@ -59,7 +59,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         title="lorabatch", version=lorabatch.__version__, description=ABOUT, lifespan=lifespan
     )
     files = {FILES_PATH: known.http_max_file_bytes + OVERHEAD_BYTES}
-    app.add_middleware(BodyLimit, limit_bytes=known.http_max_body_bytes, others=files)
+    app.add_middleware(
+        BodyLimit, limit_bytes=known.http_max_body_bytes, others=files, read_s=known.http_read_s
+    )
     app.add_middleware(RateHeaders)
     app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
     answer_errors(app)

@@ -49,7 +49,8 @@ class Asking:
         """A job of these fields, and the id that it is known by."""
         mine = {"tenant": self.caller.tenant, "idempotency_key": self.key}
         job = make_job({**fields, **mine, "adapter_id": model.adapter_id})
-        return job, await self.desk.accept(job, model.queue)
+        job_id = await self.desk.accept(self.request, job, model.queue)
+        return job, job_id
 
     async def result(self, model: Model, fields: Mapping[str, Any]) -> Result:
         """Of a job of these fields, once it has succeeded."""

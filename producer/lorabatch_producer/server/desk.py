@@ -74,10 +74,15 @@ class Desk:
         """Raises what the database raises."""
         await self.call(self.ledger.states, ["-"])
 
-    async def accept(self, job: Job, queue: str | None = None) -> str:
-        """The id that a job is known by, once it is committed. Raises RateLimited."""
+    async def accept(self, request: Request, job: Job, queue: str | None = None) -> str:
+        """The id that a job is known by, once it is committed. Raises RateLimited. An error that
+        the request is answered with from then on says where the job is."""
         await self._rates.take(self.ledger.engine, job)
-        return await self._accepting.accept(job, queue)
+        if job.idempotency_key is None:  # a commit may be done though its answer was lost
+            request.state.job = job.job_id, None
+        job_id = await self._accepting.accept(job, queue)
+        request.state.job = job_id, job.idempotency_key
+        return job_id
 
     async def outcome(self, job_id: str, timeout_s: float) -> Result | None:
         """Of a job that is known; None while it is open."""
@@ -105,6 +110,10 @@ class Desk:
         elif rest:
             yield Piece(job_id, len(followed.text) - len(rest), rest)
         yield item
+
+    def stop(self) -> None:
+        """Whoever waits is answered that the server stops. Nothing is cancelled."""
+        self._outcomes.stop()
 
     async def state(self, job_id: str, tenant: str) -> JobState:
         """Raises JobNotFound, for a job of somebody else too."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Header, Query, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 
 from lorabatch import Result
-from lorabatch.errors import InvalidJob
+from lorabatch.errors import InvalidJob, ServerStops
+from lorabatch.location import public_name
 from lorabatch.result import JobState
 from lorabatch_producer.fields import make_job
 from lorabatch_producer.server.caller import Caller, caller_of
@@ -49,6 +50,7 @@ class JobStatus(BaseModel):
 
 @router.post("", status_code=202, response_model_exclude_none=True)
 async def enqueue(
+    request: Request,
     desk: TheDesk,
     caller: TheCaller,
     response: Response,
@@ -63,7 +65,7 @@ async def enqueue(
     """
     job = make_job(_mine(fields, caller, idempotency_key))
     await check_webhook(desk, caller.tenant, job.webhook)
-    job_id = await desk.accept(job, queue)
+    job_id = await desk.accept(request, job, queue)
     response.headers["Location"] = f"/jobs/{job_id}"
     state = await desk.state(job_id, caller.tenant) if job.idempotency_key else "queued"
     return JobStatus(job_id=job_id, state=state)
@@ -78,9 +80,7 @@ async def show(
 ) -> JobStatus:
     """A job's state, and its result once it has ended; `wait_s`: for which to wait if need be."""
     result = await (desk.outcome(job_id, wait_s) if wait_s else desk.result(job_id))
-    if result is not None:
-        return JobStatus(job_id=job_id, state=result.state, result=result)
-    return JobStatus(job_id=job_id, state=state)
+    return JobStatus(job_id=job_id, state=state) if result is None else ended(result)
 
 
 @router.get("/{job_id}/events", response_class=EventSourceResponse)
@@ -93,22 +93,32 @@ async def events(
     """A job as it goes, by server-sent events: `state`, then `text` of a job with `stream` as it
     grows, then `ended` with the result. An event's id is the number of characters up to there:
     who comes again with it as `Last-Event-ID` gets the rest. A `text` whose `at` is 0 begins anew:
-    the job was run again and had another text.
+    the job was run again and had another text. `stopped` is the last event of a server that stops:
+    come again.
     """
     yield ServerSentEvent(event="state", data={"state": state})
-    async for item in desk.follow(job_id, last_event_id):
-        if isinstance(item, Result):
-            ended = JobStatus(job_id=job_id, state=item.state, result=item)
-            yield ServerSentEvent(event="ended", data=ended)
-        else:
-            data = {"at": item.at, "text": item.text}
-            yield ServerSentEvent(event="text", id=str(item.at + len(item.text)), data=data)
+    try:
+        async for item in desk.follow(job_id, last_event_id):
+            if isinstance(item, Result):
+                yield ServerSentEvent(event="ended", data=ended(item))
+            else:
+                data = {"at": item.at, "text": item.text}
+                yield ServerSentEvent(event="text", id=str(item.at + len(item.text)), data=data)
+    except ServerStops as error:
+        yield ServerSentEvent(event="stopped", data={"code": error.code, "detail": error.public})
 
 
 @router.delete("/{job_id}", response_model_exclude_none=True)
 async def cancel(job_id: str, state: TheState, desk: TheDesk) -> JobStatus:
     """Cancel a job: the state it is in now. One that runs ends at its next step."""
     return JobStatus(job_id=job_id, state=await desk.cancel(job_id))
+
+
+def ended(result: Result) -> JobStatus:
+    """Where the base model's files are is no business of a client's."""
+    if result.base_model is not None:
+        result = result.model_copy(update={"base_model": public_name(result.base_model)})
+    return JobStatus(job_id=result.job_id, state=result.state, result=result)
 
 
 def _mine(fields: dict[str, Any], caller: Caller, key: str | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from lorabatch import Settings
 from lorabatch.errors import UnknownAdapter, shown
 from lorabatch.fields import ADAPTER_PATTERN
-from lorabatch.location import is_path
+from lorabatch.location import public_name
 from lorabatch.queues import Queues
 from lorabatch.registry import SHARED, Registered, Registry
 from lorabatch_producer.bulk import base_names
@@ -98,8 +98,7 @@ class Models:
 
 
 def _base(full: str, queue: str) -> Model:
-    folder = is_path(full)
-    name = full.rstrip("/").rpartition("/")[2] if folder else full.partition("@")[0]
+    name = public_name(full)
     return Model(name, name, queue)
 
 

@@ -10,12 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import sqlalchemy as sa
+import structlog
+
 from lorabatch import Result
+from lorabatch.errors import ServerStops
 from lorabatch_producer.waiting import Pauses
 
 __all__ = ["Outcomes"]
 
+log = structlog.get_logger(__name__)
+
 LONGEST_PAUSE_S = 0.25
+REST_S = 1.0
 LOOKS_PER_PAUSE = 20
 
 
@@ -28,9 +35,13 @@ class Outcomes:
         self._waiters = Counter[str]()
         self._running: asyncio.Task[None] | None = None
         self._came = False
+        self._stopped = False
 
     async def wait(self, job_id: str, timeout_s: float | None) -> Result | None:
-        """The job's result; None if it is still open after `timeout_s`; None waits for ever."""
+        """The job's result; None if it is still open after `timeout_s`; None waits for ever.
+        Raises ServerStops."""
+        if self._stopped:
+            raise _stops(job_id)
         if job_id not in self._awaited:
             self._awaited[job_id] = asyncio.get_running_loop().create_future()
         future = self._awaited[job_id]
@@ -46,6 +57,12 @@ class Outcomes:
             if not self._waiters[job_id]:
                 del self._waiters[job_id]
                 self._awaited.pop(job_id, None)
+
+    def stop(self) -> None:
+        """Whoever waits, now or later, is told that it has to ask another server."""
+        self._stopped = True
+        for job_id in list(self._awaited):
+            self._awaited.pop(job_id).set_exception(_stops(job_id))
 
     async def close(self) -> None:
         """Whoever still waits is cancelled."""
@@ -63,6 +80,10 @@ class Outcomes:
                 started_s = time.monotonic()
                 try:
                     found = await asyncio.to_thread(self._look, list(self._awaited))
+                except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:  # it may be back soon
+                    log.warning("outcomes not read", error=type(error).__name__)
+                    await asyncio.sleep(REST_S)
+                    continue
                 except Exception as error:  # noqa: BLE001 - it belongs to the requests that wait
                     for job_id in list(self._awaited):
                         self._awaited.pop(job_id).set_exception(error)
@@ -75,3 +96,10 @@ class Outcomes:
                 await asyncio.sleep(pauses.after(time.monotonic() - started_s))
         finally:
             self._running = None
+
+
+def _stops(job_id: str) -> ServerStops:
+    return ServerStops(
+        f"job {job_id!r}: this server stops and the job goes on; GET /jobs/{job_id}, of the next "
+        "server, has its outcome"
+    )

@@ -28,6 +28,7 @@ from lorabatch.errors import (
     IdempotencyConflict,
     JobCancelled,
     JobError,
+    JobFailed,
     JobNotFound,
     KeyRefused,
     LoraBatchError,
@@ -35,6 +36,8 @@ from lorabatch.errors import (
     QueueFull,
     QueueNotReady,
     RateLimited,
+    ServerStops,
+    TextChanged,
     UnknownAdapter,
     WaitTimeout,
 )
@@ -53,40 +56,61 @@ STATUSES: dict[type[LoraBatchError], int] = {  # the first that fits
     IdempotencyConflict: 409,
     QueueFull: 429,
     RateLimited: 429,
-    DatabaseNotReady: 503,
-    QueueNotReady: 503,
     AdapterUnavailable: 503,
     AdapterSetAside: 503,
+    ServerStops: 503,
     WaitTimeout: 504,
     JobCancelled: 410,
     AttemptsExhausted: 500,
     EngineFault: 500,
     JobError: 422,
+    JobFailed: 500,
+    TextChanged: 500,
 }
 CODES = {413: "body_too_large"}  # http's own name for it has changed
 COME_AGAIN_S = 5
+AWAY = "the {} did not answer, or is not ready; come again later"
 Told = tuple[int, str, str]
 """Status, code and text of an error."""
 
 
-def status_of(error: LoraBatchError) -> int:
-    return next((status for kind, status in STATUSES.items() if isinstance(error, kind)), 500)
+def status_of(error: LoraBatchError) -> int | None:
+    """None: what went wrong is no business of a client's."""
+    return next((status for kind, status in STATUSES.items() if isinstance(error, kind)), None)
 
 
 def told(error: Exception) -> Told:
     """What a client hears of any error."""
-    if isinstance(error, LoraBatchError):
-        return status_of(error), error.code, str(error)
-    if isinstance(error, sa.exc.DBAPIError):
-        return 503, DatabaseNotReady.code, "the database did not answer; come again later"
-    if isinstance(error, redis.RedisError):
-        return 503, QueueNotReady.code, "the broker did not answer; come again later"
+    if isinstance(error, DatabaseNotReady | sa.exc.DBAPIError | sa.exc.TimeoutError):
+        return 503, DatabaseNotReady.code, AWAY.format("database")
+    if isinstance(error, QueueNotReady | redis.RedisError):
+        return 503, QueueNotReady.code, AWAY.format("broker")
+    if isinstance(error, LoraBatchError) and (status := status_of(error)):
+        return status, error.code, error.public
     if isinstance(error, RequestValidationError):
         return 422, "invalid_request", _explained(error)
     if isinstance(error, HTTPException):
         code = HTTPStatus(error.status_code).name.lower()
         return error.status_code, CODES.get(error.status_code, code), str(error.detail)
     return 500, "internal", "an error that is ours; it is in the server's log"
+
+
+def with_job(said: Told, request: Request) -> tuple[Told, dict[str, str]]:
+    """The same of a request whose job was accepted, or may have been: where to ask for it. While it
+    goes on, the same request without a key would make another, and OpenAI's clients ask again by
+    themselves."""
+    status, code, text = said
+    job: tuple[str, str | None] | None = getattr(request.state, "job", None)
+    if job is None or status < 500:
+        return said, {}
+    job_id, key = job
+    headers = {"Location": f"/jobs/{job_id}"}
+    if code == DatabaseNotReady.code:
+        text = f"{text}, and look at GET /jobs/{job_id}: it may have been accepted"
+    if key is None and code in (DatabaseNotReady.code, ServerStops.code):
+        headers["X-Should-Retry"] = "false"
+        text = f"{text}; the same request without an Idempotency-Key is another job"
+    return (status, code, text), headers
 
 
 def headers_of(status: int) -> dict[str, str]:
@@ -128,10 +152,11 @@ def answer_errors(app: FastAPI) -> None:
         headers = dict(getattr(error, "headers", None) or {})
         if isinstance(error, JobError) and said[0] != 503:
             headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and get the same answer
-        return answer(request.url.path, said, headers)
+        said, more = with_job(said, request)
+        return answer(request.url.path, said, {**headers, **more})
 
     kinds: tuple[type[Exception], ...] = (
-        *(LoraBatchError, sa.exc.DBAPIError, redis.RedisError),
+        *(LoraBatchError, sa.exc.DBAPIError, sa.exc.TimeoutError, redis.RedisError),
         *(RequestValidationError, HTTPException, Exception),
     )
     for kind in kinds:

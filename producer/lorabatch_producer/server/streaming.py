@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from fastapi.responses import StreamingResponse
 
 from lorabatch import Job, Result
-from lorabatch.errors import TextChanged, WaitTimeout
+from lorabatch.errors import ServerStops, TextChanged, WaitTimeout
 from lorabatch.streams import Piece
 from lorabatch_producer.chunks import Chunks, Grown
 from lorabatch_producer.server.asking import Asking, succeeded_or_raised
@@ -44,6 +44,9 @@ async def followed(asking: Asking, job: Job, job_id: str) -> Grown:
             else:
                 length += len(item.text) if item else 0
                 yield item
+    except ServerStops:
+        ended = True  # for this server; the job goes on
+        raise
     except TimeoutError:
         raise WaitTimeout(f"job {job_id!r}: not ended after {limit_s:g} s") from None
     finally:

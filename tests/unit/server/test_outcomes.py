@@ -7,8 +7,10 @@ import threading
 from collections.abc import Sequence
 
 import pytest
+import sqlalchemy as sa
 
 from lorabatch import Result
+from lorabatch.errors import ServerStops
 from lorabatch_producer.server.outcomes import Outcomes
 
 
@@ -88,3 +90,31 @@ async def test_closing_ends_the_waiting() -> None:
     await outcomes.close()
     with pytest.raises(asyncio.CancelledError):
         await waits
+
+
+async def test_a_database_that_is_away_for_a_while_ends_no_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lorabatch_producer.server.outcomes.REST_S", 0.01)
+    looks = Looks()
+    looks.error = sa.exc.OperationalError("SELECT", {}, OSError("refused"))
+    outcomes = Outcomes(looks)
+    waits = asyncio.create_task(outcomes.wait("a", 30))
+    while len(looks.asked) < 3:
+        await asyncio.sleep(0.005)
+    looks.error = None
+    wanted = looks.end("a")
+    assert await waits == wanted
+    await outcomes.close()
+
+
+async def test_who_waits_when_it_stops_is_told() -> None:
+    outcomes = Outcomes(Looks())
+    waits = asyncio.create_task(outcomes.wait("a", 30))
+    await asyncio.sleep(0.01)
+    outcomes.stop()
+    with pytest.raises(ServerStops, match="GET /jobs/a"):
+        await waits
+    with pytest.raises(ServerStops, match="GET /jobs/b"):
+        await outcomes.wait("b", 30)
+    await outcomes.close()

@@ -34,7 +34,11 @@ class Absent(Exception):
 
 
 class Refused(Exception):
-    """It is there and will not be taken, whenever it is asked for."""
+    """It is there and will not be taken, whenever it is asked for. `public`: without places."""
+
+    def __init__(self, text: str, public: str | None = None) -> None:
+        super().__init__(text)
+        self.public = text if public is None else public
 
 
 class Failed(Exception):

@@ -131,9 +131,9 @@ class AdapterCatalog:
             except LoraBatchError as error:
                 if self.stop.is_set():
                     raise Stopped(entry.adapter_id) from None
-                # Jobs' owners are told of no paths here.
-                said = str(error).replace(str(self._settings.home), "the data folder")
-                raise type(error)(f"adapter {entry.adapter_id!r}: {said}") from None
+                who = {"adapter_id": entry.adapter_id, "tenant": entry.tenant}
+                log.warning("adapter not to be had", **who, reason=str(error))
+                raise type(error)(f"adapter {entry.adapter_id!r}: {error.public}") from None
             yield folder
 
     def set_aside(self, entry: Entry, error: LoraBatchError) -> None:

@@ -102,7 +102,10 @@ class DiskCache:
             placed = self._fill(version, fill, key)
             self._evict(placed[0])
         except OSError as error:
-            raise AdapterUnavailable(f"the disk cache in {self._root} failed: {error}") from error
+            raise AdapterUnavailable(
+                f"the disk cache in {self._root} failed: {error}",
+                "the worker's disk cache failed; its log says why",
+            ) from error
         return placed
 
     def _fill(

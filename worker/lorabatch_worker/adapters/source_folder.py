@@ -34,7 +34,8 @@ def copy_folder(
         if not path.resolve().is_relative_to(root):
             raise Refused(
                 f"{name} is a symlink that leads out of {root}; put the file itself there, or list "
-                "a folder that holds both in LORABATCH_ADAPTER_ROOTS"
+                "a folder that holds both in LORABATCH_ADAPTER_ROOTS",
+                f"{name} is a symlink that leads out of its folder",
             )
     check_size((_size(path) for path in paths.values()), limit)
     clear(into, keep=set())
@@ -52,7 +53,8 @@ def _root_of(folder: Path, roots: Sequence[Path]) -> Path:
             return root.resolve()
     raise Refused(
         f"outside of LORABATCH_ADAPTER_ROOTS, which allows {', '.join(map(str, roots))}; move it "
-        "there, or add its folder"
+        "there, or add its folder",
+        "its folder is outside of LORABATCH_ADAPTER_ROOTS",
     )
 
 

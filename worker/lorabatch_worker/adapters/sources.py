@@ -3,7 +3,8 @@
 An adapter comes within LORABATCH_ADAPTER_FETCH_TIMEOUT_S or not at all; passing faults are tried
 again. Raises UnknownAdapter (the source has none that may be read: one sentence for both, so that
 nobody learns what others have), AdapterUnavailable (it did not come, and why), InvalidAdapter (it
-is there and refused). Not covered: whether the adapter is any good (weights.py), and which version
+is there and refused). What they say to the public names no place, what they say to others does.
+Not covered: whether the adapter is any good (weights.py), and which version
 it is (disk_cache.py).
 """
 
@@ -27,6 +28,8 @@ __all__ = ["Fetcher", "Location"]
 
 T = TypeVar("T")
 
+ABSENT = "there is no adapter that may be read"
+NOT_COME = "it did not come from where it is kept; the worker's log says why"
 ACCESS = {
     "folder": "check the path",
     "hub": "check the spelling; a private one needs a token: of a tenant's adapters the file "
@@ -75,9 +78,9 @@ class Fetcher:
             return until_it_comes(lambda: call(until), attempts, until, str(location))
         except Absent:
             raise UnknownAdapter(
-                f"{location}: there is no adapter that may be read; {ACCESS[location.kind]}"
+                f"{location}: {ABSENT}; {ACCESS[location.kind]}", f"{ABSENT} where it should be"
             ) from None
         except Refused as error:
-            raise InvalidAdapter(f"{location}: {error}") from None
+            raise InvalidAdapter(f"{location}: {error}", error.public) from None
         except Failed as error:
-            raise AdapterUnavailable(f"{location} did not come: {error}") from None
+            raise AdapterUnavailable(f"{location} did not come: {error}", NOT_COME) from None

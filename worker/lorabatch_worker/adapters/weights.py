@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabatch.errors import InvalidAdapter
+from lorabatch.location import public_name
 from lorabatch_kernels import LoraWeights
 from lorabatch_worker.adapters.base_tokenizer import tokenizer_bytes
 from lorabatch_worker.adapters.config import AdapterConfig, read_config
@@ -91,9 +92,9 @@ def _check_base(config: AdapterConfig, target: AdapterTarget) -> None:
     name = last_part(config.base_model)
     if name not in {last_part(known) for known in target.base_names}:
         raise InvalidAdapter(
-            f"trained on {config.base_model!r}, but the base model here is "
-            f"{sorted(target.base_names)[0]!r}; if they are the same model, add the name to "
-            "LORABATCH_BASE_MODEL_ALIASES"
+            f"trained on {public_name(config.base_model)!r}, but the base model here is "
+            f"{min(map(public_name, target.base_names))!r}; if they are the same model, add the "
+            "name to LORABATCH_BASE_MODEL_ALIASES"
         )
 
 
