@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from lorabatch import Job, SamplingParams
-from lorabatch.errors import InvalidJob, shown
+from lorabatch.errors import InvalidJob, explain, shown
 from lorabatch_producer.console import printable
 
-__all__ = ["SAMPLING_FIELDS", "make_job", "nest_sampling", "only_these", "without_nulls"]
+__all__ = ["SAMPLING_FIELDS", "called", "make_job", "nest_sampling", "only_these", "without_nulls"]
 
 SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
 
@@ -54,6 +56,14 @@ def nest_sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
 def without_nulls(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A foreign request's fields; one that is null is as if it were not there."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def called(name: str, field: str, value: object) -> Any:
+    """A sampling field's value, checked here because a foreign request calls it otherwise."""
+    try:
+        return getattr(SamplingParams.model_validate({field: value}), field)
+    except ValidationError as error:
+        raise InvalidJob(explain(error).replace(f"{field}: ", f"{name}: ", 1)) from None
 
 
 def only_these(

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorabatch import Result
 from lorabatch.errors import InvalidJob, shown
-from lorabatch_producer.fields import only_these, without_nulls
+from lorabatch_producer.fields import called, only_these, without_nulls
 
 __all__ = ["CHAT_URL", "COMPLETIONS_URL", "answer_body", "body_fields"]
 
@@ -102,12 +102,12 @@ def _sampling(given: Mapping[str, Any], url: str) -> dict[str, Any]:
     old, new = given.get("max_tokens"), given.get("max_completion_tokens")
     if old is not None and new is not None and old != new:
         raise InvalidJob(
-            f"body.max_tokens {shown(old)} and body.max_completion_tokens {shown(new)} differ; "
+            f"body.max_tokens: {shown(old)} and body.max_completion_tokens {shown(new)} differ; "
             "give one of them"
         )
-    limit = old if new is None else new
+    name, limit = ("max_tokens", old) if new is None else ("max_completion_tokens", new)
     if limit is not None:
-        params["max_new_tokens"] = limit
+        params["max_new_tokens"] = called(f"body.{name}", "max_new_tokens", limit)
     elif url == COMPLETIONS_URL:
         params["max_new_tokens"] = COMPLETIONS_MAX_TOKENS
     return params
@@ -117,6 +117,8 @@ def _prompt(given: Mapping[str, Any]) -> str:
     prompt = given.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidJob(f"body.prompt: wanted one text (got {shown(prompt)}); one prompt a line")
+    if not prompt:
+        raise InvalidJob("body.prompt: the prompt is empty; give at least one character")
     return prompt
 
 

@@ -44,6 +44,8 @@ def generate_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     inputs = body.get("inputs")
     if not isinstance(inputs, str):
         raise InvalidJob(f"inputs: wanted one text (got {shown(inputs)})")
+    if not inputs:
+        raise InvalidJob("inputs: the prompt is empty; give at least one character")
     given = _parameters(body)
     only_these(given, {"adapter_id", *SAME_NAME, *FLAGS}, NEUTRAL, "parameters.")
     for name in FLAGS:

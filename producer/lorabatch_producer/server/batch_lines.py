@@ -38,7 +38,8 @@ Keep = Callable[[], None]
 @dataclass(frozen=True)
 class Written:
     """What came of a batch: lines by `completed` and `failed`, whether some were too late, and the
-    files that were written, by the columns of the batch that name them."""
+    files that were written, by the columns of the batch that name them. A line that was cancelled
+    or too late is neither, as with OpenAI, though it is in the error file."""
 
     counts: Counter[str]
     expired: bool
@@ -98,6 +99,7 @@ def write_files(ledger: Ledger, folder: Path, batch: Any, keep: Keep) -> Written
         for what in ("output", "error")
     }
     counts, expired = Counter[str](completed=0, failed=0), False
+    empty = set(paths)
     with atomic_files(*paths.values()) as (output, errors):
         for some in chunked(lines_of(source, batch, keep), CHUNK):
             good = [line for line in some if isinstance(line, GoodLine)]
@@ -106,15 +108,15 @@ def write_files(ledger: Ledger, folder: Path, batch: Any, keep: Keep) -> Written
                 result = found.get(line.job.job_id)
                 written = openai_line(line, result)
                 succeeded = result is not None and result.state == "succeeded"
-                if not succeeded:
-                    written["error"] = _why(result, batch) or written["error"]
-                    expired = expired or written["error"] is EXPIRED
-                counts["completed" if succeeded else "failed"] += 1
+                why = None if succeeded else _why(result, batch)
+                written["error"] = why or written["error"]
+                expired = expired or why is EXPIRED
+                counts["completed" if succeeded else "failed"] += why is None
                 text = json.dumps(written, ensure_ascii=False)
                 (output if succeeded else errors).write(text + "\n")
-    for name, counted in zip(tuple(paths), ("completed", "failed"), strict=True):
-        if not counts[counted]:
-            paths.pop(name).unlink()
+                empty.discard("output_file_id" if succeeded else "error_file_id")
+    for name in empty:
+        paths.pop(name).unlink()
     return Written(counts, expired, paths)
 
 

@@ -1,6 +1,6 @@
 """Errors in the bodies that OpenAI's and TGI's clients read, with the statuses they expect.
 
-A job's field is named as our own API names it; `param` is the first one that a text names.
+A field is named as the request names it; `param` is the first one that a text names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TGI_TYPES = {
     503: "overloaded",
     504: "incomplete_generation",
 }
-WHERE = re.compile(r"^job: |\b(?:body|sampling_params|parameters)\.(?=\w)")
+WHERE = re.compile(r"^job: |\b(?:body|query|header|path|sampling_params|parameters)\.(?=\w)")
+INPUTS = re.compile(r"^prompt(?=: )")
 PARAM = re.compile(r"([a-z][\w.]*): ")
 
 
@@ -36,6 +37,7 @@ def foreign_error(path: str, status: int, code: str, text: str) -> tuple[int, An
     if path.startswith("/v1/"):
         return _openai(status, code, plain)
     if path in TGI_PATHS:
+        plain = INPUTS.sub("inputs", plain)
         status = TGI_STATUSES.get(status, status)
         return status, {"error": plain, "error_type": TGI_TYPES.get(status, "validation")}
     return None

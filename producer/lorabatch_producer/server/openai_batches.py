@@ -79,6 +79,8 @@ class BatchErrors(BaseModel):
 
 
 class RequestCounts(BaseModel):
+    """Lines that were cancelled or expired are in `total` alone."""
+
     total: int
     completed: int
     failed: int
@@ -216,7 +218,7 @@ def _object(row: Any, states: Mapping[str, int]) -> BatchObject:
     counts = RequestCounts(
         total=row.total,
         completed=states.get("succeeded", row.completed),
-        failed=states.get("failed", 0) + states.get("cancelled", 0) if states else row.failed,
+        failed=states.get("failed", 0) if states else row.failed,
     )
     at = {name: getattr(row, f"{name}_us") for name in ("created", *TIMED)}
     return BatchObject(

@@ -53,8 +53,12 @@ def under_way(client: openai.OpenAI, batch: Any, ledger: Ledger, lines: int) -> 
     wait_until(accepted)
     now = client.batches.retrieve(batch.id)
     assert now.status == "in_progress"
-    assert now.request_counts is not None
-    assert now.request_counts.model_dump() == {"total": lines, "completed": 0, "failed": 0}
+    assert counts(now) == {"total": lines, "completed": 0, "failed": 0}
+
+
+def counts(batch: Any) -> dict[str, int]:
+    found: dict[str, int] = batch.request_counts.model_dump()
+    return found
 
 
 def test_a_batch_is_cancelled(client: openai.OpenAI, ledger: Ledger) -> None:
@@ -70,6 +74,7 @@ def test_a_batch_is_cancelled(client: openai.OpenAI, ledger: Ledger) -> None:
     good, bad = lines_in(client, done.output_file_id), lines_in(client, done.error_file_id)
     assert len(good) == 1
     assert [one["error"]["code"] for one in bad] == ["batch_cancelled"] * 4
+    assert counts(done) == {"total": 5, "completed": 1, "failed": 0}
     assert ledger.counts() == {"succeeded": 1, "cancelled": 4}
     assert client.batches.cancel(made.id).status == "cancelled"
 
@@ -84,6 +89,7 @@ def test_lines_that_were_never_accepted_are_cancelled_too(
     done = ended(client, made)
     errors = [one["error"]["code"] for one in lines_in(client, done.error_file_id)]
     assert (done.status, errors) == ("cancelled", ["batch_cancelled"] * 5)
+    assert counts(done) == {"total": 5, "completed": 0, "failed": 0}
     assert ledger.counts() == {"cancelled": 2}
 
 
@@ -108,6 +114,7 @@ def test_a_batch_that_is_too_late_expires(
     assert len(lines_in(client, done.output_file_id)) == 1
     errors = [one["error"]["code"] for one in lines_in(client, done.error_file_id)]
     assert errors == ["batch_expired"] * 3
+    assert counts(done) == {"total": 4, "completed": 1, "failed": 0}
     assert ledger.counts().keys() == {"succeeded", "cancelled"}
 
 

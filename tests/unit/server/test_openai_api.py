@@ -135,11 +135,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"temperature": 11}, "temperature"),
     ({"top_p": 0}, "top_p"),
-    ({"max_tokens": 0}, "max_new_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
     ({"service_tier": "scale"}, "service_tier"),
     ({"service_tier": "flex", "extra_body": {"priority": 1}}, "service_tier"),
     ({"extra_body": {"colour": "red"}}, "colour"),
     ({"extra_body": {"messages": []}}, "messages"),
+    ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
+    ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+    ({"extra_body": {"max_tokens": "7"}}, "max_tokens"),
+    ({"extra_body": {"messages": [{"role": "user", "content": "a\0"}]}}, "messages.0.content"),
 ]
 
 

@@ -114,6 +114,8 @@ def test_both_paths_refuse_what_is_no_request(
         ({}, "inputs: wanted one text"),
         ({"inputs": ["a"]}, "inputs: wanted one text"),
         ({"inputs": ""}, "prompt is empty"),
+        ({"inputs": ""}, "inputs: "),
+        ({"inputs": "a\0"}, "inputs: must not contain the NUL character"),
         ({"inputs": "a", "parameters": [1]}, "parameters: must be an object"),
         ({"inputs": "a", "colour": 1}, "colour: not supported"),
         ({"inputs": "a", "parameters": {"colour": 1}}, "colour: not supported"),
