@@ -78,6 +78,12 @@ class Files:
         with self._read.begin() as connection:
             return connection.execute(page(query, files, limit, after, newest_first)).all()
 
+    def is_known(self, file_id: str) -> bool:
+        """Whether it is anybody's."""
+        with self._read.begin() as connection:
+            mine = files.c.file_id == file_id
+            return bool(connection.scalar(sa.select(sa.exists().where(mine))))
+
     def remove(self, file_id: str, tenant: str) -> bool | None:
         """Forget a tenant's file; the content is the caller's to remove then. None: it has none of
         that id; False: a batch that has not ended is made from it."""

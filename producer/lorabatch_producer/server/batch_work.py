@@ -21,6 +21,7 @@ from lorabatch.logs import trace
 from lorabatch.openai_batches import OpenAIBatches
 from lorabatch_producer.client import Producer
 from lorabatch_producer.server.batch_steps import Gone, Held, Steps
+from lorabatch_producer.server.tidying import tidy
 
 __all__ = ["BatchWork"]
 
@@ -30,7 +31,6 @@ THREADS = 2  # a large file delays no small one, unless there are two
 LOOK_S = 0.5
 AFTER_ERROR_S = 5.0
 TIDY_S = 60.0
-LEFT_S = 86_400.0
 
 
 class BatchWork:
@@ -102,13 +102,6 @@ class BatchWork:
             log.error("batch not given back", batch_id=row.batch_id, trace=trace(error))
 
     def _tidy(self) -> None:
-        """Files that have expired go, and what uploads left that were never whole."""
-        if time.monotonic() - self._tidied_s < TIDY_S:
-            return
-        self._tidied_s = time.monotonic()
-        for file_id in Files(self._producer.ledger.engine).remove_expired():
-            (self._settings.files_folder / file_id).unlink(missing_ok=True)
-        for path in self._settings.files_folder.glob(".file-*.new"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > LEFT_S:
-                    path.unlink()
+        if time.monotonic() - self._tidied_s >= TIDY_S:
+            self._tidied_s = time.monotonic()
+            tidy(Files(self._producer.ledger.engine), self._settings.files_folder)

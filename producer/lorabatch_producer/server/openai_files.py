@@ -88,6 +88,7 @@ async def create(request: Request, desk: TheDesk, caller: TheCaller) -> FileObje
     row = await desk.call(
         files.add, file_id, caller.tenant, "batch", name, size, expires_after_s=expires_after_s
     )
+    await desk.call(upload.noted)
     return _object(row)
 
 

@@ -37,6 +37,7 @@ class Upload:
         self._name, self._value, self._header = "", b"", (b"", b"")
         self._disposition = b""
         self._over = False
+        self._mark: Path | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._file = path.open("xb")
 
@@ -47,14 +48,23 @@ class Upload:
             raise HTTPException(400, "the body is not valid multipart/form-data") from None
 
     def keep(self, path: Path) -> None:
-        """Once all has come: the file appears at `path`, complete and on the disk."""
+        """Once all has come: the file appears at `path`, complete and on the disk, with a mark
+        beside it until it is `noted`: who finds the mark later knows that nobody may know the file.
+        """
         if not self._over:
             raise HTTPException(400, "the body ends in the middle of a part; send it again")
         if self.filename is None:
             raise HTTPException(400, "file: missing; send it as a part with a filename")
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._mark = marked(path)
+        self._mark.touch()
         self._path.replace(path)
+
+    def noted(self) -> None:
+        """The database has it, too."""
+        if self._mark is not None:
+            self._mark.unlink(missing_ok=True)
 
     def close(self) -> None:
         """What was not kept is gone."""
@@ -122,6 +132,11 @@ def _parser(upload: Upload, boundary: bytes) -> MultipartParser:
             "on_end": upload.on_end,
         },
     )
+
+
+def marked(path: Path) -> Path:
+    """The mark of a file that may not be in the database."""
+    return path.with_name(f".{path.name}.kept")
 
 
 def shown_filename(given: bytes) -> str:
