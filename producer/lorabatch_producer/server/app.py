@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import FastAPI
 
@@ -26,6 +27,7 @@ from lorabatch_producer.server import (
 from lorabatch_producer.server.batch_work import BatchWork
 from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
+from lorabatch_producer.server.document import ABOUT, document
 from lorabatch_producer.server.keyed import Keyed
 from lorabatch_producer.server.openai_files import FILES_PATH
 from lorabatch_producer.server.problems import answer_errors
@@ -34,11 +36,6 @@ from lorabatch_producer.server.uploads import OVERHEAD_BYTES
 from lorabatch_producer.webhook_sender import WebhookSender
 
 __all__ = ["create_app"]
-
-ABOUT = (
-    "Batch text generation with one base model and any number of LoRA adapters. A job that was "
-    "accepted ends in exactly one outcome; its usage is counted once."
-)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -65,6 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RateHeaders)
     app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
     answer_errors(app)
+    app.openapi = partial(document, app)  # type: ignore[method-assign]
     for room in (health, jobs, openai, openai_files, openai_batches, tgi, webhooks):
         app.include_router(room.router)
     return app

@@ -13,13 +13,13 @@ __all__ = ["router"]
 router = APIRouter(tags=["health"])
 
 
-@router.get("/healthz")
+@router.get("/healthz", summary="Whether the process answers")
 async def alive() -> dict[str, str]:
     """The process answers."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", summary="Whether jobs can be accepted")
 async def ready(desk: Annotated[Desk, Depends(desk_of)]) -> dict[str, str]:
     """The database answers too; jobs can be accepted. 503 otherwise."""
     await desk.check()

@@ -48,7 +48,7 @@ class JobStatus(BaseModel):
     result: Result | None = None
 
 
-@router.post("", status_code=202, response_model_exclude_none=True)
+@router.post("", summary="Accept a job", status_code=202, response_model_exclude_none=True)
 async def enqueue(
     request: Request,
     desk: TheDesk,
@@ -71,7 +71,7 @@ async def enqueue(
     return JobStatus(job_id=job_id, state=state)
 
 
-@router.get("/{job_id}", response_model_exclude_none=True)
+@router.get("/{job_id}", summary="Show a job", response_model_exclude_none=True)
 async def show(
     job_id: str,
     state: TheState,
@@ -83,7 +83,7 @@ async def show(
     return JobStatus(job_id=job_id, state=state) if result is None else ended(result)
 
 
-@router.get("/{job_id}/events", response_class=EventSourceResponse)
+@router.get("/{job_id}/events", summary="Follow a job", response_class=EventSourceResponse)
 async def events(
     job_id: str,
     state: TheState,
@@ -108,7 +108,7 @@ async def events(
         yield ServerSentEvent(event="stopped", data={"code": error.code, "detail": error.public})
 
 
-@router.delete("/{job_id}", response_model_exclude_none=True)
+@router.delete("/{job_id}", summary="Cancel a job", response_model_exclude_none=True)
 async def cancel(job_id: str, state: TheState, desk: TheDesk) -> JobStatus:
     """Cancel a job: the state it is in now. One that runs ends at its next step."""
     return JobStatus(job_id=job_id, state=await desk.cancel(job_id))

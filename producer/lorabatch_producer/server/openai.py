@@ -22,11 +22,17 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["openai"])
 TIERS = {"auto": None, "default": None, "flex": -10, "priority": 10}
+EITHER = {
+    "application/json": {"schema": {"type": "object", "required": ["id", "choices", "usage"]}},
+    "text/event-stream": {"schema": {"type": "string"}},
+}
 CHAT = {"model": "sql", "messages": [{"role": "user", "content": "How many users?"}]}
 COMPLETION = {"model": "sql", "prompt": "How many users?", "max_tokens": 32}
 
 
-@router.post(CHAT_URL, response_model=None)
+@router.post(
+    CHAT_URL, summary="Answer a chat", response_model=None, responses={200: {"content": EITHER}}
+)
 async def chat(
     asking: TheAsking, body: Annotated[dict[str, Any], Body(examples=[CHAT])]
 ) -> dict[str, Any] | StreamingResponse:
@@ -35,7 +41,12 @@ async def chat(
     return await _complete(asking, body, CHAT_URL)
 
 
-@router.post(COMPLETIONS_URL, response_model=None)
+@router.post(
+    COMPLETIONS_URL,
+    summary="Complete a prompt",
+    response_model=None,
+    responses={200: {"content": EITHER}},
+)
 async def completion(
     asking: TheAsking, body: Annotated[dict[str, Any], Body(examples=[COMPLETION])]
 ) -> dict[str, Any] | StreamingResponse:
@@ -43,14 +54,14 @@ async def completion(
     return await _complete(asking, body, COMPLETIONS_URL)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", summary="List models")
 async def models(asking: TheAsking) -> dict[str, Any]:
     """The base models, and the adapters that the caller may use."""
     found = await asking.desk.call(asking.models.names, asking.caller.tenant)
     return {"object": "list", "data": [_shown(model) for model in found]}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", summary="Show a model")
 async def model(asking: TheAsking, name: str) -> dict[str, Any]:
     """One of them."""
     return _shown(await asking.model(name))

@@ -27,7 +27,7 @@ from lorabatch_producer.server.webhooks import check_webhook
 
 __all__ = ["router"]
 
-router = APIRouter(prefix="/v1/batches", tags=["openai"])
+router = APIRouter(prefix="/v1/batches", tags=["batches"])
 WINDOWS_S = {"24h": 86_400.0}
 PREFIX = "batch_"
 
@@ -111,7 +111,7 @@ class BatchObject(BaseModel):
     metadata: dict[str, str] | None
 
 
-@router.post("")
+@router.post("", summary="Make a batch of a file")
 async def create(
     desk: TheDesk,
     caller: TheCaller,
@@ -136,7 +136,7 @@ async def create(
     return made
 
 
-@router.get("")
+@router.get("", summary="List batches")
 async def list_batches(
     desk: TheDesk,
     caller: TheCaller,
@@ -149,13 +149,14 @@ async def list_batches(
     return page_of(await _objects(desk, rows), limit)
 
 
-@router.get("/{batch_id}")
+@router.get("/{batch_id}", summary="Show a batch")
 async def show(batch_id: str, desk: TheDesk, caller: TheCaller) -> BatchObject:
+    """How far it is, and the files that came of it."""
     (shown_,) = await _objects(desk, [await _row(desk, caller, batch_id)])
     return shown_
 
 
-@router.post("/{batch_id}/cancel")
+@router.post("/{batch_id}/cancel", summary="Cancel a batch")
 async def cancel(batch_id: str, desk: TheDesk, caller: TheCaller, work: TheWork) -> BatchObject:
     """Cancel what has not run: what has is in the output all the same."""
     row = await _row(desk, caller, batch_id)

@@ -38,7 +38,7 @@ FORM = {
     },
     "additionalProperties": False,
 }
-router = APIRouter(prefix=FILES_PATH, tags=["openai"])
+router = APIRouter(prefix=FILES_PATH, tags=["files"])
 
 TheDesk = Annotated[Desk, Depends(desk_of)]
 TheCaller = Annotated[Caller, Depends(caller_of)]
@@ -65,6 +65,7 @@ class FileDeleted(BaseModel):
 
 @router.post(
     "",
+    summary="Upload a file",
     openapi_extra={
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}}}
     },
@@ -92,7 +93,7 @@ async def create(request: Request, desk: TheDesk, caller: TheCaller) -> FileObje
     return _object(row)
 
 
-@router.get("")
+@router.get("", summary="List files")
 async def list_files(
     desk: TheDesk,
     caller: TheCaller,
@@ -110,12 +111,18 @@ async def list_files(
     return page_of([_object(row) for row in rows], limit)
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", summary="Show a file")
 async def show(file_id: str, desk: TheDesk, caller: TheCaller) -> FileObject:
+    """Its name, size and times."""
     return _object(await _row(desk, caller, file_id))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
+@router.get(
+    "/{file_id}/content",
+    summary="Download a file",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}},
+)
 async def content(file_id: str, desk: TheDesk, caller: TheCaller) -> FileResponse:
     """The file itself."""
     row = await _row(desk, caller, file_id)
@@ -123,7 +130,7 @@ async def content(file_id: str, desk: TheDesk, caller: TheCaller) -> FileRespons
     return FileResponse(path, media_type="application/jsonl", filename=f"{row.file_id}.jsonl")
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", summary="Delete a file")
 async def delete(file_id: str, desk: TheDesk, caller: TheCaller) -> FileDeleted:
     """Delete a file. One that a batch is made from is kept until the batch has ended: 409."""
     removed = await desk.call(Files(desk.ledger.engine).remove, file_id, caller.tenant)

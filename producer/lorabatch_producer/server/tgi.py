@@ -22,10 +22,12 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["tgi"])
 EXAMPLE = {"inputs": "How many users?", "parameters": {"adapter_id": "sql", "max_new_tokens": 32}}
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+EITHER = {"application/json": {"schema": {"type": "array"}}, **EVENTS}
 TheBody = Annotated[dict[str, Any], Body(examples=[EXAMPLE])]
 
 
-@router.post("/generate")
+@router.post("/generate", summary="Continue a text")
 async def generate(asking: TheAsking, body: TheBody) -> dict[str, Any]:
     """A text's continuation, once its job has ended. A client that goes away cancels its job,
     unless the request has an `Idempotency-Key`."""
@@ -33,7 +35,12 @@ async def generate(asking: TheAsking, body: TheBody) -> dict[str, Any]:
     return generate_answer(body, await asking.result(await _model(asking, body), fields))
 
 
-@router.post("/generate_stream", response_class=StreamingResponse)
+@router.post(
+    "/generate_stream",
+    summary="Continue a text, piece by piece",
+    response_class=StreamingResponse,
+    responses={200: {"content": EVENTS}},
+)
 async def generate_stream(asking: TheAsking, body: TheBody) -> StreamingResponse:
     """The same as it grows: an event for each piece of text, which may be of several tokens, and
     the whole text in the last one."""
@@ -42,7 +49,9 @@ async def generate_stream(asking: TheAsking, body: TheBody) -> StreamingResponse
     return event_stream("/generate_stream", tgi_chunks(followed(asking, job, job_id), body))
 
 
-@router.post("/", response_model=None)
+@router.post(
+    "/", summary="Either of both", response_model=None, responses={200: {"content": EITHER}}
+)
 async def compatible(asking: TheAsking, body: TheBody) -> list[dict[str, Any]] | StreamingResponse:
     """Either of them, as `stream` says; the whole text as a list of one. The prompt is not repeated
     unless `return_full_text` says so."""
@@ -58,7 +67,7 @@ async def _model(asking: Asking, body: dict[str, Any]) -> Model:
     return await asking.model(adapter_id, "adapter_id")
 
 
-@router.get("/info")
+@router.get("/info", summary="What is served")
 async def info(asking: TheAsking) -> dict[str, Any]:
     """What is served. What only workers know, such as the longest context, is not told."""
     base = await asking.desk.call(asking.models.base)
@@ -74,7 +83,7 @@ async def info(asking: TheAsking) -> dict[str, Any]:
     }
 
 
-@router.get("/health")
+@router.get("/health", summary="Whether jobs can be accepted", response_class=Response)
 async def health(desk: Annotated[Desk, Depends(desk_of)]) -> Response:
     """Nothing, if jobs can be accepted; 503 otherwise."""
     await desk.check()
