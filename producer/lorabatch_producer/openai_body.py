@@ -15,7 +15,9 @@ from typing import Any
 
 from lorabatch import Result
 from lorabatch.errors import InvalidJob, shown
+from lorabatch.result import Choice
 from lorabatch_producer.fields import called, only_these, without_nulls
+from lorabatch_producer.openai_choices import ASKED, choice_params, logprobs_body
 
 __all__ = ["CHAT_URL", "COMPLETIONS_URL", "answer_body", "body_fields"]
 
@@ -32,14 +34,11 @@ LABELS = {
 }
 # field: the values that ask for nothing beyond what we do
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "stream": (False,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
     "top_logprobs": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
@@ -56,6 +55,7 @@ def body_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     """The body as fields of a Job, sampling nested; what `model` means is for the caller to say."""
     given = without_nulls(body)
     known = {"model", "priority", "max_tokens", "max_completion_tokens", PROMPT_FIELD[url]}
+    known |= set(ASKED[url == CHAT_URL])
     only_these(given, known | set(SAME_NAME) | LABELS, NEUTRAL, "body.")
     fields: dict[str, Any] = {"sampling_params": _sampling(given, url)}
     if "priority" in given:
@@ -67,19 +67,12 @@ def body_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
 
 def answer_body(chat: bool, model: str | None, result: Result) -> dict[str, Any]:
     """What OpenAI answers, for a job that succeeded. `model`: as the request named it."""
-    choice: dict[str, Any] = {"index": 0}
-    if chat:
-        choice["message"] = {"role": "assistant", "content": result.text}
-    else:
-        choice["text"] = result.text
-    choice["logprobs"] = None
-    choice["finish_reason"] = FINISH_REASONS[result.finish_reason or "eos_token"]
     return {
         "id": ("chatcmpl-" if chat else "cmpl-") + result.job_id,
         "object": "chat.completion" if chat else "text_completion",
         "created": (result.finished_us or 0) // 1_000_000,
         "model": model,
-        "choices": [choice],
+        "choices": [_choice(chat, *numbered) for numbered in enumerate(result.texts)],
         "usage": {
             "prompt_tokens": result.usage.prompt_tokens,
             "completion_tokens": result.usage.output_tokens,
@@ -90,6 +83,17 @@ def answer_body(chat: bool, model: str | None, result: Result) -> dict[str, Any]
     }
 
 
+def _choice(chat: bool, index: int, one: Choice) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": index}
+    if chat:
+        choice["message"] = {"role": "assistant", "content": one.text}
+    else:
+        choice["text"] = one.text
+    choice["logprobs"] = logprobs_body(chat, one)
+    choice["finish_reason"] = FINISH_REASONS[one.finish_reason or "eos_token"]
+    return choice
+
+
 def _fingerprint(result: Result) -> str:
     """The same for the same base model and version of an adapter."""
     what = f"{result.base_model}\n{result.adapter_version or ''}"
@@ -98,6 +102,7 @@ def _fingerprint(result: Result) -> str:
 
 def _sampling(given: Mapping[str, Any], url: str) -> dict[str, Any]:
     params = {name: given[name] for name in SAME_NAME if name in given}
+    params |= choice_params(given, url == CHAT_URL)
     params.setdefault("temperature", 1.0)
     old, new = given.get("max_tokens"), given.get("max_completion_tokens")
     if old is not None and new is not None and old != new:

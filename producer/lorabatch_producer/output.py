@@ -160,6 +160,7 @@ def _short_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
     usage = None
     if result is not None:
         usage = {**result.usage.model_dump(), "total_tokens": result.usage.total_tokens}
+    choices = [one.model_dump(mode="json") for one in (result and result.choices) or ()]
     return {
         "line": line.number,
         "custom_id": line.job.custom_id,
@@ -168,6 +169,7 @@ def _short_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
         "adapter_id": line.job.adapter_name,
         "text": result.text if result else None,
         "finish_reason": result.finish_reason if result else None,
+        **({"choices": choices} if choices else {}),
         "usage": usage,
         "error": _error(result),
     }

@@ -2,8 +2,10 @@
 
 As in TGI a job is greedy unless `do_sample` is true or one of temperature, top_k and top_p asks for
 sampling, and 100 tokens are generated unless it says how many. Otherwise than in TGI the text ends
-before a stop string, not after it; `details.tokens` and `details.prefill` are empty. A parameter
-that would change the outcome and that we do not compute is refused by name. Raises InvalidJob.
+before a stop string, not after it, `details.prefill` is empty, and of a stream so is
+`details.tokens`; log probabilities are the model's own, before penalties and temperature. Texts of
+`best_of` are told best first. A parameter that would change the outcome and that we do not compute
+is refused by name. Raises InvalidJob.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorabatch import Result
+from lorabatch.candidates import MAX_CANDIDATES, MAX_TOP_LOGPROBS
 from lorabatch.errors import InvalidJob, shown
+from lorabatch.result import Choice, LikelyToken
 from lorabatch_producer.fields import only_these, without_nulls
+from lorabatch_producer.openai_choices import only_one_streams
 
 __all__ = ["adapter_of", "generate_answer", "generate_fields"]
 
@@ -25,21 +30,20 @@ SAME_NAME = (
 FLAGS = ("do_sample", "return_full_text", "details")
 # parameter: the values that ask for nothing beyond what we do
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "best_of": (1,),
-    "top_n_tokens": (0,),
     "watermark": (False,),
     "decoder_input_details": (False,),
-    "typical_p": (1, 1.0),
 }
 WARPERS: dict[str, tuple[object, ...]] = {
     "temperature": (None, 1.0),
     "top_k": (None, 0),
     "top_p": (None, 1.0),
+    "typical_p": (None, 1.0),
 }
 
 
-def generate_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body as fields of a Job, sampling nested; what `adapter_id` means is for the caller."""
+def generate_fields(body: Mapping[str, Any], streamed: bool = False) -> dict[str, Any]:
+    """The body as fields of a Job, sampling nested; what `adapter_id` means is for the caller.
+    `streamed`: for an answer that comes as it grows, which has one text and tells no tokens."""
     only_these(without_nulls(body), {"inputs", "parameters"}, {"stream": (False,)}, "")
     inputs = body.get("inputs")
     if not isinstance(inputs, str):
@@ -47,20 +51,51 @@ def generate_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     if not inputs:
         raise InvalidJob("inputs: the prompt is empty; give at least one character")
     given = _parameters(body)
-    only_these(given, {"adapter_id", *SAME_NAME, *FLAGS}, NEUTRAL, "parameters.")
+    known = {"adapter_id", "typical_p", "best_of", "top_n_tokens", *SAME_NAME, *FLAGS}
+    only_these(given, known, NEUTRAL, "parameters.")
     for name in FLAGS:
         if not isinstance(given.get(name, False), bool):
             raise InvalidJob(f"parameters.{name}: wanted true or false (got {shown(given[name])})")
-    sampled = given.get("do_sample") or any(
-        given.get(name) not in neutral for name, neutral in WARPERS.items()
-    )
+    warped = [name for name, neutral in WARPERS.items() if given.get(name) not in neutral]
+    sampled = given.get("do_sample") or bool(warped)
     params = {name: given[name] for name in SAME_NAME if name in given}
+    params |= {"typical_p": given["typical_p"]} if "typical_p" in warped else {}
+    params |= _choices(given, sampled, told=bool(given.get("details")) and not streamed)
+    if streamed:
+        only_one_streams(params)
     params.setdefault("max_new_tokens", MAX_NEW_TOKENS)
     if sampled:
         params.setdefault("temperature", 1.0)
     else:
         params["temperature"] = 0.0
     return {"prompt": inputs, "sampling_params": params}
+
+
+def _choices(given: Mapping[str, Any], sampled: bool, told: bool) -> dict[str, Any]:
+    """What asks for several texts, and for their tokens where details are told."""
+    best_of = _count(given, "best_of", 1, MAX_CANDIDATES)
+    top = _count(given, "top_n_tokens", 0, MAX_TOP_LOGPROBS)
+    if best_of > 1 and not sampled:
+        raise InvalidJob(f"parameters.best_of: {best_of} texts want sampling; add do_sample true")
+    if top and not told:
+        raise InvalidJob(
+            "parameters.top_n_tokens: told in details, but not in a stream; add details true"
+        )
+    params: dict[str, Any] = {"best_of": best_of} if best_of > 1 else {}
+    if told:
+        params |= {"logprobs": True} | ({"top_logprobs": top} if top else {})
+        params |= {"n": best_of} if best_of > 1 else {}
+    return params
+
+
+def _count(given: Mapping[str, Any], name: str, least: int, most: int) -> int:
+    """`least` if it is not given."""
+    value = given.get(name, least)
+    if type(value) is not int or not least <= value <= most:
+        raise InvalidJob(
+            f"parameters.{name}: wanted a number from {least} to {most} (got {shown(value)})"
+        )
+    return value
 
 
 def adapter_of(body: Mapping[str, Any]) -> object:
@@ -79,13 +114,34 @@ def generate_answer(body: Mapping[str, Any], result: Result) -> dict[str, Any]:
     """What TGI answers, for a job that succeeded."""
     given = _parameters(body)
     before = body["inputs"] if given.get("return_full_text") else ""
-    answer: dict[str, Any] = {"generated_text": before + (result.text or "")}
-    if given.get("details"):
-        answer["details"] = {
-            "finish_reason": result.finish_reason,
-            "generated_tokens": result.usage.output_tokens,
-            "seed": result.seed,
-            "prefill": [],
-            "tokens": [],
-        }
-    return answer
+    if not given.get("details"):
+        return {"generated_text": before + (result.text or "")}
+    best, *others = sorted(result.texts, key=lambda one: one.mean_logprob, reverse=True)
+    top = bool(given.get("top_n_tokens"))
+    details = _details(best, top)
+    if others:
+        details["best_of_sequences"] = [
+            {"generated_text": before + one.text, **_details(one, top)} for one in others
+        ]
+    return {"generated_text": before + best.text, "details": details}
+
+
+def _details(one: Choice, top: bool) -> dict[str, Any]:
+    tokens = one.tokens or ()
+    return {
+        "finish_reason": one.finish_reason,
+        "generated_tokens": len(one.token_ids),
+        "seed": one.seed,
+        "prefill": [],
+        "tokens": [_token(token) for token in tokens],
+        **({"top_tokens": [[_token(other) for other in t.top] for t in tokens]} if top else {}),
+    }
+
+
+def _token(token: LikelyToken) -> dict[str, Any]:
+    return {
+        "id": token.token_id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "special": token.special,
+    }

@@ -13,6 +13,7 @@ from lorabatch_worker import engine as engines
 from lorabatch_worker.memory import out_of_memory
 from lorabatch_worker.portions import GOOD, Portions
 from lorabatch_worker.scheduler import Chunk
+from lorabatch_worker.sequence import Family
 from tests.desk import PROMPTS, Desk, job, leave_nothing, long
 
 Chunks = list[Chunk]
@@ -111,8 +112,9 @@ def test_what_is_a_lack_of_memory() -> None:
 
 def test_portions_grow_again() -> None:
     class Sequence:
-        job_id = "a"
+        key = "a"
         computed = 0
+        family = Family([])
 
     chunks = [Chunk(Sequence(), 0, 40)]  # type: ignore[arg-type]
     portions = Portions()

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from lorabatch.errors import InvalidJob, shown
 from lorabatch_producer.chunks import openai_chunks
 from lorabatch_producer.openai_body import CHAT_URL, COMPLETIONS_URL, answer_body, body_fields
+from lorabatch_producer.openai_choices import only_one_streams
 from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.models import Model
 from lorabatch_producer.server.streaming import event_stream, followed
@@ -76,6 +77,7 @@ async def _complete(
     model = await asking.model(name)
     if not streamed:
         return answer_body(chat, str(name), await asking.result(model, fields))
+    only_one_streams(fields["sampling_params"])
     with_usage = _with_usage(body)
     job, job_id = await asking.accepted(model, {**fields, "stream": True})
     grown = followed(asking, job, job_id)

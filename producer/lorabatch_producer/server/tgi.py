@@ -11,6 +11,7 @@ from fastapi import APIRouter, Body, Depends, Response
 from fastapi.responses import StreamingResponse
 
 import lorabatch
+from lorabatch.candidates import MAX_CANDIDATES
 from lorabatch_producer.chunks import tgi_chunks
 from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.desk import Desk, desk_of
@@ -44,7 +45,7 @@ async def generate(asking: TheAsking, body: TheBody) -> dict[str, Any]:
 async def generate_stream(asking: TheAsking, body: TheBody) -> StreamingResponse:
     """The same as it grows: an event for each piece of text, which may be of several tokens, and
     the whole text in the last one."""
-    fields = generate_fields({**body, "stream": None})
+    fields = generate_fields({**body, "stream": None}, streamed=True)
     job, job_id = await asking.accepted(await _model(asking, body), {**fields, "stream": True})
     return event_stream("/generate_stream", tgi_chunks(followed(asking, job, job_id), body))
 
@@ -75,7 +76,7 @@ async def info(asking: TheAsking) -> dict[str, Any]:
         "model_id": base.name,
         "model_sha": None,
         "model_pipeline_tag": "text-generation",
-        "max_best_of": 1,
+        "max_best_of": MAX_CANDIDATES,
         "max_stop_sequences": 16,
         "max_client_batch_size": 1,
         "router": "lorabatch",

@@ -130,8 +130,8 @@ def test_an_unknown_model_is_refused(client: openai.OpenAI, ledger: Ledger) -> N
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"n": 2}, "n"),
-    ({"logprobs": True}, "logprobs"),
+    ({"n": 17}, "n"),
+    ({"top_logprobs": 3}, "top_logprobs"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"temperature": 11}, "temperature"),
     ({"top_p": 0}, "top_p"),

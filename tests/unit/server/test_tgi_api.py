@@ -93,7 +93,7 @@ def test_what_is_not_supported_is_refused_by_name(client: InferenceClient, ledge
         "best_of": 2,
         "top_n_tokens": 3,
         "watermark": True,
-        "typical_p": 0.5,
+        "typical_p": 1.5,
         "truncate": 10,
         "grammar": {"type": "regex", "value": "(a+)+b"},
         "top_p": 2.0,
