@@ -52,7 +52,7 @@ def prepare(base: BaseModel, defaults: GenerationDefaults | None, **fields: Any)
 
 
 def test_all_listed_fields_are_read_by_their_names(tmp_path: Path) -> None:
-    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1}
+    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "typical_p": 0.8}
     fields |= {"repetition_penalty": 1.2, "max_new_tokens": 99}
     found = read(
         tmp_path,

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorabatch import Job
+from lorabatch import Job, Ledger
 from lorabatch.candidates import seed_of
 from lorabatch.claim import Claim
+from lorabatch.ledger import Outcome
+from lorabatch_producer.audit import audit
 from lorabatch_worker.engine import Engine
 from lorabatch_worker.sequence import Sequence
 from tests.desk import PROMPTS, WAIT_S, Desk, job, leave_nothing, long, start
@@ -229,6 +231,28 @@ def _companies(engine: Engine) -> list[set[str]]:
 
     engine.runner.forward = watched  # type: ignore[method-assign]
     return seen
+
+
+def test_the_books_are_right(desk: Desk, ledger: Ledger) -> None:
+    """Of what this engine makes of jobs that keep all, some and none of their texts."""
+    whole = job("whole", n=3, logprobs=True, top_logprobs=2, **SAMPLED)
+    some = job("some", n=2, best_of=4, **SAMPLED)
+    cut = long("cut", n=2, temperature=1.0)
+    ledger.accept([whole, some, cut, job("plain")])
+    claims = ledger.claim(["whole", "some", "cut", "plain"], "me", 60)
+    desk.engine.submit(list(claims.values()))
+    desk.wait_started("cut")
+    desk.engine.abort("cut", "cancelled")
+    made = desk.wait(claims)
+    ledger.record([Outcome(claims[job_id], result) for job_id, result in made.items()])
+    assert audit(ledger.engine) == []
+    found = ledger.results(list(claims))
+    for job_id, result in made.items():
+        assert found[job_id].choices == result.choices
+        assert found[job_id].usage == result.usage
+    assert {i: found[i].usage.output_tokens for i in ("whole", "some", "plain")} == {
+        **{"whole": 24, "some": 32, "plain": 8}
+    }
 
 
 def test_log_probabilities_are_those_of_transformers(desk: Desk, tiny_folder: Path) -> None:

@@ -113,3 +113,24 @@ def test_prompt_and_output_must_fit_the_context(base: BaseModel, new: int, fits:
 def test_stop_strings_make_a_watch(base: BaseModel) -> None:
     sequence = prepare(base, prompt="x", sampling_params={"stop": "END", "max_new_tokens": 1})
     assert sequence.stop_watch is not None
+
+
+def test_a_bias_is_of_a_token_that_the_model_has(base: BaseModel) -> None:
+    last = base.model.config.vocab_size - 1
+    fitting = prepare(
+        base, prompt="a", sampling_params={"logit_bias": {str(last): -100}, "max_new_tokens": 8}
+    )
+    assert fitting.params.logit_bias == {last: -100.0}
+    wanted = f"job 'j': logit_bias has token {last + 1}, wanted one that the model has, 0 to {last}"
+    one = {"max_new_tokens": 8}
+    with pytest.raises(InvalidJob, match=wanted):
+        prepare(base, prompt="a", sampling_params={**one, "logit_bias": {"0": 1, str(last + 1): 1}})
+
+
+def test_each_text_of_a_job_watches_for_its_own_end(base: BaseModel) -> None:
+    params = {"n": 3, "temperature": 1.0, "stop": ["x"], "max_new_tokens": 8}
+    first = prepare(base, prompt="a", sampling_params=params)
+    members = first.family.members
+    assert (first.number, len(members)) == (0, 3)
+    assert len({id(one.stop_watch) for one in members} - {id(None)}) == 3
+    assert {tuple(one.prompt) for one in members} == {tuple(first.prompt)}

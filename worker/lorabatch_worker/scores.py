@@ -42,10 +42,13 @@ class Scores:
     def of(self, tokens: Tensor) -> Tensor:
         """For each row of these that has scores: of its token [1], and of the k most likely ones,
         ids [k] and values [k], side by side."""
-        chosen = tokens[self._rows].clamp(min=0)[:, None]
+        drawn = tokens[self._rows].clamp(min=0)[:, None]
+        own = self._logprobs.gather(-1, drawn).double()
         most = min(max(self._tops.values()), self._logprobs.shape[-1])
+        if most == 0:
+            return own
         values, ids = self._logprobs.topk(most, dim=-1)
-        return torch.cat([self._logprobs.gather(-1, chosen).double(), ids.double(), values], dim=-1)
+        return torch.cat([own, ids.double(), values.double()], dim=-1)
 
     def read(self, found: Tensor) -> dict[int, Scored]:
         """By row, from what `of` gave, once it is on the host."""
