@@ -129,14 +129,14 @@ def test_a_job_is_cancelled_and_dropped_with_all_its_texts(own: Desk) -> None:
 def test_one_text_without_sound_logits_fails_its_job_once(
     own: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of them, while the others have a token in the same step."""
+    """Two of them in the same step, in which the third one has a token."""
     forward = own.engine.runner.forward
 
     def spoilt(chunks: Any) -> torch.Tensor:
         logits = forward(chunks).clone()
         sampling: list[Sequence] = [c.sequence for c in chunks if c.samples]
         for row, one in enumerate(sampling):
-            if one.key == "bad" and len(one.output) == 4:
+            if one.key in ("bad", "bad#2") and len(one.output) == 4:
                 logits[row] = torch.nan
         return logits
 
@@ -169,21 +169,23 @@ def test_a_step_that_fails_takes_a_job_along_once(
 
 
 def test_steps_in_portions_compute_all_texts(own: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much memory as one token takes, and a text that fails amid its siblings' portions."""
+    """As much memory as two tokens take, and a text that fails while its siblings are to come."""
     wanted = own.run(job("wanted", n=3, max_new_tokens=6, **SAMPLED))["wanted"]
     forward = own.engine.runner.forward
 
     def small(chunks: Any) -> torch.Tensor:
-        if sum(c.end - c.start for c in chunks) > 1:
+        if sum(c.end - c.start for c in chunks) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        logits = forward(chunks)
-        if chunks[0].samples and chunks[0].sequence.key == "bad":
-            logits = torch.full_like(logits, torch.nan)
+        logits = forward(chunks).clone()
+        sampling: list[Sequence] = [c.sequence for c in chunks if c.samples]
+        for row, one in enumerate(sampling):
+            if one.key == "bad" and len(one.output) == 2:
+                logits[row] = torch.nan
         return logits
 
     monkeypatch.setattr(own.engine.runner, "forward", small)
     results = own.run(
-        job("found", n=3, max_new_tokens=6, **SAMPLED), long("bad", n=3, temperature=1.0)
+        long("bad", n=3, temperature=1.0), job("found", n=3, max_new_tokens=6, **SAMPLED)
     )
     assert results["bad"].state == "failed"
     assert results["found"].choices == wanted.choices
@@ -202,10 +204,10 @@ def test_a_suspect_is_alone_with_all_its_texts(tiny_folder: Path, home: Path) ->
     """From its first text to its last, though not all of them run at once."""
     desk = start(tiny_folder, home, max_seqs=2)
     seen = _companies(desk.engine)
-    suspect = claim(job("suspect", n=5, **SAMPLED))
+    suspect = claim(job("suspect", n=5, max_new_tokens=40, **SAMPLED))
     desk.engine.submit([_suspected(suspect)])
     desk.wait_started("suspect")
-    desk.submit(job("other"), job("another"))
+    desk.submit(*(job(i).model_copy(update={"priority": 5}) for i in ("other", "another")))
     results = desk.wait(["suspect", "other", "another"])
     assert len(results["suspect"].choices or ()) == 5
     assert desk.started.count("suspect") == 1

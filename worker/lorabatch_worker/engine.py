@@ -251,8 +251,6 @@ class Engine:
         self.portions.fitted(self.scheduler.max_step_tokens)
         self.counters.count(portion, len(tokens))
         for row, (sequence, token) in enumerate(zip(sampling, tokens, strict=True)):
-            if sequence.family.closed:
-                continue  # with another of the same job
             if sequence.grammar is not None and sequence.grammar.failed:
                 self._end(sequence, GRAMMAR)
                 continue
@@ -273,8 +271,8 @@ class Engine:
 
     def _end(self, sequence: Sequence, reason: str | None) -> None:
         self.scheduler.remove(sequence.key, keep=reason is None)
-        if reason is not None or sequence.family.is_over:
-            self.scheduler.end(sequence.family)
+        over = reason is not None or sequence.family.is_over
+        if over and self.scheduler.end(sequence.family):
             self._ended.append((sequence, reason))
 
     def _report_ended(self) -> None:
