@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from lorabatch import Job, MergedAdapters, Result
 from lorabatch.registry import Registered, Registry
+from lorabatch_producer.audit import audit
 from tests.http_server import served
 from tests.models import quiet_peft
 from tests.parity import load_reference, reference_tokens, with_adapters
@@ -224,3 +225,38 @@ def test_http_clients_read_the_adapters_text(
             with pytest.raises(openai.BadRequestError) as error:
                 client.completions.create(model="served", prompt="many words " * 3000)
     assert error.value.code == "context_length_exceeded"
+
+
+def test_http_clients_read_several_texts_and_log_probabilities(
+    shop: Registering, mine: Path
+) -> None:
+    shop.register("several", mine)
+    with served(shop.settings) as url:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.completions.create(
+                model="several", prompt="Once", n=3, seed=5, max_tokens=6, logprobs=2
+            )
+        best = InferenceClient(model=url, token="none").text_generation(
+            "Once",
+            adapter_id="several",
+            details=True,
+            best_of=3,
+            do_sample=True,
+            seed=5,
+            max_new_tokens=6,
+        )
+    texts = [choice.text for choice in answer.choices]
+    assert len(set(texts)) == 3
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == sum(
+        len(choice.logprobs.token_logprobs or ()) for choice in answer.choices if choice.logprobs
+    )
+    assert best.details is not None
+    others = best.details.best_of_sequences or []
+    assert {best.generated_text, *(other.generated_text for other in others)} == set(texts)
+    means = [
+        sum(token.logprob or 0 for token in details.tokens) / len(details.tokens)
+        for details in (best.details, *others)
+    ]
+    assert means == sorted(means, reverse=True)
+    assert audit(shop.ledger.engine) == []
