@@ -3,7 +3,8 @@
     pip install 'celery[redis]'
     BROKER_URL=redis://... python celery_app.py         # `lorabatch status --urls` tells the URL
 
-Needs a running lorabatch-worker on the same broker. What a job may hold is what `Job` has;
+Needs a running lorabatch-worker on the same broker, with results there, as they are by default
+(LORABATCH_RESULT_BACKEND_URL unset). What a job may hold is what `Job` has;
 whatever is misspelt fails the job and says so.
 """
 
@@ -17,7 +18,7 @@ from celery.result import AsyncResult
 
 BROKER_URL = os.environ.get("BROKER_URL", "redis://localhost:6379/0")
 WAIT_S = 120
-app = Celery("shop", broker=BROKER_URL, backend=os.environ.get("RESULT_BACKEND_URL", BROKER_URL))
+app = Celery("shop", broker=BROKER_URL, backend=BROKER_URL)
 
 
 def generate(prompt: str, adapter_id: str | None = None, max_new_tokens: int = 64) -> AsyncResult:
@@ -25,7 +26,7 @@ def generate(prompt: str, adapter_id: str | None = None, max_new_tokens: int = 6
     return app.send_task(
         "lorabatch.generate",
         kwargs={
-            "prompt": prompt,
+            "messages": [{"role": "user", "content": prompt}],
             "adapter_id": adapter_id,
             "tenant": "shop",
             "sampling_params": {"max_new_tokens": max_new_tokens},

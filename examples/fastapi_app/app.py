@@ -35,8 +35,13 @@ class Asked(BaseModel):
 
 @app.post("/texts", status_code=202)
 async def ask(asked: Asked, response: Response) -> dict[str, str]:
+    job = {
+        "messages": [{"role": "user", "content": asked.prompt}],
+        "adapter_id": asked.adapter_id,
+        "max_new_tokens": asked.max_new_tokens,
+    }
     try:
-        job_id = await producer.enqueue(asked.model_dump(), tenant=TENANT, stream=True)
+        job_id = await producer.enqueue(job, tenant=TENANT, stream=True)
     except InvalidJob as error:
         raise HTTPException(422, str(error)) from None
     except QueueFull:

@@ -115,15 +115,15 @@ def test_django_asks_and_reads_from_its_own_database(market: Shop) -> None:
         form = browser.get("/").text
         token = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', form)[0]
 
-        def ask(prompt: str) -> str:
-            asked = {"csrfmiddlewaretoken": token, "prompt": prompt, "adapter_id": "sql"}
+        def ask(prompt: str, adapter_id: str) -> str:
+            asked = {"csrfmiddlewaretoken": token, "prompt": prompt, "adapter_id": adapter_id}
             answer = browser.post("/ask", data=asked)
             assert answer.status_code == 302, answer.text
             page = answer.headers["location"]
             return wait_until("an end", lambda: ended(browser.get(page)), WAIT_S)
 
-        assert re.fullmatch(r"text: sql\|[0-9a-f]{16}", ask("How many users?"))
-        assert ask("fail please") == "error: engine_fault: engine_fault"
+        assert re.fullmatch(r"text: sql\|[0-9a-f]{16}", ask("How many users?", "sql"))
+        assert ask("How?", "../sql").startswith("error: invalid_job: ")
         assert "How many users?" in browser.get("/").text
     columns = sa.text("SELECT count(*) FROM shop_question JOIN jobs USING (job_id)")
     with market.ledger.engine.connect() as connection:
@@ -154,10 +154,12 @@ def test_fastapi_answers_later_or_piece_by_piece(market: Shop) -> None:
         assert len(pieces) > 5
         assert browser.get("/texts/nobodys").status_code == 404
         assert browser.get("/texts/nobodys/events").status_code == 404
-        refused = browser.post("/texts", json={"prompt": ""})
-        assert (refused.status_code, "prompt is empty" in refused.text) == (422, True)
-        failed = browser.post("/texts", json={"prompt": "fail please"}).headers["location"]
-        assert list(read_events(browser.get(f"{failed}/events").text))[-1][0] == "error"
+        refused = browser.post("/texts", json={**asked, "adapter_id": "../sql"})
+        assert (refused.status_code, "adapter_id" in refused.text) == (422, True)
+        job_id = browser.post("/texts", json={**asked, "max_new_tokens": 20_000}).json()["id"]
+        market.ledger.cancel([job_id])
+        ((name, why),) = list(read_events(browser.get(f"/texts/{job_id}/events").text))[-1:]
+        assert (name, why) == ("error", f"job {job_id!r} was cancelled")
 
 
 def read_events(text: str) -> Iterator[tuple[str, Any]]:

@@ -20,7 +20,8 @@ def questions(request: HttpRequest) -> HttpResponse:
 @require_POST
 def ask(request: HttpRequest) -> HttpResponse:
     prompt, adapter_id = request.POST["prompt"], request.POST.get("adapter_id") or None
-    job = generate.delay(prompt=prompt, adapter_id=adapter_id, tenant="shop")
+    messages = [{"role": "user", "content": prompt}]
+    job = generate.delay(messages=messages, adapter_id=adapter_id, tenant="shop")
     question = Question.objects.create(prompt=prompt, job_id=job.id)
     return redirect("question", question.pk)
 
