@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import redis
 
 from lorabatch import Ledger, Settings
 from lorabatch.errors import InvalidJob
@@ -110,6 +111,34 @@ async def test_a_task_that_is_cancelled_leaves_nothing_behind(
     assert (closed.is_set(), pool.checkedout()) == (True, 0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert ledger.counts() == {"queued": 30} == {"queued": len(told)}
+
+
+async def test_a_stream_that_is_cancelled_leaves_no_connection(
+    producer: AsyncProducer, ledger: Ledger, valkey_url: str
+) -> None:
+    job_id = await producer.enqueue(prompt="a", stream=True)
+
+    async def follow() -> None:
+        async for _ in producer.stream(job_id):
+            pass
+
+    with redis.Redis.from_url(valkey_url) as server:
+
+        def readers() -> int:
+            known: Any = server.client_list()
+            return sum(one["cmd"] == "xread" for one in known)
+
+        task = asyncio.create_task(follow())
+        async with asyncio.timeout(WAIT_S):
+            while not readers():
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while readers():
+                await asyncio.sleep(0.01)
+    pool: Any = producer.producer.ledger.engine.pool
+    assert pool.checkedout() == 0
 
 
 async def test_who_is_cancelled_hears_of_it_when_the_call_has_ended() -> None:
