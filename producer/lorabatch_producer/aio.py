@@ -84,10 +84,12 @@ class AsyncProducer:
     ) -> list[str]:
         """Accept and send jobs: their ids, in order. See Producer.enqueue_many. With an async
         iterable it waits for room, as with `max_in_flight`."""
-        if max_in_flight is None and not isinstance(jobs, AsyncIterable):
+        limited = max_in_flight is not None or idle_timeout_s is not None
+        if not limited and not isinstance(jobs, AsyncIterable):
             enqueue_many = self.producer.enqueue_many
             return await in_thread(enqueue_many, jobs, queue, on_accepted=on_accepted)
-        options = (queue, max_in_flight or IN_FLIGHT, idle_timeout_s, on_accepted)
+        most = IN_FLIGHT if max_in_flight is None else max_in_flight
+        options = (queue, most, idle_timeout_s, on_accepted)
         turns = self._turns(jobs, "ids", *options)
         return [job_id async for turn in turns for job_id in turn.ids]
 

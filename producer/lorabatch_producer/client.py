@@ -119,10 +119,12 @@ class Producer:
         """Accept and send jobs in chunks of 1000: their ids, in order. `queue`: as in `enqueue`.
 
         A job that is refused ends the call; the chunks before its own stay accepted, which the
-        error notes. With `max_in_flight` it waits for room instead: see `enqueue_each`.
+        error notes. With `max_in_flight` or `idle_timeout_s` it waits for room instead: see
+        `enqueue_each`.
         """
-        if max_in_flight is not None:
-            options = (queue, max_in_flight, idle_timeout_s, on_accepted)
+        if max_in_flight is not None or idle_timeout_s is not None:
+            most = IN_FLIGHT if max_in_flight is None else max_in_flight
+            options = (queue, most, idle_timeout_s, on_accepted)
             return [job_id for turn in self._turns(jobs, "ids", *options) for job_id in turn.ids]
         sender = self.sender(queue)
         job_ids: list[str] = []

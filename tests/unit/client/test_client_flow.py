@@ -180,6 +180,10 @@ def test_a_broker_that_is_down_does_not_end_a_flow(
 def test_no_room_at_all_is_refused(producer: Any) -> None:
     with pytest.raises(SettingsError, match="max_in_flight 0: wanted at least 1"):
         list(producer.map(Prompts(), max_in_flight=0))
+    with pytest.raises(SettingsError, match="max_in_flight 0"):
+        producer.enqueue_many(Prompts(), max_in_flight=0)
+    with pytest.raises(WaitTimeout):
+        producer.enqueue_many(Prompts(), idle_timeout_s=0)
 
 
 def test_very_many_ids_are_looked_at_in_parts(
@@ -210,6 +214,16 @@ def test_the_results_of_a_batch(
     assert found == dict.fromkeys(ids[1:5], "succeeded") | {ids[0]: "failed"}
     with pytest.raises(JobNotFound, match="'none'"):
         list(producer.results("none"))
+
+
+def test_both_databases(make: Any, database: Any, home: Any) -> None:
+    url = database.url.render_as_string(hide_password=False)
+    producer, books = make(Settings.load(home=home, database_url=url)), Ledger(database)
+    Tenants(database).set(Limits("default", max_queued=5))
+    source = ({**job, "batch_id": "b"} for job in Prompts(30))
+    with working(books):
+        assert numbers(producer.map(source, ordered=True)) == list(range(30))
+    assert sorted(numbers(producer.results("b"))) == list(range(30))
 
 
 def test_threads_share_a_producer(settings: Settings, ledger: Ledger) -> None:
