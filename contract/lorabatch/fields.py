@@ -13,6 +13,7 @@ __all__ = [
     "ADAPTER_PATTERN",
     "MAX_PROMPT_CHARS",
     "MERGED",
+    "QUEUE_PATTERN",
     "AdapterName",
     "Identifier",
     "Model",
@@ -28,7 +29,8 @@ MAX_PROMPT_CHARS = 4_000_000
 ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9][A-Za-z0-9_.-]*)?$"
 _ADAPTER = re.compile(ADAPTER_PATTERN)
 _ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.:@-]*$")
-_QUEUE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$")
+QUEUE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}$"
+_QUEUE = re.compile(QUEUE_PATTERN)
 MERGED: Final = "merged"  # the owner in the names of merges
 
 

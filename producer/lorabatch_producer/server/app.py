@@ -62,7 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RateHeaders)
     app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
     answer_errors(app)
-    app.openapi = partial(document, app)  # type: ignore[method-assign]
+    app.openapi = partial(document, app, known.http_keys != "off")  # type: ignore[method-assign]
     for room in (health, jobs, openai, openai_files, openai_batches, tgi, webhooks):
         app.include_router(room.router)
     return app

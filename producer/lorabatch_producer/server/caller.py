@@ -27,7 +27,14 @@ READING = ("GET", "HEAD")
 InDocument = Annotated[
     HTTPAuthorizationCredentials | None, Depends(HTTPBearer(bearerFormat="lb-", auto_error=False))
 ]
-TenantInDocument = Annotated[str | None, Header(alias="LoraBatch-Tenant")]
+TenantInDocument = Annotated[
+    str | None,
+    Header(
+        alias="LoraBatch-Tenant",
+        description="whose, if the key is for `admin` or none is wanted",
+        json_schema_extra={"pattern": "^[A-Za-z0-9][A-Za-z0-9_.:@-]*$", "maxLength": 64},
+    ),
+]
 
 
 @dataclass(frozen=True)

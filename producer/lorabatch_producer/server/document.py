@@ -88,11 +88,12 @@ TGI_ERROR = {
 }
 WRITES = ("post", "put", "patch", "delete")
 GENERATES = ("/jobs", "/v1/chat/completions", "/v1/completions", *("/", "/generate"))
+PAGED = ("/v1/files", "/v1/batches")  # after an id
 WAITS = (*GENERATES[1:], "/generate_stream")
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """Made once for an app that has all its routes."""
+def document(app: FastAPI, keys: bool) -> dict[str, Any]:
+    """Made once for an app that has all its routes. `keys`: whether they may be wanted."""
     if app.openapi_schema is None:
         made = get_openapi(
             title=app.title,
@@ -104,6 +105,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         for path, operations in made["paths"].items():
             for method, operation in operations.items():
                 _tell_errors(path, method, operation)
+                if not keys:
+                    operation.pop("security", None)
         schemas = made["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
@@ -138,7 +141,7 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> Iterator[int
         return
     yield from (401, 403, 422, 500, 503)  # 422: LoraBatch-Tenant, if nothing else
     writes = method in WRITES
-    if "{" in path or path in WAITS or (path.startswith("/v1/") and writes):
+    if "{" in path or path in WAITS or path in PAGED or (path.startswith("/v1/") and writes):
         yield 404
     if "requestBody" in operation:
         yield from (400, 408, 413, 415)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from lorabatch import Result
 from lorabatch.errors import InvalidJob, ServerStops
+from lorabatch.fields import QUEUE_PATTERN
 from lorabatch.location import public_name
 from lorabatch.result import JobState
 from lorabatch_producer.fields import make_job
@@ -56,7 +57,7 @@ async def enqueue(
     response: Response,
     fields: Annotated[dict[str, Any], Body(examples=[EXAMPLE])],
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
-    queue: str | None = None,
+    queue: Annotated[str | None, Query(pattern=QUEUE_PATTERN)] = None,
 ) -> JobStatus:
     """Accept a job: it is committed when this answers, and `Location` says where it is.
 

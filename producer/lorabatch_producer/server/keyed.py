@@ -55,17 +55,13 @@ class Keyed:
         await self._app(scope, receive, send)
 
     async def _caller(self, request: Request) -> Caller:
-        tenant = request.headers.get(TENANT)
-        if tenant is not None and not is_identifier(tenant):
-            raise InvalidJob(
-                f"{TENANT}: wanted letters, digits and _ . : @ -, at most 64 (got {shown(tenant)})"
-            )
         desk = desk_of(request)
         if not await self._are_wanted(desk):
-            return Caller(tenant or "default")
+            return Caller(_tenant(request) or "default")
         key = await self._key(desk, _text(request))
-        if key is None:
+        if key is None:  # before anything else: who has none learns nothing
             raise REFUSED
+        tenant = _tenant(request)
         caller = Caller(key.tenant, key.scopes, key.key_id)
         if tenant in (None, key.tenant):
             return caller
@@ -96,6 +92,16 @@ class Keyed:
             if len(self._known) > REMEMBERED:
                 self._known.pop(next(iter(self._known)))
         return key
+
+
+def _tenant(request: Request) -> str | None:
+    """For whom the caller says that it asks. Raises InvalidJob."""
+    tenant = request.headers.get(TENANT)
+    if tenant is not None and not is_identifier(tenant):
+        raise InvalidJob(
+            f"{TENANT}: wanted letters, digits and _ . : @ -, at most 64 (got {shown(tenant)})"
+        )
+    return tenant
 
 
 def _text(request: Request) -> str:

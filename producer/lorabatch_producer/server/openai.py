@@ -23,9 +23,9 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["openai"])
 TIERS = {"auto": None, "default": None, "flex": -10, "priority": 10}
-EITHER = {
+EITHER: dict[str, Any] = {
     "application/json": {"schema": {"type": "object", "required": ["id", "choices", "usage"]}},
-    "text/event-stream": {"schema": {"type": "string"}},
+    "text/event-stream": {},
 }
 CHAT = {"model": "sql", "messages": [{"role": "user", "content": "How many users?"}]}
 COMPLETION = {"model": "sql", "prompt": "How many users?", "max_tokens": 32}

@@ -17,7 +17,9 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from lorabatch.errors import (
     AdapterSetAside,
@@ -152,6 +154,8 @@ def answer_errors(app: FastAPI) -> None:
         headers = dict(getattr(error, "headers", None) or {})
         if isinstance(error, JobError) and said[0] != 503:
             headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and get the same answer
+        if said[0] == 405:
+            headers["Allow"] = ", ".join(_methods(app, request.url.path))
         said, more = with_job(said, request)
         return answer(request.url.path, said, {**headers, **more})
 
@@ -161,6 +165,12 @@ def answer_errors(app: FastAPI) -> None:
     )
     for kind in kinds:
         app.add_exception_handler(kind, on_error)
+
+
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """All that the path knows; Starlette names those of its first route."""
+    routes = ((route.path or "", route.methods or ()) for route in iter_route_contexts(app.routes))
+    return sorted({m for known, some in routes if compile_path(known)[0].match(path) for m in some})
 
 
 def _explained(error: RequestValidationError) -> str:

@@ -23,7 +23,7 @@ __all__ = ["router"]
 
 router = APIRouter(tags=["tgi"])
 EXAMPLE = {"inputs": "How many users?", "parameters": {"adapter_id": "sql", "max_new_tokens": 32}}
-EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS: dict[str, Any] = {"text/event-stream": {}}
 EITHER = {"application/json": {"schema": {"type": "array"}}, **EVENTS}
 TheBody = Annotated[dict[str, Any], Body(examples=[EXAMPLE])]
 
