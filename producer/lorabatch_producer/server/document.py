@@ -86,6 +86,7 @@ TGI_ERROR = {
     "required": ["error", "error_type"],
     "properties": {"error": {"type": "string"}, "error_type": {"type": "string"}},
 }
+KEY: dict[str, list[str]] = {"HTTPBearer": []}
 WRITES = ("post", "put", "patch", "delete")
 GENERATES = ("/jobs", "/v1/chat/completions", "/v1/completions", *("/", "/generate"))
 PAGED = ("/v1/files", "/v1/batches")  # after an id
@@ -105,8 +106,7 @@ def document(app: FastAPI, keys: bool) -> dict[str, Any]:
         for path, operations in made["paths"].items():
             for method, operation in operations.items():
                 _tell_errors(path, method, operation)
-                if not keys:
-                    operation.pop("security", None)
+                operation["security"] = [KEY] if keys and path not in OPEN else []
         schemas = made["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
