@@ -1,9 +1,9 @@
 """The application on uvicorn: how a connection may begin, and how the server ends.
 
 Headers that do not come within `http_read_s` end their connection, which uvicorn would keep for
-ever. Told to stop, the server takes no more; after `drain_s` those who still wait for a job are
-answered where to ask for it, and nobody's job is cancelled. Raises what the application raises when
-it starts.
+ever, and so does a body that goes on after its answer. Told to stop, the server takes no more;
+after `drain_s` those who still wait for a job are answered where to ask for it, and nobody's job is
+cancelled. Raises what the application raises when it starts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lorabatch_producer.server.app import create_app
 
 __all__ = ["Server", "serve_forever"]
 
+LINGER_S = 1.0  # an answer is lost if its connection is closed while the client still sends
 ANSWERS_S = 5  # for the answers of those who waited till the end
 
 
@@ -76,6 +77,12 @@ class _Timed(H11Protocol):
             self._end()
         elif self._late is None:
             self._begin()
+
+    def on_response_complete(self) -> None:
+        """A body that was answered before it had come, because it was refused, may never end."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self.loop.call_later(LINGER_S, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
