@@ -15,14 +15,15 @@ import pytest
 import sqlalchemy as sa
 import structlog
 
-from lorabatch import Ledger, Settings
+from lorabatch import Job, Ledger, Settings
 from lorabatch.errors import AdapterUnavailable, InvalidAdapter, UnknownAdapter
+from lorabatch.job import MergedAdapters
 from lorabatch.keys import Keys
 from lorabatch.logs import configure_logging
 from lorabatch.registry import Registered, Registry
 from lorabatch_worker.adapters.catalog import AdapterCatalog
 from lorabatch_worker.adapters.sources import Fetcher
-from lorabatch_worker.adapters.wanted import Wanted
+from lorabatch_worker.adapters.wanted import Wanted, WantedMerge
 from lorabatch_worker.outcome import explained
 from tests.http_server import served
 from tests.hub_server import HubServer
@@ -78,6 +79,16 @@ def test_anothers_ids_are_answered_as_unknown_ones(
         assert http.get(f"/v1/files/{file}/content", headers=owner).content == LINE
 
 
+def test_merges_whose_names_collide_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge is called by a short hash; what it is, its fields say."""
+    monkeypatch.setattr(MergedAdapters, "name", "merged/collides")
+    specs = [MergedAdapters(ids=("a", "b")), MergedAdapters(ids=("a", "c"))]
+    assert {spec.name for spec in specs} == {"merged/collides"}
+    assert len({WantedMerge(spec, ()) for spec in specs}) == 2
+    jobs = [Job(job_id="j", prompt="a", merged_adapters=spec) for spec in specs]
+    assert jobs[0].request_hash() != jobs[1].request_hash()
+
+
 @on_sqlite
 def test_an_id_is_never_a_path(http: httpx.Client, http_settings: Settings) -> None:
     http_settings.files_folder.mkdir()
@@ -113,15 +124,15 @@ def test_no_error_of_an_adapter_says_where_it_is(hub: HubServer, tmp_path: Path)
     )  # fmt: skip
     (tmp_path / "gone").mkdir()
     catalog, said = AdapterCatalog(settings), list[str]()
-    hub.statuses = [404, 400]
-    for name in ("a", "d", "b", "c"):
+    for name in "abcd":
+        hub.statuses = [400] if name == "d" else []
         with (
             pytest.raises((AdapterUnavailable, UnknownAdapter, InvalidAdapter)) as caught,
             catalog.hold(catalog.find(Wanted("", name))),
         ):
             pass
         said.append(explained(caught.value, "adapter").message)
-    for name, sentence in zip("adbc", said, strict=True):
+    for name, sentence in zip("abcd", said, strict=True):
         assert sentence.startswith(f"adapter '{name}': ")
         for place in ("acme/", "s3:", "hidden", "127.0.0.1", str(tmp_path), "hub:", "TOKEN"):
             assert place not in sentence
