@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 
 import lorabatch
 from lorabatch import Settings
@@ -29,9 +30,11 @@ from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
 from lorabatch_producer.server.document import ABOUT, document
 from lorabatch_producer.server.keyed import Keyed
+from lorabatch_producer.server.models import Models
 from lorabatch_producer.server.openai_files import FILES_PATH
 from lorabatch_producer.server.problems import answer_errors
 from lorabatch_producer.server.rate_gate import RateHeaders
+from lorabatch_producer.server.reference import page
 from lorabatch_producer.server.uploads import OVERHEAD_BYTES
 from lorabatch_producer.webhook_sender import WebhookSender
 
@@ -53,7 +56,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             yield
 
     app = FastAPI(
-        title="lorabatch", version=lorabatch.__version__, description=ABOUT, lifespan=lifespan
+        title="lorabatch",
+        version=lorabatch.__version__,
+        description=ABOUT,
+        lifespan=lifespan,
+        docs_url=None,  # theirs load scripts from elsewhere
+        redoc_url=None,
     )
     files = {FILES_PATH: known.http_max_file_bytes + OVERHEAD_BYTES}
     app.add_middleware(
@@ -65,4 +73,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.openapi = partial(document, app, known.http_keys != "off")  # type: ignore[method-assign]
     for room in (health, jobs, openai, openai_files, openai_batches, tgi, webhooks):
         app.include_router(room.router)
+
+    @app.get("/docs", include_in_schema=False, response_class=HTMLResponse)
+    def docs() -> str:
+        desk: Desk = app.state.desk
+        model = Models(desk.ledger.engine, desk.settings).base().name
+        return page(app.openapi(), model)
+
     return app

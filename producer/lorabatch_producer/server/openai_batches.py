@@ -30,6 +30,11 @@ __all__ = ["router"]
 router = APIRouter(prefix="/v1/batches", tags=["batches"])
 WINDOWS_S = {"24h": 86_400.0}
 PREFIX = "batch_"
+EXAMPLE: dict[str, Any] = {
+    "input_file_id": "file-...",
+    "endpoint": "/v1/chat/completions",
+    "completion_window": "24h",
+}
 
 TheDesk = Annotated[Desk, Depends(desk_of)]
 TheCaller = Annotated[Caller, Depends(caller_of)]
@@ -56,7 +61,7 @@ class NewBatch(BaseModel):
     """What to make. All lines of the file must be requests to `endpoint`. `webhook`, which is ours:
     a URL that hears of its end."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [EXAMPLE]})
 
     input_file_id: str
     endpoint: Literal["/v1/chat/completions", "/v1/completions"]

@@ -140,7 +140,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"service_tier": "flex", "extra_body": {"priority": 1}}, "service_tier"),
     ({"extra_body": {"colour": "red"}}, "colour"),
     ({"extra_body": {"messages": []}}, "messages"),
-    ({"extra_body": {"chat_template": "{% for i in range(10**9) %}x{% endfor %}"}}, "chat_template"),
+    (
+        {"extra_body": {"chat_template": "{% for i in range(10**9) %}x{% endfor %}"}},
+        "chat_template",
+    ),
     ({"max_completion_tokens": 10**9}, "max_completion_tokens"),
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     ({"extra_body": {"max_tokens": "7"}}, "max_tokens"),
