@@ -5,8 +5,8 @@
 
 The database has the SHA-256 of the secret. A slow hash is for what people think of; this is 256
 random bits, which nobody finds by trying. Scopes: `generate` jobs, files and batches, with `read`
-in it; `read`: look only; `usage`: reports; `admin`: all of it, for every tenant. Database errors
-pass through.
+in it; `read`: look only; `usage`: reports; `metrics`: the server's numbers, of all tenants
+together; `admin`: all of it, for every tenant. Database errors pass through.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorabatch.urls import is_loopback
 
 __all__ = ["DEFAULT_SCOPES", "SCOPES", "Key", "Keys", "keys_wanted"]
 
-SCOPES: Final = ("generate", "read", "usage", "admin")
+SCOPES: Final = ("generate", "read", "usage", "admin", "metrics")
 DEFAULT_SCOPES: Final = ("generate", "read", "usage")
 USE_NOTED_US = 300_000_000  # a write for each request would cost more than the request
 _KEY = re.compile(r"lb-([0-9a-f]{12})-([A-Za-z0-9_-]{43})")

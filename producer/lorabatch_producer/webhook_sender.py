@@ -50,6 +50,8 @@ class WebhookSender:
         self._busy = Counter[str]()
         self._silent = set[str]()
         self._sending = set[asyncio.Task[None]]()
+        self._posting = set[asyncio.Task[Answer]]()
+        self._stopping = False
         self._ended = asyncio.Event()
         self._tidied_s = float("-inf")
         self._running: asyncio.Task[None] | None = None
@@ -68,18 +70,20 @@ class WebhookSender:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """What is being sent is broken off, and another's at once."""
+        """What is being sent is broken off, and another's at once. What asks the database is waited
+        for: a thread cannot be broken off."""
         if self._running is None:
             return
-        self._running.cancel()
-        await asyncio.gather(self._running, return_exceptions=True)
-        for task in self._sending:
-            task.cancel()
-        await asyncio.gather(*self._sending, return_exceptions=True)
+        self._stopping = True
+        self._ended.set()
+        await self._running
+        for post in self._posting:
+            post.cancel()
+        await asyncio.gather(*self._sending)
         self._poster.close()
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             self._ended.clear()
             try:
                 taken = await self._take()
@@ -87,7 +91,7 @@ class WebhookSender:
             except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
                 log.error("webhooks cannot be looked for", trace=trace(error))
                 taken, wait_s = False, AFTER_ERROR_S
-            if taken:
+            if taken or self._stopping:
                 continue
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), wait_s)
@@ -119,9 +123,6 @@ class WebhookSender:
     async def _send(self, row: Any, body: bytes | None) -> None:
         try:
             await self._attempt(row, body)
-        except asyncio.CancelledError:
-            await asyncio.to_thread(self._outbox.again, row, 0.0, None, "its sender was stopped")
-            raise
         except Exception as error:  # noqa: BLE001 - its lease runs out
             log.error("webhook not sent", webhook_id=row.webhook_id, trace=trace(error))
         finally:
@@ -140,12 +141,21 @@ class WebhookSender:
         if headers is None:
             await self._failed(row, None, "the tenant has no secret to sign it with")
             return
+        post = asyncio.create_task(self._poster.post(row.url, headers, body))
+        self._posting.add(post)
+        if self._stopping:
+            post.cancel()
         try:
-            answer = await self._poster.post(row.url, headers, body)
+            answer = await post
+        except asyncio.CancelledError:
+            await asyncio.to_thread(self._outbox.again, row, 0.0, None, "its sender was stopped")
+            return
         except PostFailed as error:
             self._silent.add(row.host)
             await self._failed(row, None, str(error))
             return
+        finally:
+            self._posting.discard(post)
         self._silent.discard(row.host)
         if 200 <= answer.status < 300:
             await asyncio.to_thread(self._outbox.end, row, "delivered", answer.status, None)

@@ -19,9 +19,11 @@ from lorabatch import Settings
 from lorabatch_producer.server import (
     health,
     jobs,
+    metrics,
     openai,
     openai_batches,
     openai_files,
+    openai_usage,
     tgi,
     webhooks,
 )
@@ -30,6 +32,7 @@ from lorabatch_producer.server.body_limit import BodyLimit
 from lorabatch_producer.server.desk import Desk
 from lorabatch_producer.server.document import ABOUT, document
 from lorabatch_producer.server.keyed import Keyed
+from lorabatch_producer.server.metrics import Counted, Numbers
 from lorabatch_producer.server.models import Models
 from lorabatch_producer.server.openai_files import FILES_PATH
 from lorabatch_producer.server.problems import answer_errors
@@ -68,10 +71,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         BodyLimit, limit_bytes=known.http_max_body_bytes, others=files, read_s=known.http_read_s
     )
     app.add_middleware(RateHeaders)
-    app.add_middleware(Keyed, settings=known)  # the last one is the first to be asked
+    app.add_middleware(Keyed, settings=known)
+    app.state.numbers = Numbers()
+    app.add_middleware(Counted, numbers=app.state.numbers)  # the last one is the first to be asked
     answer_errors(app)
     app.openapi = partial(document, app, known.http_keys != "off")  # type: ignore[method-assign]
-    for room in (health, jobs, openai, openai_files, openai_batches, tgi, webhooks):
+    openai_rooms = (openai, openai_files, openai_batches, openai_usage)
+    for room in (health, metrics, jobs, *openai_rooms, tgi, webhooks):
         app.include_router(room.router)
 
     @app.get("/docs", include_in_schema=False, response_class=HTMLResponse)

@@ -40,6 +40,7 @@ class Desk:
         self._rates = RateGate()
         self._outcomes = Outcomes(self._results)
         self._cancelling = set[asyncio.Task[JobState]]()
+        self.accepted = 0  # jobs, since it was opened
 
     async def __aenter__(self) -> Self:
         ledger = await self.call(lambda: self.producer.ledger)
@@ -63,6 +64,11 @@ class Desk:
     def ledger(self) -> Ledger:
         return self.producer.ledger
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for an outcome now."""
+        return self._outcomes.waiters
+
     def _results(self, job_ids: Sequence[str]) -> dict[str, Result]:
         return self.ledger.results(job_ids)
 
@@ -82,6 +88,7 @@ class Desk:
             request.state.job = job.job_id, None
         job_id = await self._accepting.accept(job, queue)
         request.state.job = job_id, job.idempotency_key
+        self.accepted += 1
         return job_id
 
     async def outcome(self, job_id: str, timeout_s: float) -> Result | None:

@@ -37,6 +37,11 @@ class Outcomes:
         self._came = False
         self._stopped = False
 
+    @property
+    def waiters(self) -> int:
+        """How many wait now."""
+        return self._waiters.total()
+
     async def wait(self, job_id: str, timeout_s: float | None) -> Result | None:
         """The job's result; None if it is still open after `timeout_s`; None waits for ever.
         Raises ServerStops."""

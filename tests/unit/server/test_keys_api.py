@@ -144,6 +144,7 @@ async def test_a_key_is_for_what_its_scopes_say(on: Settings, keys: Keys, ledger
         "read": [403, 200, 403, 403],
         "usage": [403, 403, 403, 200],
         "admin": [202, 200, 200, 200],
+        "metrics": [403, 403, 403, 403],
     }
     assert ledger.counts() == {"cancelled": 1, "queued": 1}
 
