@@ -103,6 +103,7 @@ class Poster:
             yield reader, writer
         finally:
             writer.transport.abort()  # nothing more is said, or heard
+            await asyncio.sleep(0)  # it is closed now, and not when the loop comes to it
 
     async def _connect(
         self, target: Target, addresses: list[str]
