@@ -60,7 +60,7 @@ def resume(
     None: the limit stays. Raises as `limit` does."""
     limits = {"max_tokens": max_tokens, "max_failures": max_failures}
     with engine.begin() as connection:
-        _allow(connection, batch_id, limits, failures=0, stopped_us=sa.null())
+        _allow(connection, batch_id, limits, failures=0)
     again: dict[str, str] = {}
     for some in _ended_badly(engine, batch_id):
         made = Batches(engine).run_again(some)
@@ -77,8 +77,11 @@ def _allow(
     row = connection.execute(sa.select(batches).where(mine).with_for_update()).one_or_none()
     if row is None:
         raise JobNotFound(f"batch {batch_id!r}: no such batch in this ledger")
-    values = {name: value for name, value in limits.items() if value is not None} | more
-    values["spent_tokens"] = connection.scalar(_spent(batch_id)) or 0
+    given = {name: value for name, value in limits.items() if value is not None}
+    if not given and row.max_tokens is None and row.max_failures is None:
+        return
+    spent = connection.scalar(_spent(batch_id)) or 0
+    values = {**given, **more, "spent_tokens": spent, "stopped_us": sa.null()}
     connection.execute(sa.update(batches).where(mine).values(**values))
     why = budget_of(connection.execute(sa.select(batches).where(mine)).one()).exhausted
     if why is not None:

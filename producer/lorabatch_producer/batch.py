@@ -1,29 +1,33 @@
-"""A user's file as one batch: its identity, its submission and its status.
+"""A user's files as one batch: its identity, its submission and its status.
 
 The batch id follows from tenant and file content, a job's id from batch id and custom_id (or
-line number). So a file that is submitted again, after a crash or by mistake, finds its own
+file and line number). So a file that is submitted again, after a crash or by mistake, finds its own
 jobs and is not billed twice; what failed or was cancelled runs again. `new=True` forces another
-run of all. Raises NotSent, JobNotFound, IdempotencyConflict, QueueFull.
+run of all. Raises JobNotFound, IdempotencyConflict, QueueFull, InvalidJob, BudgetExhausted.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from lorabatch import Job, Ledger
 from lorabatch.batches import Batches
+from lorabatch.budgets import Budget, budget_of
 from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError, QueueFull
 from lorabatch.queues import Queues
 from lorabatch.statements import known_jobs
+from lorabatch.stopping import limit
 from lorabatch.tables import batches as batch_rows
-from lorabatch_producer.bulk import BadLine, base_names, read_lines
+from lorabatch_producer.bulk import BadLine, GoodLine, base_names
+from lorabatch_producer.inputs import Inputs, file_digest
+from lorabatch_producer.reading import Reading
 from lorabatch_producer.sending import NotSent, chunked
 
 if TYPE_CHECKING:
@@ -31,16 +35,36 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchStatus",
+    "Limits",
     "Lines",
     "Submitted",
     "batch_id_for",
     "batch_status",
     "file_digest",
+    "reading_of",
     "submit",
 ]
 
-READ_BYTES = 1024 * 1024
 NAMESPACE = uuid.UUID("1f0f6c34-9a4d-5e0e-8c55-6d0a54f5a1b0")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a batch may spend. `max_failures`: jobs, or below 1 a share of all, which is told once
+    the files were read. None: no limit, or the one that it has."""
+
+    max_tokens: int | None = None
+    max_failures: float | None = None
+
+    @property
+    def failures(self) -> int | None:
+        whole = self.max_failures is not None and self.max_failures >= 1
+        return int(self.max_failures or 0) if whole else None
+
+    def failures_of(self, jobs: int) -> int | None:
+        """Of a share; None where it is none."""
+        share = self.max_failures is not None and self.max_failures < 1
+        return max(1, math.ceil((self.max_failures or 0) * jobs)) if share else None
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,7 @@ class BatchStatus:
     source: str
     created_us: int
     rejected_lines: int
+    budget: Budget = field(default_factory=Budget)
     queued: int = 0
     running: int = 0
     succeeded: int = 0
@@ -79,16 +104,6 @@ class BatchStatus:
         return self.succeeded + self.failed + self.cancelled
 
 
-def file_digest(file: BinaryIO) -> str:
-    """sha256 of the content, in hexadecimal; the file is at its start again afterwards."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while some := file.read(READ_BYTES):
-        digest.update(some)
-    file.seek(0)
-    return digest.hexdigest()
-
-
 def batch_id_for(tenant: str, digest: str, new: bool = False) -> str:
     """The id of a tenant's file of that content; a random one if `new`."""
     return str(uuid.uuid4() if new else uuid.uuid5(NAMESPACE, f"{tenant}\n{digest}"))
@@ -96,46 +111,62 @@ def batch_id_for(tenant: str, digest: str, new: bool = False) -> str:
 
 def submit(
     producer: Producer,
-    path: Path,
+    files: Path | Inputs,
     tenant: str = "default",
     new: bool = False,
     on_bad: Callable[[BadLine], None] = lambda line: None,
+    limits: Limits = Limits(),
 ) -> Submitted:
-    """Accept and send every good line of a file; `on_bad` is told of the others as they come."""
-    rejected, whole = 0, False
-    theirs = Queues(producer.ledger.engine).list().get(producer.settings.queue)
-    names = base_names(producer.settings, theirs)
+    """Accept and send every good line of files; `on_bad` is told of the others as they come."""
+    inputs = Inputs.of(files) if isinstance(files, Path) else files
+    inputs.check()
+    digest = inputs.digest()
+    lines, batch_id = Lines(producer), batch_id_for(tenant, digest, new)
+    reading = None if inputs.plain else inputs.reading.model_dump(exclude_defaults=True)
+    lines.batches.add(batch_id, tenant, f"{inputs.name} sha256:{digest}", reading)
+    limit(producer.ledger.engine, batch_id, limits.max_tokens, limits.failures)
+    counts = _Counts(on_bad)
+    try:
+        for some in chunked(counts.good(inputs.lines(batch_id, tenant, _names(producer)))):
+            lines.accept(some)
+        counts.whole = True
+    except IdempotencyConflict as error:
+        raise _read_otherwise(batch_id, error) from None
+    except QueueFull as error:
+        raise _no_more(batch_id, lines, error) from None
+    finally:
+        lines.batches.count(batch_id, lines.accepted, counts.bad, counts.whole)
+    if inputs.digest() != digest:
+        raise LoraBatchError(
+            f"{inputs.name} changed while it was read; what was accepted belongs to batch "
+            f"{batch_id}: cancel that, and submit the finished file"
+        )
+    share = limits.failures_of(lines.accepted)
+    if share is not None:
+        limit(producer.ledger.engine, batch_id, None, share)
+    return Submitted(batch_id, lines.accepted, counts.bad, lines.again, lines.finish())
 
-    def good(file: BinaryIO, batch_id: str) -> Iterator[Job]:
-        nonlocal rejected
-        for line in read_lines(file, batch_id, tenant, names):
+
+def _names(producer: Producer) -> frozenset[str]:
+    """Of the base model of our settings' queue."""
+    theirs = Queues(producer.ledger.engine).list().get(producer.settings.queue)
+    return base_names(producer.settings, theirs)
+
+
+class _Counts:
+    """Passes jobs on, and counts what is none."""
+
+    def __init__(self, on_bad: Callable[[BadLine], None]) -> None:
+        self.bad, self.whole = 0, False
+        self._on_bad = on_bad
+
+    def good(self, lines: Iterable[GoodLine | BadLine]) -> Iterator[Job]:
+        for line in lines:
             if isinstance(line, BadLine):
-                rejected += 1
-                on_bad(line)
+                self.bad += 1
+                self._on_bad(line)
             else:
                 yield line.job
-
-    lines = Lines(producer)
-    with path.open("rb") as file:
-        digest = file_digest(file)
-        batch_id = batch_id_for(tenant, digest, new)
-        lines.batches.add(batch_id, tenant, f"{path.name} sha256:{digest}")
-        try:
-            for some in chunked(good(file, batch_id)):
-                lines.accept(some)
-            whole = True
-        except IdempotencyConflict as error:
-            raise _read_otherwise(batch_id, error) from None
-        except QueueFull as error:
-            raise _no_more(batch_id, lines, error) from None
-        finally:
-            lines.batches.count(batch_id, lines.accepted, rejected, whole)
-        if file_digest(file) != digest:
-            raise LoraBatchError(
-                f"{path.name} changed while it was read; what was accepted belongs to batch "
-                f"{batch_id}: cancel that, and submit the finished file"
-            )
-    return Submitted(batch_id, lines.accepted, rejected, lines.again, lines.finish())
 
 
 class Lines:
@@ -208,6 +239,13 @@ def _read_otherwise(batch_id: str, error: IdempotencyConflict) -> IdempotencyCon
     )
 
 
+def reading_of(ledger: Ledger, batch_id: str) -> Reading:
+    """How the rows of a batch's files were made jobs."""
+    query = sa.select(batch_rows.c.reading).where(batch_rows.c.batch_id == batch_id)
+    with ledger.engine.execution_options(read_only=True).begin() as connection:
+        return Reading.model_validate(connection.scalar(query) or {})
+
+
 def batch_status(ledger: Ledger, batch_id: str) -> BatchStatus:
     """A batch's jobs by state. Raises JobNotFound."""
     with ledger.engine.execution_options(read_only=True).begin() as connection:
@@ -221,5 +259,6 @@ def batch_status(ledger: Ledger, batch_id: str) -> BatchStatus:
         source=row.source,
         created_us=row.created_us,
         rejected_lines=row.rejected_lines,
+        budget=budget_of(row),
         **ledger.counts(batch_id),
     )

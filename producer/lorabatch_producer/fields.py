@@ -16,9 +16,22 @@ from lorabatch import Job, SamplingParams
 from lorabatch.errors import InvalidJob, explain, shown
 from lorabatch_producer.console import printable
 
-__all__ = ["SAMPLING_FIELDS", "called", "make_job", "nest_sampling", "only_these", "without_nulls"]
+__all__ = [
+    "SAMPLING_FIELDS",
+    "SHORT_FIELDS",
+    "called",
+    "make_job",
+    "nest_sampling",
+    "only_these",
+    "without_nulls",
+]
 
 SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
+# Of a line of a bulk file that says all that a job needs.
+SHORT_FIELDS = SAMPLING_FIELDS | {
+    *("adapter_id", "prompt", "messages", "custom_id", "tenant", "sampling_params", "priority"),
+    *("merged_adapters", "webhook"),
+}
 
 
 def make_job(job: Job | Mapping[str, Any] | None = None, /, **fields: Any) -> Job:
