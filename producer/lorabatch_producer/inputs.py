@@ -27,7 +27,7 @@ from lorabatch_producer.jsonl import Rows, json_rows
 from lorabatch_producer.reading import Format, Reading
 from lorabatch_producer.table_rows import csv_columns, csv_rows, parquet_columns, parquet_rows
 
-__all__ = ["Inputs", "Source", "file_digest", "gathered"]
+__all__ = ["Inputs", "Source", "file_digest", "format_of", "gathered"]
 
 STDIN = "-"
 GZIP = b"\x1f\x8b"
@@ -82,7 +82,7 @@ class Inputs:
     def of(cls, path: Path, reading: Reading | None = None) -> Inputs:
         """A single file."""
         reading = reading or Reading()
-        return cls((Source(path.name, path, _format(path.name, reading)),), reading)
+        return cls((Source(path.name, path, reading.format or format_of(path.name)),), reading)
 
     @property
     def name(self) -> str:
@@ -159,7 +159,11 @@ def gathered(names: Sequence[str], reading: Reading) -> Iterator[Inputs]:
                 raise LoraBatchError(f"{path} is given twice; each file once")
         short = [Path(name).name for name, _ in paths]
         sources = [
-            Source(short[at] if short.count(short[at]) == 1 else name, path, _format(name, reading))
+            Source(
+                short[at] if short.count(short[at]) == 1 else name,
+                path,
+                reading.format or format_of(name),
+            )
             for at, (name, path) in enumerate(paths)
         ]
         yield Inputs(tuple(sources), reading)
@@ -187,7 +191,6 @@ def _spooled(stream: IO[bytes]) -> Iterator[Path]:
         yield Path(file.name)
 
 
-def _format(name: str, reading: Reading) -> Format:
-    if reading.format is not None:
-        return reading.format
+def format_of(name: str) -> Format:
+    """As a file's name says it."""
     return SUFFIXES.get(Path(name.lower().removesuffix(".gz")).suffix, "jsonl")

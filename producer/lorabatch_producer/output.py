@@ -1,7 +1,7 @@
-"""A batch's results as JSONL, in the order of its file, one line for each good line.
+"""A batch's results as JSONL, CSV or Parquet, in the order of its files, a row for each good row.
 
-OpenAI lines get OpenAI's shape, short lines a flat one. A job that failed or was cancelled has
-an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. The ledger says which
+In JSONL, OpenAI lines get OpenAI's shape, all others a flat one. A job that failed or was cancelled
+has an `error` in its place; bad lines go to a second file, OUT.errors.jsonl. The ledger says which
 lines are jobs; what their `model` means is not asked again. Each file appears whole or not at all.
 Raises LoraBatchError if jobs are open (unless `partial`), if the file is not the batch's or cannot
 be read, or if the output cannot be written.
@@ -10,7 +10,6 @@ be read, or if the output cannot be written.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,9 +22,11 @@ from lorabatch import Result
 from lorabatch.batches import Batches
 from lorabatch.errors import LoraBatchError
 from lorabatch.ledger import Ledger
-from lorabatch_producer.batch import BatchStatus, batch_status, file_digest
-from lorabatch_producer.bulk import BadLine, GoodLine, read_lines
+from lorabatch_producer.batch import BatchStatus, batch_status, reading_of
+from lorabatch_producer.bulk import BadLine, GoodLine
+from lorabatch_producer.inputs import Inputs, format_of
 from lorabatch_producer.openai_body import answer_body
+from lorabatch_producer.result_files import INPUT, RESULT_COLUMNS, flat, row_writer
 from lorabatch_producer.sending import chunked
 
 __all__ = ["Written", "atomic_files", "errors_path", "openai_line", "outcomes", "write_output"]
@@ -46,54 +47,96 @@ class Written:
 
 def errors_path(out: Path) -> Path:
     """Where bad lines go: `results.jsonl` -> `results.errors.jsonl`."""
-    return out.with_name(out.name.removesuffix(".jsonl") + ".errors.jsonl")
+    stem = out.name
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        stem = stem.removesuffix(suffix)
+    return out.with_name(stem + ".errors.jsonl")
 
 
 def write_output(
-    ledger: Ledger, batch_id: str, path: Path, out: Path, partial: bool = False
+    ledger: Ledger,
+    batch_id: str,
+    files: Path | Inputs,
+    out: Path,
+    partial: bool = False,
+    with_input: bool = False,
 ) -> Written:
-    """Write the results of the batch that the file at `path` was submitted as."""
+    """Write the results of the batch that these files were submitted as, in the format that `out`
+    says by its name. `with_input`: with what stood in each row."""
     status = batch_status(ledger, batch_id)
     if status.ended < status.total and not partial:
         raise LoraBatchError(
             f"batch {batch_id}: {status.total - status.ended} of {status.total} jobs are open; "
             "wait for them, or take what is there with --partial"
         )
-    if out.resolve() == path.resolve():
-        raise LoraBatchError(f"the output would replace its input {path}; give another name")
-    counts = Counter[str]()
-    errors = errors_path(out)
-    with atomic_files(out, errors) as (results, bad):
-        for some in chunked(_lines(status, path), CHUNK):
-            good = [line.job.job_id for line in some if isinstance(line, GoodLine)]
-            accepted = outcomes(ledger, good)
-            for line in some:
-                if isinstance(line, GoodLine) and line.job.job_id in accepted:
-                    result = accepted[line.job.job_id]
-                    counts[result.state if result else "not_finished"] += 1
-                    results.write(json.dumps(_line(line, result), ensure_ascii=False) + "\n")
-                else:
-                    counts["bad"] += 1
-                    bad.write(_bad(line).as_json() + "\n")
+    if isinstance(files, Path):
+        files = Inputs.of(files, reading_of(ledger, batch_id))
+    for source in files.sources:
+        if out.resolve() == source.path.resolve():
+            raise LoraBatchError(
+                f"the output would replace its input {source.path}; give another name"
+            )
+    form = format_of(out.name)
+    columns = _columns(files, with_input) if form != "jsonl" else []
+    counts, errors = Counter[str](), errors_path(out)
+    with atomic_files(out, errors) as (results, bad), row_writer(results, form, columns) as write:
+        for line, result in _answered(ledger, _lines(status, files, with_input), counts):
+            if isinstance(line, BadLine):
+                bad.write(line.as_json() + "\n")
+            elif form == "jsonl":
+                write(_line(line, result, with_input))
+            else:
+                row = line.row if with_input else {}
+                write(flat(_short_line(line, result), line.file, row))
     if not counts["bad"]:
         errors.unlink()
     names = ("succeeded", "failed", "cancelled", "not_finished", "bad")
     return Written(**{name: counts[name] for name in names})
 
 
-def _lines(status: BatchStatus, path: Path) -> Iterator[GoodLine | BadLine]:
-    """Of the batch's file. Raises LoraBatchError if it is another, or cannot be read."""
+def _answered(
+    ledger: Ledger, lines: Iterator[GoodLine | BadLine], counts: Counter[str]
+) -> Iterator[tuple[GoodLine | BadLine, Result | None]]:
+    """Lines with their results, counted."""
+    for some in chunked(lines, CHUNK):
+        accepted = outcomes(ledger, [one.job.job_id for one in some if isinstance(one, GoodLine)])
+        for line in some:
+            if isinstance(line, GoodLine) and line.job.job_id in accepted:
+                result = accepted[line.job.job_id]
+                counts[result.state if result else "not_finished"] += 1
+                yield line, result
+            else:
+                counts["bad"] += 1
+                yield _bad(line), None
+
+
+def _columns(inputs: Inputs, with_input: bool) -> list[str]:
+    """Of a table of results. Raises LoraBatchError if the input's cannot be known."""
+    own: dict[str, None] = {}
+    for source in inputs.sources if with_input else ():
+        columns = source.columns()
+        if columns is None:
+            raise LoraBatchError(
+                f"{source.label}: lines of JSONL have no columns to put beside the results; write "
+                "the output as JSONL"
+            )
+        own.update(dict.fromkeys(INPUT + column for column in columns))
+    return [*own, *RESULT_COLUMNS]
+
+
+def _lines(status: BatchStatus, inputs: Inputs, with_input: bool) -> Iterator[GoodLine | BadLine]:
+    """Of the batch's files. Raises LoraBatchError if they are others, or cannot be read."""
     try:
-        with path.open("rb") as file:
-            if not status.source.endswith(f"sha256:{file_digest(file)}"):
-                raise LoraBatchError(
-                    f"batch {status.batch_id} was made from {status.source!r}, and {path} is not "
-                    "that file; give the file that was submitted"
-                )
-            yield from read_lines(file, status.batch_id, status.tenant, None)
+        if not status.source.endswith(f"sha256:{inputs.digest()}"):
+            raise LoraBatchError(
+                f"batch {status.batch_id} was made from {status.source!r}, and {inputs.name} is "
+                "not that file; give what was submitted, in that order"
+            )
+        yield from inputs.lines(status.batch_id, status.tenant, None, with_input)
     except OSError as error:
         raise LoraBatchError(
-            f"{path} cannot be read: {error.strerror or error}; give the file that was submitted"
+            f"{error.filename or inputs.name} cannot be read: {error.strerror or error}; give the "
+            "file that was submitted"
         ) from error
 
 
@@ -139,11 +182,15 @@ def _bad(line: GoodLine | BadLine) -> BadLine:
     if isinstance(line, BadLine):
         return line
     why = "the line was refused when its file was submitted, or not read yet; submit the file again"
-    return BadLine(line.number, line.job.custom_id, "not_accepted", why)
+    return BadLine(line.number, line.job.custom_id, "not_accepted", why, line.file)
 
 
-def _line(line: GoodLine, result: Result | None) -> dict[str, Any]:
-    return _short_line(line, result) if line.form == "short" else openai_line(line, result)
+def _line(line: GoodLine, result: Result | None, with_input: bool) -> dict[str, Any]:
+    if line.form != "short":
+        found = openai_line(line, result)
+    else:
+        found = {**({"file": line.file} if line.file else {}), **_short_line(line, result)}
+    return {**found, "input": dict(line.row)} if with_input else found
 
 
 def _error(result: Result | None) -> dict[str, str] | None:

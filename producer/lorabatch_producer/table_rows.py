@@ -35,6 +35,7 @@ def csv_rows(file: BinaryIO, name: str) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
+            lines.take_too_long()
             yield number, Refused("not_csv", f"not valid CSV: {error}")
             continue
         if row:
@@ -50,7 +51,9 @@ class _Lines:
     """Lines of text for the reader; one that is too long is cut, and remembered."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+        self._text = io.TextIOWrapper(
+            io.BufferedReader(_Borrowed(file)), "utf-8-sig", errors="surrogateescape", newline=""
+        )
         self.number = 0
         self._too_long = False
 
@@ -71,6 +74,21 @@ class _Lines:
     def take_too_long(self) -> bool:
         was, self._too_long = self._too_long, False
         return was
+
+
+class _Borrowed(io.RawIOBase):
+    """A file that is not closed with the text that is read from it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        some = self._file.read(len(buffer))
+        buffer[: len(some)] = some
+        return len(some)
 
 
 def _reader(lines: Iterator[str]) -> Any:

@@ -275,7 +275,7 @@ def test_an_input_that_cannot_be_read_is_not_the_outputs_fault(
         yield BadLine(1, None, "x", "x")
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("lorabatch_producer.output.read_lines", torn)
+    monkeypatch.setattr("lorabatch_producer.inputs.Inputs.lines", torn)
     with pytest.raises(LoraBatchError, match=r"in\.jsonl cannot be read: Input/output error"):
         write_output(producer.ledger, done.batch_id, file, out)
     file.unlink()

@@ -11,68 +11,113 @@ import typer
 from rich.console import Console
 
 from lorabatch import Settings
-from lorabatch_producer.batch import BatchStatus, Submitted
-from lorabatch_producer.batch import submit as submit_file
-from lorabatch_producer.bulk import BadLine
+from lorabatch_producer.batch import BatchStatus, Limits, Submitted
+from lorabatch_producer.batch import reading_of as how_read
+from lorabatch_producer.batch import submit as submit_files
 from lorabatch_producer.client import Producer
-from lorabatch_producer.console import printable
+from lorabatch_producer.commands.row_options import (
+    Adapter,
+    AdapterColumn,
+    BadLines,
+    Base,
+    CustomIdColumn,
+    Files,
+    Form,
+    MaxNewTokens,
+    PromptColumn,
+    PromptTemplate,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    reading_of,
+)
+from lorabatch_producer.inputs import Inputs, gathered
 from lorabatch_producer.output import errors_path, write_output
 from lorabatch_producer.progress import follow
 
-__all__ = ["app"]
+__all__ = ["MaxFailures", "MaxTokens", "app", "end", "limits_of", "show_batch"]
 
-SHOWN_BAD_LINES = 10
-app = typer.Typer(no_args_is_help=True, help="Bulk JSONL files.")
-File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True)]
-Output = Annotated[Path, typer.Option(help="Results as JSONL; bad lines to *.errors.jsonl.")]
-
-
-class _BadLines:
-    """Counts bad lines and shows the first few."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, line: BadLine) -> None:
-        self.count += 1
-        if self.count <= SHOWN_BAD_LINES:
-            text = printable(f"line {line.number}: {line.code}: {line.message}")
-            typer.secho(text, err=True, fg="yellow")
-
-    def close(self) -> None:
-        if self.count > SHOWN_BAD_LINES:
-            more = self.count - SHOWN_BAD_LINES
-            typer.secho(f"... and {more} more bad lines", err=True, fg="yellow")
+app = typer.Typer(no_args_is_help=True, help="Bulk files.")
+Output = Annotated[
+    Path, typer.Option(help="Results as .jsonl, .csv or .parquet; bad lines to *.errors.jsonl.")
+]
+WithInput = Annotated[
+    bool, typer.Option("--with-input", help="What stood in each row beside its result.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Stop when its jobs have taken so many tokens.")
+]
+MaxFailures = Annotated[
+    str | None, typer.Option(help="Stop when so many jobs have failed, or a share: 5%.")
+]
 
 
 @app.command()
 def submit(
-    file: File,
-    tenant: Annotated[str, typer.Option(help="Who lines without a tenant are billed to.")] = (
+    files: Files,
+    tenant: Annotated[str, typer.Option(help="Who rows without a tenant are billed to.")] = (
         "default"
     ),
-    wait: Annotated[bool, typer.Option("--wait", help="Follow it to the end.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "--watch", help="Follow it to the end.")] = False,
     output: Annotated[
         Path | None, typer.Option(help="Write the results there; implies --wait.")
     ] = None,
+    with_input: WithInput = False,
     new: Annotated[
         bool, typer.Option("--new", help="Run it again, even if this file was submitted before.")
     ] = False,
     queue: Annotated[str | None, typer.Option(help="Queue to send to.")] = None,
+    max_tokens_total: MaxTokens = None,
+    max_failures: MaxFailures = None,
+    form: Form = None,
+    prompt_column: PromptColumn = None,
+    prompt_template: PromptTemplate = None,
+    system: System = None,
+    adapter_column: AdapterColumn = None,
+    custom_id_column: CustomIdColumn = None,
+    adapter: Adapter = None,
+    base: Base = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    stop: Stop = None,
 ) -> None:
-    """Submit a file; the same file again finds the same jobs and is not billed twice."""
-    bad = _BadLines()
+    """Submit files as one batch; the same again finds the same jobs and is not billed twice."""
+    reading, limits = reading_of(locals()), limits_of(max_tokens_total, max_failures)
     settings = Settings.load(**({"queue": queue} if queue else {}))
-    with Producer(settings) as producer:
-        submitted = submit_file(producer, file, tenant, new, bad)
+    bad = BadLines()
+    with gathered(files, reading) as inputs, Producer(settings) as producer:
+        submitted = submit_files(producer, inputs, tenant, new, bad, limits)
         bad.close()
         _say(submitted)
         if not (wait or output):
             raise typer.Exit(1 if submitted.rejected else 0)
         status = _follow(producer, submitted.batch_id)
         if output:
-            _write(producer, submitted.batch_id, file, output)
-    _exit(status)
+            _write(producer, submitted.batch_id, inputs, output, with_input=with_input)
+    end(status)
+
+
+def limits_of(max_tokens: int | None, max_failures: str | None) -> Limits:
+    """Failures are a number, or a share as 5% or 0.05."""
+    if max_failures is None:
+        return Limits(max_tokens)
+    try:
+        percent = max_failures.endswith("%")
+        number = float(max_failures.removesuffix("%")) / (100 if percent else 1)
+        if not (0 < number < 1 or (number >= 1 and number.is_integer() and not percent)):
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(
+            f"wanted a number from 1 or a share such as 5% (got {max_failures!r})",
+            param_hint="--max-failures",
+        ) from None
+    return Limits(max_tokens, number)
 
 
 def _say(submitted: Submitted) -> None:
@@ -97,16 +142,22 @@ def _follow(producer: Producer, batch_id: str) -> BatchStatus:
 
 
 def _write(
-    producer: Producer, batch_id: str, file: Path, output: Path, partial: bool = False
+    producer: Producer,
+    batch_id: str,
+    inputs: Inputs,
+    output: Path,
+    partial: bool = False,
+    with_input: bool = False,
 ) -> None:
-    written = write_output(producer.ledger, batch_id, file, output, partial)
+    written = write_output(producer.ledger, batch_id, inputs, output, partial, with_input)
     lines = written.succeeded + written.failed + written.cancelled + written.not_finished
     typer.echo(f"{lines} lines in {output}")
     if written.bad:
         typer.echo(f"{written.bad} bad lines in {errors_path(output)}")
 
 
-def _exit(status: BatchStatus) -> None:
+def end(status: BatchStatus) -> None:
+    """The exit code of a batch that has ended."""
     parts = {
         "bad lines": status.rejected_lines,
         "failed jobs": status.failed,
@@ -137,20 +188,26 @@ def show_batch(status: BatchStatus, as_json: bool = False) -> None:
     for name in ("queued", "running", "succeeded", "failed", "cancelled", "rejected_lines"):
         typer.echo(f"  {name.replace('_', ' '):<14} {fields[name]:>9,}")
     typer.echo(f"{status.ended} of {status.total} done")
+    if status.budget.exhausted:
+        typer.echo(f"stopped: {status.budget.exhausted}")
 
 
 @app.command("output")
 def batch_output(
     batch_id: str,
-    file: File,
+    files: Files,
     output: Output,
     partial: Annotated[bool, typer.Option("--partial", help="Even if jobs are open.")] = False,
+    with_input: WithInput = False,
 ) -> None:
-    """Write the results of a batch, in the order of the file it was submitted from."""
-    with Producer() as producer:
-        _write(producer, batch_id, file, output, partial)
+    """Write the results of a batch, in the order of the files it was submitted from."""
+    with (
+        Producer() as producer,
+        gathered(files, how_read(producer.ledger, batch_id)) as inputs,
+    ):
+        _write(producer, batch_id, inputs, output, partial, with_input)
         status = producer.status(batch_id)
-    _exit(status)
+    end(status)
 
 
 @app.command()
