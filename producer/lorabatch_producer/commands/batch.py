@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lorabatch import Settings
+from lorabatch.stopping import resume
 from lorabatch_producer.batch import BatchStatus, Limits, Submitted
 from lorabatch_producer.batch import reading_of as how_read
 from lorabatch_producer.batch import submit as submit_files
@@ -37,6 +38,7 @@ from lorabatch_producer.commands.row_options import (
 from lorabatch_producer.inputs import Inputs, gathered
 from lorabatch_producer.output import errors_path, write_output
 from lorabatch_producer.progress import follow
+from lorabatch_producer.watching import watch as watch_batches
 
 __all__ = ["MaxFailures", "MaxTokens", "app", "end", "limits_of", "show_batch"]
 
@@ -61,7 +63,10 @@ def submit(
     tenant: Annotated[str, typer.Option(help="Who rows without a tenant are billed to.")] = (
         "default"
     ),
-    wait: Annotated[bool, typer.Option("--wait", "--watch", help="Follow it to the end.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow it to the end.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="As --wait, with each adapter's progress.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Write the results there; implies --wait.")
     ] = None,
@@ -95,9 +100,9 @@ def submit(
         submitted = submit_files(producer, inputs, tenant, new, bad, limits)
         bad.close()
         _say(submitted)
-        if not (wait or output):
+        if not (wait or watch or output):
             raise typer.Exit(1 if submitted.rejected else 0)
-        status = _follow(producer, submitted.batch_id)
+        status = _follow(producer, submitted.batch_id, watch)
         if output:
             _write(producer, submitted.batch_id, inputs, output, with_input=with_input)
     end(status)
@@ -129,8 +134,10 @@ def _say(submitted: Submitted) -> None:
         typer.secho(str(submitted.not_sent), err=True, fg="yellow")
 
 
-def _follow(producer: Producer, batch_id: str) -> BatchStatus:
+def _follow(producer: Producer, batch_id: str, watch: bool = False) -> BatchStatus:
     try:
+        if watch:
+            return watch_batches(producer, [batch_id], Console())[0]
         return follow(producer, batch_id, Console())
     except KeyboardInterrupt:
         typer.echo(
@@ -208,6 +215,39 @@ def batch_output(
         _write(producer, batch_id, inputs, output, partial, with_input)
         status = producer.status(batch_id)
     end(status)
+
+
+@app.command("watch")
+def batch_watch(
+    batch_ids: Annotated[list[str], typer.Argument(help="One or several.")],
+) -> None:
+    """Progress of batches, live, until all have ended; interrupted, they go on."""
+    with Producer() as producer:
+        found = watch_batches(producer, batch_ids, Console())
+    for status in sorted(found, key=_bad_ones):
+        end(status)
+
+
+def _bad_ones(status: BatchStatus) -> int:
+    return -(status.failed + status.cancelled + status.rejected_lines)
+
+
+@app.command("resume")
+def batch_resume(
+    batch_id: str,
+    max_tokens_total: MaxTokens = None,
+    max_failures: Annotated[
+        int | None, typer.Option(min=1, help="Stop when so many more jobs have failed.")
+    ] = None,
+) -> None:
+    """Run again what failed or was cancelled of a batch, and raise what it may spend.
+
+    Needs no file: the ledger has the requests. Lines that were never accepted are not in it."""
+    with Producer() as producer:
+        again = resume(producer.ledger.engine, batch_id, max_tokens_total, max_failures)
+    typer.echo(f"batch {batch_id}: {len(again.jobs)} jobs run again")
+    if again.full is not None:
+        raise again.full
 
 
 @app.command()
