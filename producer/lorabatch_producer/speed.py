@@ -1,10 +1,9 @@
-"""How fast a batch moves, and the workers did lately, as the ledger has it. Raises nothing of its
+"""How fast a batch moves, as the ledger has it. Raises nothing of its
 own; database errors pass through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -12,10 +11,9 @@ import sqlalchemy as sa
 from lorabatch.database import now_us
 from lorabatch.tables import jobs, usage_events
 
-__all__ = ["AdapterCount", "adapter_counts", "busy_us", "measured", "recent_speed"]
+__all__ = ["AdapterCount", "adapter_counts", "recent_speed"]
 
 WINDOW_US = 30_000_000
-LATEST = 1000
 TOKENS = usage_events.c.input_tokens + usage_events.c.output_tokens
 
 
@@ -49,23 +47,3 @@ def recent_speed(engine: sa.Engine, batch_id: str, since_us: int) -> float:
         )
         tokens = connection.scalar(query) or 0
     return float(tokens) / max(1.0, (now - first) / 1e6)
-
-
-def measured(engine: sa.Engine) -> float | None:
-    """Tokens a second, read and generated, of all workers together while any of the last 1,000 jobs
-    ran; None: none has run."""
-    query = sa.select(TOKENS, usage_events.c.occurred_us, usage_events.c.run_us)
-    query = query.where(usage_events.c.run_us > 0).order_by(usage_events.c.occurred_us.desc())
-    with engine.execution_options(read_only=True).begin() as connection:
-        rows = connection.execute(query.limit(LATEST)).all()
-    spent = busy_us((row[1] - row[2], row[1]) for row in rows)
-    return sum(row[0] for row in rows) / (spent / 1e6) if spent else None
-
-
-def busy_us(spans: Iterable[tuple[int, int]]) -> int:
-    """How long at least one of these spans lasted; what lies between them does not count."""
-    total, reached = 0, 0
-    for begun, ended in sorted(spans):
-        total += max(0, ended - max(begun, reached))
-        reached = max(reached, ended)
-    return total
