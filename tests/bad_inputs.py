@@ -162,9 +162,9 @@ BAD_LINES: list[tuple[str, bytes, str, str]] = [
     ),
     (
         "a JSON schema",
-        chat(response_format={"type": "json_object"}),
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "x"}}),
         "invalid_job",
-        "body.response_format: not supported, and leaving it out would change the outcome",
+        "body.response_format.json_schema.schema: missing",
     ),
     ("a large bias", chat(logit_bias={"1": 500}), "invalid_job", "sampling_params.logit_bias"),
     ("a field of tomorrow", chat(verbosity="low"), "invalid_job", "body.verbosity: not supported"),

@@ -2,9 +2,10 @@
 
 What is left out has OpenAI's default, not ours: temperature 1.0, and 16 tokens for
 /v1/completions (for chat, where OpenAI has no limit, our 256). Beyond OpenAI's fields a body may
-hold top_k, min_p, repetition_penalty, ignore_eos and priority. A field that would change the
-outcome and that we do not compute is refused by name unless it is null or says what we do anyway;
-fields that only label a request (user, metadata, store, ...) are left aside. Raises InvalidJob.
+hold top_k, min_p, repetition_penalty, ignore_eos, structured_outputs and priority. A field that
+would change the outcome and that we do not compute is refused by name unless it is null or says
+what we do anyway; fields that only label a request (user, metadata, store, ...) are left aside.
+Raises InvalidJob.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lorabatch.errors import InvalidJob, shown
 from lorabatch.result import Choice
 from lorabatch_producer.fields import called, only_these, without_nulls
 from lorabatch_producer.openai_choices import ASKED, choice_params, logprobs_body
+from lorabatch_producer.structured_body import openai_structured
 
 __all__ = ["CHAT_URL", "COMPLETIONS_URL", "answer_body", "body_fields"]
 
@@ -28,6 +30,7 @@ SAME_NAME = (
     *("temperature", "top_p", "stop", "seed", "frequency_penalty", "presence_penalty"),
     *("top_k", "min_p", "repetition_penalty", "ignore_eos"),
 )
+STRUCTURED = {"response_format", "structured_outputs"}
 LABELS = {
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_retention", "stream_options"),
@@ -44,7 +47,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 PROMPT_FIELD = {CHAT_URL: "messages", COMPLETIONS_URL: "prompt"}
@@ -56,7 +58,7 @@ def body_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     given = without_nulls(body)
     known = {"model", "priority", "max_tokens", "max_completion_tokens", PROMPT_FIELD[url]}
     known |= set(ASKED[url == CHAT_URL])
-    only_these(given, known | set(SAME_NAME) | LABELS, NEUTRAL, "body.")
+    only_these(given, known | set(SAME_NAME) | STRUCTURED | LABELS, NEUTRAL, "body.")
     fields: dict[str, Any] = {"sampling_params": _sampling(given, url)}
     if "priority" in given:
         fields["priority"] = given["priority"]
@@ -103,6 +105,7 @@ def _fingerprint(result: Result) -> str:
 def _sampling(given: Mapping[str, Any], url: str) -> dict[str, Any]:
     params = {name: given[name] for name in SAME_NAME if name in given}
     params |= choice_params(given, url == CHAT_URL)
+    params |= openai_structured(given)
     params.setdefault("temperature", 1.0)
     old, new = given.get("max_tokens"), given.get("max_completion_tokens")
     if old is not None and new is not None and old != new:

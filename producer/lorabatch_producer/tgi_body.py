@@ -19,6 +19,7 @@ from lorabatch.errors import InvalidJob, shown
 from lorabatch.result import Choice, LikelyToken
 from lorabatch_producer.fields import only_these, without_nulls
 from lorabatch_producer.openai_choices import only_one_streams
+from lorabatch_producer.structured_body import tgi_structured
 
 __all__ = ["adapter_of", "generate_answer", "generate_fields"]
 
@@ -51,7 +52,7 @@ def generate_fields(body: Mapping[str, Any], streamed: bool = False) -> dict[str
     if not inputs:
         raise InvalidJob("inputs: the prompt is empty; give at least one character")
     given = _parameters(body)
-    known = {"adapter_id", "typical_p", "best_of", "top_n_tokens", *SAME_NAME, *FLAGS}
+    known = {"adapter_id", "grammar", "typical_p", "best_of", "top_n_tokens", *SAME_NAME, *FLAGS}
     only_these(given, known, NEUTRAL, "parameters.")
     for name in FLAGS:
         if not isinstance(given.get(name, False), bool):
@@ -61,6 +62,7 @@ def generate_fields(body: Mapping[str, Any], streamed: bool = False) -> dict[str
     params = {name: given[name] for name in SAME_NAME if name in given}
     params |= {"typical_p": given["typical_p"]} if "typical_p" in warped else {}
     params |= _choices(given, sampled, told=bool(given.get("details")) and not streamed)
+    params |= tgi_structured(given)
     if streamed:
         only_one_streams(params)
     params.setdefault("max_new_tokens", MAX_NEW_TOKENS)

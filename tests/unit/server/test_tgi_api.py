@@ -95,7 +95,7 @@ def test_what_is_not_supported_is_refused_by_name(client: InferenceClient, ledge
         "watermark": True,
         "typical_p": 1.5,
         "truncate": 10,
-        "grammar": {"type": "regex", "value": "(a+)+b"},
+        "grammar": {"type": "lark", "value": "start: x"},
         "top_p": 2.0,
         "max_new_tokens": 0,
         "adapter_id": "nobody",
