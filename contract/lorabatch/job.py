@@ -36,8 +36,10 @@ from lorabatch.fields import (
     is_identifier,
     storable,
 )
+from lorabatch.messages import ChatMessage
 from lorabatch.outgoing import OutgoingUrl
 from lorabatch.structured import StructuredOutputs
+from lorabatch.tools import MAX_TOOLS, MAX_TOOLS_BYTES, Tool, tools_bytes
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -55,15 +57,6 @@ MAX_SEED = 2**63 - 1
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-class ChatMessage(Model):
-    """One turn of a conversation, rendered by the adapter's or the base model's template."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: Text
-
-    _storable = field_validator("content")(storable)
 
 
 class SamplingParams(Candidates):
@@ -193,7 +186,8 @@ class Job(Model):
     `adapter_id` None is the base model itself, asked for on purpose, or the adapter that
     `merged_adapters` describes. A job is accepted once per (tenant, idempotency_key); without a key
     the job id is the key. A job that has not ended by `done_by` fails then as `deadline_passed`;
-    of two with the same priority the one with the earlier deadline goes first.
+    of two with the same priority the one with the earlier deadline goes first. `tools` are for the
+    chat template, which tells the model of them.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -203,6 +197,7 @@ class Job(Model):
     merged_adapters: MergedAdapters | None = None
     prompt: Text | None = None
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=1024)
+    tools: tuple[Tool, ...] | None = Field(default=None, min_length=1, max_length=MAX_TOOLS)
     sampling_params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="higher runs first")
     done_by: AwareDatetime | None = None
@@ -224,6 +219,17 @@ class Job(Model):
             raise ValueError(f"give exactly one of prompt and messages, not {seen}")
         if self.prompt == "":
             raise ValueError("prompt is empty; give at least one character")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> Self:
+        if self.tools is None:
+            return self
+        if self.messages is None or self.sampling_params.structured_outputs is not None:
+            other = "a prompt" if self.messages is None else "structured_outputs"
+            raise ValueError(f"tools: not with {other}; leave out one of both")
+        if tools_bytes(self.tools) > MAX_TOOLS_BYTES:
+            raise ValueError(f"tools: wanted {MAX_TOOLS_BYTES} bytes of JSON at most, all together")
         return self
 
     @model_validator(mode="after")
@@ -265,7 +271,7 @@ class Job(Model):
         those that were given: the rest is for the adapter to say."""
         body = self.model_dump(
             mode="json",
-            include={"schema_version", "prompt", "messages", "merged_adapters"},
+            include={"schema_version", "prompt", "messages", "tools", "merged_adapters"},
             exclude_none=True,
         )
         given = self.sampling_params.model_dump(mode="json", exclude_unset=True, exclude_none=True)

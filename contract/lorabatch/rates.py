@@ -114,7 +114,7 @@ def rate_of(tenant: str, limits: Mapping[str, Rate]) -> Rate:
 def estimated_tokens(job: Job) -> int:
     """What a job may take: all the new tokens that it asks for, and a token for four characters of
     its prompt; only a worker can count those."""
-    texts = [job.prompt or "", *(message.content for message in job.messages or ())]
+    texts = [job.prompt or "", *(message.content or "" for message in job.messages or ())]
     chars = sum(map(len, texts))
     params = job.sampling_params
     return params.candidates * params.max_new_tokens - (-chars // CHARS_PER_TOKEN)

@@ -76,14 +76,25 @@ def constrain(logits: Tensor, sequences: List[Constrained]) -> None:
     masks = sent.numpy().view(np.uint32)
     for grammar, mask in zip(grammars, masks, strict=True):
         grammar.fill(mask)
-    which = torch.tensor(rows, pin_memory=on_gpu).to(logits.device, non_blocking=True)
-    bits = torch.arange(WORD, dtype=torch.int32, device=logits.device)
-    packed = sent[:, :words].to(logits.device, non_blocking=True)
-    allowed = ((packed[:, :, None] >> bits) & 1).flatten(1)[:, : logits.shape[1]].bool()
+    unpacked = _unpacked_on_gpu(sent, logits.device) if on_gpu else _unpacked(masks)
+    banned = unpacked[:, : logits.shape[1]]
     if len(rows) == len(logits):
-        logits.masked_fill_(~allowed, -torch.inf)
+        logits.masked_fill_(banned, -torch.inf)
     else:
-        logits[which] = logits[which].masked_fill_(~allowed, -torch.inf)
+        which = torch.tensor(rows, pin_memory=on_gpu).to(logits.device, non_blocking=True)
+        logits[which] = logits[which].masked_fill_(banned, -torch.inf)
+
+
+def _unpacked(masks: NDArray[np.uint32]) -> Tensor:
+    """True where a bit is 0. By numpy 1 ms for 32 rows of 49,152, by torch on a CPU 20."""
+    return torch.from_numpy(np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little")).bool()
+
+
+def _unpacked_on_gpu(sent: Tensor, device: torch.device) -> Tensor:
+    """The same, of what goes there in one copy."""
+    bits = torch.arange(WORD, dtype=torch.int32, device=device)
+    packed = sent.to(device, non_blocking=True)
+    return ((packed[:, :, None] >> bits) & 1).flatten(1) == 0
 
 
 def _bit(mask: NDArray[np.uint32], token: int) -> int:

@@ -19,7 +19,7 @@ from lorabatch.errors import InvalidJob, PromptTooLong
 from lorabatch.job import Job, SamplingParams
 from lorabatch.ledger import Claim
 from lorabatch_worker.adapters.defaults import GenerationDefaults
-from lorabatch_worker.adapters.render import TemplateRenderer
+from lorabatch_worker.adapters.render import TOOLLESS, TemplateRenderer
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.grammars import Grammars
@@ -89,8 +89,9 @@ class Preparer:
     def _render_own(self, job: Job, template: str, adapter: Adapter | None) -> str:
         with self._lock:
             special = self._base.tokenizer_for(adapter).special_tokens_map
-        messages = [m.model_dump() for m in job.messages or ()]
-        return self._renderer.render(job.job_id, template, messages, special)
+        messages = [m.for_template() for m in job.messages or ()]
+        tools = [tool.for_template() for tool in job.tools or ()]
+        return self._renderer.render(job.job_id, template, messages, special, tools)
 
 
 def _tokens(job: Job, rendered: str | None, tokenizer: Any) -> list[int]:
@@ -120,17 +121,25 @@ def _render(job: Job, tokenizer: Any) -> str:
             f"job {job.job_id!r}: has messages, but neither the adapter nor the base model has "
             "a chat template; send a prompt"
         )
-    messages = [m.model_dump() for m in job.messages or ()]
+    messages = [m.for_template() for m in job.messages or ()]
+    tools = [tool.for_template() for tool in job.tools or ()]
+
+    def rendered(**more: Any) -> str:
+        form = {"tokenize": False, "add_generation_prompt": True}
+        return str(tokenizer.apply_chat_template(messages, **form, **more))
+
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        text = rendered(tools=tools) if tools else rendered()
+        ignored = bool(tools) and text == rendered()
     except jinja2.TemplateSyntaxError as error:
         raise InvalidJob(f"job {job.job_id!r}: the chat template is broken: {error}") from None
     except Exception as error:  # noqa: BLE001 - a template can raise anything, 1/0 included
         raise InvalidJob(
             f"job {job.job_id!r}: the chat template refuses these messages: {error}"
         ) from None
+    if ignored:
+        raise InvalidJob(f"job {job.job_id!r}: tools: {TOOLLESS.format('base model')}")
+    return text
 
 
 def _end_ids(tokenizer: Any, defaults: GenerationDefaults, given: SamplingParams) -> frozenset[int]:

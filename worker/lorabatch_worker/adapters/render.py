@@ -23,7 +23,7 @@ from lorabatch.errors import EngineFault, InvalidAdapter, InvalidJob, JobError
 from lorabatch.fields import MAX_PROMPT_CHARS
 from lorabatch_worker.child import Child
 
-__all__ = ["TemplateRenderer"]
+__all__ = ["TOOLLESS", "TemplateRenderer"]
 
 BOUND_S = 5.0
 START_S = 120.0  # it imports transformers without torch: 0.8 s on two idle cores
@@ -31,6 +31,10 @@ MEMORY_BYTES = 1 << 30
 RETRY_S = 60.0
 SLOW_PART = 5  # of the bound: over which a template counts as slow
 REMEMBERED = 256  # templates that ran over
+TOOLLESS = (
+    "the {}'s chat template writes the same without them: it knows no tools; use a model whose "
+    "template does, or leave them out"
+)
 CHILD = Path(__file__).with_name("render_child.py")
 
 
@@ -60,9 +64,10 @@ class TemplateRenderer:
         template: str,
         messages: Sequence[Mapping[str, Any]],
         special_tokens: Mapping[str, str],
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The text that apply_chat_template makes, with a generation prompt."""
-        chars = sum(len(message["content"]) for message in messages)
+        chars = sum(len(m["content"]) + len(str(m.get("tool_calls", ""))) for m in messages)
         if chars > self.max_chars:
             raise InvalidJob(
                 f"job {job_id!r}: its messages have {chars} characters, allowed {self.max_chars} "
@@ -72,6 +77,7 @@ class TemplateRenderer:
             "template": template,
             "messages": messages,
             "special_tokens": special_tokens,
+            "tools": tools,
             "max_chars": self.max_chars,
             "end_s": 2 * self.bound_s + 1,  # only if nobody is left here to end it
         }
@@ -157,6 +163,8 @@ class TemplateRenderer:
             return InvalidJob(
                 f"job {job_id!r}: the chat template refuses these messages: {answer['why']}"
             )
+        if answer["kind"] == "toolless":
+            return InvalidJob(f"job {job_id!r}: tools: {TOOLLESS.format('adapter')}")
         if answer["kind"] == "broken":
             return InvalidAdapter(f"job {job_id!r}: the chat template is broken: {answer['why']}")
         return InvalidAdapter(

@@ -2,11 +2,11 @@
 
 Started by `render.py` as a file of its own, so that it imports nothing of ours, and no torch. Its
 one argument is how many bytes it may map beyond what it needs itself. A request holds template,
-messages, special_tokens, max_chars and end_s: the kernel ends the process if it takes so many
-seconds, so that an endless template does not outlive a worker that was killed. An answer holds
-`kind` (text, long, memory, broken, refused) and `worn`: memory that a template took was not all
-given back. It ends when its input does. Raises nothing on purpose. Not covered: a limit of memory
-where there is no /proc (macOS).
+messages, special_tokens, tools, max_chars and end_s: the kernel ends the process if it takes so
+many seconds, so that an endless template does not outlive a worker that was killed. An answer holds
+`kind` (text, toolless, long, memory, broken, refused) and `worn`: memory that a template took was
+not all given back. It ends when its input does. Raises nothing on purpose. Not covered: a limit of
+memory where there is no /proc (macOS).
 """
 
 from __future__ import annotations
@@ -72,13 +72,18 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[request["messages"]],
-            chat_template=request["template"],
-            add_generation_prompt=True,
+        fields: dict[str, Any] = {
+            "conversations": [request["messages"]],
+            "chat_template": request["template"],
+            "add_generation_prompt": True,
             **request["special_tokens"],
-        )
+        }
+        tools = request["tools"]
+        rendered: Any = render_jinja_template(**fields, tools=tools or None)
         text = rendered[0][0]
+        without: Any = render_jinja_template(**fields) if tools else None
+        if tools and text == without[0][0]:
+            return {"kind": "toolless"}
         if len(text) > request["max_chars"]:
             return {"kind": "long", "chars": len(text)}
         text.encode()  # a lone surrogate is an error here, not in the tokenizer
