@@ -76,25 +76,23 @@ def constrain(logits: Tensor, sequences: List[Constrained]) -> None:
     masks = sent.numpy().view(np.uint32)
     for grammar, mask in zip(grammars, masks, strict=True):
         grammar.fill(mask)
-    unpacked = _unpacked_on_gpu(sent, logits.device) if on_gpu else _unpacked(masks)
-    banned = unpacked[:, : logits.shape[1]]
+    bias = _bias(sent, logits)[:, : logits.shape[1]]
     if len(rows) == len(logits):
-        logits.masked_fill_(banned, -torch.inf)
+        logits += bias
     else:
         which = torch.tensor(rows, pin_memory=on_gpu).to(logits.device, non_blocking=True)
-        logits[which] = logits[which].masked_fill_(banned, -torch.inf)
+        logits[which] = logits[which] + bias
 
 
-def _unpacked(masks: NDArray[np.uint32]) -> Tensor:
-    """True where a bit is 0. By numpy 1 ms for 32 rows of 49,152, by torch on a CPU 20."""
-    return torch.from_numpy(np.unpackbits(~masks.view(np.uint8), axis=1, bitorder="little")).bool()
-
-
-def _unpacked_on_gpu(sent: Tensor, device: torch.device) -> Tensor:
-    """The same, of what goes there in one copy."""
-    bits = torch.arange(WORD, dtype=torch.int32, device=device)
-    packed = sent.to(device, non_blocking=True)
-    return ((packed[:, :, None] >> bits) & 1).flatten(1) == 0
+def _bias(sent: Tensor, logits: Tensor) -> Tensor:
+    """0 where a bit is 1, else -infinity. A table of bytes and a sum take a fifth of the time on a
+    CPU that masked_fill does."""
+    table = torch.zeros(256, 8, dtype=logits.dtype)
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    table[bits == 0] = -torch.inf
+    packed = sent.to(logits.device, non_blocking=True).view(torch.uint8)
+    table = table.to(logits.device, non_blocking=True)
+    return table.index_select(0, packed.flatten().int()).view(len(sent), -1)
 
 
 def _bit(mask: NDArray[np.uint32], token: int) -> int:
