@@ -122,7 +122,9 @@ def test_logit_bias(client: openai.OpenAI) -> None:
 
 
 def test_usage(client: openai.OpenAI) -> None:
-    found = client.admin.organization.usage.completions(start_time=0, bucket_width="1d", limit=31)
+    client.completions.create(model=BASE_MODEL, prompt="Once upon a time", max_tokens=4)
+    hour_ago = int(time.time()) - 3600
+    found = client.admin.organization.usage.completions(start_time=hour_ago, bucket_width="1h")
     assert sum(result.input_tokens for bucket in found.data for result in bucket.results) > 0
 
 
