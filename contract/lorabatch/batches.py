@@ -194,7 +194,7 @@ def _renewed(row: Any) -> Job:
 def _record_cancelled(
     connection: sa.Connection, which: sa.ColumnElement[bool], now: int, why: ErrorInfo
 ) -> None:
-    """Results, usage and webhooks of jobs that never ran, as `statements.write_results` has
+    """Results, usage and webhooks of jobs that never ran, as `endings.write_results` has
     them."""
     columns = (jobs.c.job_id, jobs.c.tenant, jobs.c.webhook)
     query = sa.select(*columns).where(which, jobs.c.webhook.is_not(None))

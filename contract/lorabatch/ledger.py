@@ -22,13 +22,13 @@ from lorabatch.bindings import bound
 from lorabatch.budgets import reasons
 from lorabatch.claim import Claim, Message, Outcome, Start
 from lorabatch.database import now_us
+from lorabatch.endings import Ended, write_results
 from lorabatch.errors import JobNotFound
 from lorabatch.job import Job
 from lorabatch.result import ErrorInfo, JobState, Result
 from lorabatch.rows import bare_result, cancelled, job_row, names_of, stored_result, too_late
 from lorabatch.statements import (
     BODILESS,
-    Ended,
     ago_us,
     chunks,
     count_starts,
@@ -39,7 +39,6 @@ from lorabatch.statements import (
     locked,
     same_request,
     stands,
-    write_results,
 )
 from lorabatch.tables import NEVER_US, jobs, results
 from lorabatch.tenants import check_room

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lorabatch.fields import Model, Text, storable
 from lorabatch.tools import MAX_TOOLS, ToolCall
@@ -22,12 +29,21 @@ class ChatMessage(Model):
     """
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: Annotated[Text, AfterValidator(storable)] | None = None
     name: Short | None = None
     tool_calls: tuple[ToolCall, ...] | None = Field(
         default=None, min_length=1, max_length=MAX_TOOLS
     )
     tool_call_id: Short | None = None
+    content: Annotated[Text, AfterValidator(storable)] | None = Field(
+        default=None, validate_default=True
+    )
+
+    @field_validator("content")
+    @classmethod
+    def _content_or_calls(cls, content: str | None, info: ValidationInfo) -> str | None:
+        if content is None and info.data.get("tool_calls") is None:
+            raise ValueError("missing")
+        return content
 
     @model_validator(mode="after")
     def _fields_of_the_role(self) -> Self:
@@ -35,8 +51,6 @@ class ChatMessage(Model):
             raise ValueError(f"tool_calls: only an assistant has them, not role {self.role!r}")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError(f"tool_call_id: only role 'tool' has one, not {self.role!r}")
-        if self.content is None and self.tool_calls is None:
-            raise ValueError("content: missing")
         return self
 
     def for_template(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A text that grows as OpenAI's and TGI's streams have it: their events, one for each piece.
 
-TGI sends an event for each token. A piece of ours may be of several, so `token` has its text and
-neither `id` nor `logprob`; the last event has an empty one, where TGI has the end token.
+TGI sends an event for each token. A piece of ours may be of several, so `token` has its text, and
+an `id` of -1 and a `logprob` of 0, which clients want to be numbers; the last event has an empty
+one, where TGI has the end token.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ __all__ = ["Chunks", "Grown", "openai_chunks", "tgi_chunks"]
 Grown = AsyncIterator[Piece | Result | None]
 """Pieces, at last the result; None now and then, to be passed on."""
 Chunks = AsyncIterator[dict[str, Any] | None]
+
+NO_TOKEN = {"id": -1, "logprob": 0.0}
 
 
 async def openai_chunks(
@@ -60,10 +63,10 @@ async def tgi_chunks(items: Grown, body: Mapping[str, Any]) -> Chunks:
         index += item is not None
         if isinstance(item, Result):
             answer = generate_answer(body, item)
-            token = {"id": None, "text": "", "logprob": None, "special": True}
+            token = {**NO_TOKEN, "text": "", "special": True}
             yield {"index": index, "token": token, "details": None, **answer}
         elif item is None:
             yield None
         else:
-            token = {"id": None, "text": item.text, "logprob": None, "special": False}
+            token = {**NO_TOKEN, "text": item.text, "special": False}
             yield {"index": index, "token": token, "generated_text": None, "details": None}

@@ -178,7 +178,7 @@ def _matched(name: str) -> list[Path]:
     found = [Path(one) for one in sorted(glob.glob(str(path), recursive=True))]
     files = [one for one in found if one.is_file()]
     if not files:
-        raise LoraBatchError(f"{name}: no such file, and none whose name is like that")
+        raise LoraBatchError(f"{name}: does not exist, nor does a file whose name is like that")
     return files
 
 

@@ -4,6 +4,7 @@
                          Face's client makes of it
     structured_outputs   vLLM's, which is ours: json, json_object, regex, choice
     grammar              TGI's: json, json_schema, regex
+    parameters.response_format   LoRAX's: json_object, with a schema or without
 
 A schema is always held to, whatever `strict` says. Raises InvalidJob, which names the field.
 """
@@ -34,10 +35,21 @@ def openai_structured(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def tgi_structured(given: Mapping[str, Any]) -> dict[str, Any]:
     """The same of TGI's parameters."""
-    if "grammar" not in given:
-        return {}
-    where = "parameters.grammar"
-    return {"structured_outputs": _grammar(_object(given["grammar"], where, GRAMMAR), where)}
+    if "grammar" in given:
+        where = "parameters.grammar"
+        return {"structured_outputs": _grammar(_object(given["grammar"], where, GRAMMAR), where)}
+    if "response_format" in given:
+        return {"structured_outputs": _of_lorax(given["response_format"])}
+    return {}
+
+
+def _of_lorax(value: object) -> dict[str, Any]:
+    where = "parameters.response_format"
+    wanted = _object(value, where, ("type", "schema"))
+    if wanted.get("type") != "json_object":
+        raise InvalidJob(f"{where}.type: wanted json_object (got {shown(wanted.get('type'))})")
+    schema = wanted.get("schema")
+    return {"json_object": True} if schema is None else {"json": schema}
 
 
 def _grammar(given: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -5,7 +5,8 @@ sampling, and 100 tokens are generated unless it says how many. Otherwise than i
 before a stop string, not after it, `details.prefill` is empty, and of a stream so is
 `details.tokens`; log probabilities are the model's own, before penalties and temperature. Texts of
 `best_of` are told best first. A parameter that would change the outcome and that we do not compute
-is refused by name. Raises InvalidJob.
+is refused by name. LoRAX's `merged_adapters`, `response_format` and `ignore_eos_token` are known.
+Raises InvalidJob.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ SAME_NAME = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"),
     *("frequency_penalty", "stop", "seed"),
 )
-FLAGS = ("do_sample", "return_full_text", "details")
+FLAGS = ("do_sample", "return_full_text", "details", "ignore_eos_token")
+LORAX = {"merged_adapters", "response_format"}
 # parameter: the values that ask for nothing beyond what we do
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "watermark": (False,),
@@ -53,7 +55,9 @@ def generate_fields(body: Mapping[str, Any], streamed: bool = False) -> dict[str
         raise InvalidJob("inputs: the prompt is empty; give at least one character")
     given = _parameters(body)
     known = {"adapter_id", "grammar", "typical_p", "best_of", "top_n_tokens", *SAME_NAME, *FLAGS}
-    only_these(given, known, NEUTRAL, "parameters.")
+    only_these(given, known | LORAX, NEUTRAL, "parameters.")
+    if "grammar" in given and "response_format" in given:
+        raise InvalidJob("parameters.grammar: not with response_format; leave out one of both")
     for name in FLAGS:
         if not isinstance(given.get(name, False), bool):
             raise InvalidJob(f"parameters.{name}: wanted true or false (got {shown(given[name])})")
@@ -70,7 +74,10 @@ def generate_fields(body: Mapping[str, Any], streamed: bool = False) -> dict[str
         params.setdefault("temperature", 1.0)
     else:
         params["temperature"] = 0.0
-    return {"prompt": inputs, "sampling_params": params}
+    if given.get("ignore_eos_token"):
+        params["ignore_eos"] = True
+    merged = {"merged_adapters": given["merged_adapters"]} if "merged_adapters" in given else {}
+    return {"prompt": inputs, "sampling_params": params, **merged}
 
 
 def _choices(given: Mapping[str, Any], sampled: bool, told: bool) -> dict[str, Any]:
@@ -120,7 +127,7 @@ def generate_answer(body: Mapping[str, Any], result: Result) -> dict[str, Any]:
         return {"generated_text": before + (result.text or "")}
     best, *others = sorted(result.texts, key=lambda one: one.mean_logprob, reverse=True)
     top = bool(given.get("top_n_tokens"))
-    details = _details(best, top)
+    details = {"prompt_tokens": result.usage.prompt_tokens, **_details(best, top)}
     if others:
         details["best_of_sequences"] = [
             {"generated_text": before + one.text, **_details(one, top)} for one in others

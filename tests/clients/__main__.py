@@ -11,7 +11,7 @@ import ast
 import re
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -51,10 +51,11 @@ def _titled(client: str) -> str:
     """With what its tests' first line calls it, and its version."""
     title = ast.get_docstring(ast.parse((FOLDER / f"test_{client}.py").read_text())) or client
     name = DISTRIBUTIONS.get(client, client.replace("_", "-"))
+    shown = title.partition(":")[0].rstrip(".")
     try:
-        return f"{title.splitlines()[0].rstrip('.')} {version(name)}"
-    except ModuleNotFoundError:
-        return title.splitlines()[0].rstrip(".").partition(":")[0]
+        return f"{shown} {version(name)}"
+    except PackageNotFoundError:  # curl
+        return shown
 
 
 def main() -> int:

@@ -46,6 +46,12 @@ def test_chat_stream(service: Service) -> None:
     assert "SELECT" in "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
 
 
+def test_structured_output(client: InferenceClient) -> None:
+    grammar = {"type": "regex", "value": "(yes|no)"}
+    text = client.text_generation(PROMPT, adapter_id="sql", max_new_tokens=8, grammar=grammar)
+    assert text in ("yes", "no")
+
+
 def test_unknown_adapter(client: InferenceClient) -> None:
     with pytest.raises(ValidationError, match="nobody"):
         client.text_generation(PROMPT, adapter_id="nobody")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import openai
 import pytest
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from tests.clients.service import Service
 
@@ -42,6 +44,14 @@ def test_chain(service: Service) -> None:
         [{"question": ASK}, {"question": "Count the cars."}]
     )
     assert all("SELECT" in str(answer.content) for answer in answers)
+
+
+def test_structured_output(service: Service) -> None:
+    class Count(BaseModel):
+        books: Literal[1, 2, 3]
+
+    asked = model_of(service, "pirate").with_structured_output(Count, method="json_schema")
+    assert isinstance(asked.invoke(ASK), Count)
 
 
 async def test_async_chat(service: Service) -> None:

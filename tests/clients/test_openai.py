@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -17,10 +18,18 @@ MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "How many books are there?"}
 ]
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"books": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["books"],
+    "additionalProperties": False,
+}
+
 
 @pytest.fixture
 def client(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=service.openai_url, api_key=service.key, max_retries=0) as client:
+    keys = {"api_key": service.key, "admin_api_key": service.key}
+    with openai.OpenAI(base_url=service.openai_url, max_retries=0, **keys) as client:
         yield client
 
 
@@ -65,6 +74,58 @@ def test_completion_stream(client: openai.OpenAI) -> None:
         model=BASE_MODEL, prompt="Once upon a time", max_tokens=8, temperature=0, stream=True
     )
     assert len("".join(c.choices[0].text for c in chunks)) > 8
+
+
+def test_structured_output(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="pirate",
+        messages=MESSAGES,
+        max_completion_tokens=32,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "count", "schema": SCHEMA, "strict": True},
+        },
+    )
+    assert 0 <= json.loads(answer.choices[0].message.content or "")["books"] <= 9
+
+
+def test_several_texts(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="pirate", messages=MESSAGES, max_completion_tokens=8, n=3, seed=1
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens <= 24
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="sql",
+        messages=MESSAGES,
+        max_completion_tokens=4,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    found = answer.choices[0].logprobs
+    assert found is not None
+    for token in found.content or ():
+        assert token.logprob == token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+
+
+def test_logit_bias(client: openai.OpenAI) -> None:
+    ask = {"model": BASE_MODEL, "prompt": "Once upon a time", "max_tokens": 1, "temperature": 0}
+    usual = client.completions.create(logprobs=1, **ask).choices[0].text
+    answer = client.completions.create(logit_bias={"260": 100}, **ask)
+    assert answer.choices[0].text != usual
+
+
+def test_usage(client: openai.OpenAI) -> None:
+    client.completions.create(model=BASE_MODEL, prompt="Once upon a time", max_tokens=4)
+    hour_ago = int(time.time()) - 3600
+    found = client.admin.organization.usage.completions(start_time=hour_ago, bucket_width="1h")
+    assert sum(result.input_tokens for bucket in found.data for result in bucket.results) > 0
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -35,6 +35,7 @@ TAGS = {
     "files": "OpenAI's files: what batches are made from, and what comes out of them.",
     "batches": "OpenAI's batches: a file of requests, done within 24 hours.",
     "tgi": "What the clients of Text Generation Inference send.",
+    "webhooks": "The secrets that webhooks are signed with.",
     "health": "Whether the server is there, and can accept jobs.",
 }
 WHY = {

@@ -93,7 +93,7 @@ async def completions(desk: TheDesk, caller: User, asked: Annotated[Asked, Query
     if limit > most:
         raise HTTPException(400, f"limit: wanted {most} at most with {asked.bucket_width} buckets")
     start_s = _start_s(asked)
-    end_s = int(time.time()) if asked.end_time is None else asked.end_time
+    end_s = int(time.time()) + 1 if asked.end_time is None else asked.end_time  # with this second
     if start_s >= end_s:
         raise HTTPException(400, f"start_time: {start_s} is not before end_time, {end_s}")
     at = edges(start_s, end_s, width_s, limit)

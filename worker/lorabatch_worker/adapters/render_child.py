@@ -78,7 +78,7 @@ def answer_to(request: Mapping[str, Any]) -> dict[str, Any]:
             "add_generation_prompt": True,
             **request["special_tokens"],
         }
-        tools = request["tools"]
+        tools = request.get("tools")
         rendered: Any = render_jinja_template(**fields, tools=tools or None)
         text = rendered[0][0]
         without: Any = render_jinja_template(**fields) if tools else None
