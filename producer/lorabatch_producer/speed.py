@@ -1,17 +1,19 @@
-"""How fast a batch moves, as the ledger has it. Raises nothing of its
+"""How fast a batch moves, and the workers did lately, as the ledger has it. Raises nothing of its
 own; database errors pass through.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 
 from lorabatch.database import now_us
 from lorabatch.tables import jobs, usage_events
 
-__all__ = ["AdapterCount", "adapter_counts", "recent_speed"]
+__all__ = ["AdapterCount", "adapter_counts", "busy_us", "measured", "recent_speed"]
 
 WINDOW_US = 30_000_000
 TOKENS = usage_events.c.input_tokens + usage_events.c.output_tokens
@@ -47,3 +49,20 @@ def recent_speed(engine: sa.Engine, batch_id: str, since_us: int) -> float:
         )
         tokens = connection.scalar(query) or 0
     return float(tokens) / max(1.0, (now - first) / 1e6)
+
+
+def measured(past: Sequence[sa.Row[Any]]) -> float | None:
+    """Tokens a second, read and generated, of all workers together while any of these usage events
+    lasted; None: none took any time."""
+    spent = busy_us((row.occurred_us - row.run_us, row.occurred_us) for row in past)
+    tokens = sum(row.input_tokens + row.output_tokens for row in past)
+    return tokens / (spent / 1e6) if spent else None
+
+
+def busy_us(spans: Iterable[tuple[int, int]]) -> int:
+    """How long at least one of these spans lasted; what lies between them does not count."""
+    total, reached = 0, 0
+    for begun, ended in sorted(spans):
+        total += max(0, ended - max(begun, reached))
+        reached = max(reached, ended)
+    return total

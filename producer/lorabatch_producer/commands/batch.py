@@ -1,4 +1,4 @@
-"""`lorabatch batch submit`, `status`, `output`, `cancel`: bulk files."""
+"""`lorabatch batch`: bulk files; `estimate` is a file of its own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lorabatch_producer.batch import BatchStatus, Limits, Submitted
 from lorabatch_producer.batch import reading_of as how_read
 from lorabatch_producer.batch import submit as submit_files
 from lorabatch_producer.client import Producer
+from lorabatch_producer.commands.estimate import estimate
 from lorabatch_producer.commands.row_options import (
     Adapter,
     AdapterColumn,
@@ -43,6 +44,7 @@ from lorabatch_producer.watching import watch as watch_batches
 __all__ = ["MaxFailures", "MaxTokens", "app", "end", "limits_of", "show_batch"]
 
 app = typer.Typer(no_args_is_help=True, help="Bulk files.")
+app.command("estimate")(estimate)
 Output = Annotated[
     Path, typer.Option(help="Results as .jsonl, .csv or .parquet; bad lines to *.errors.jsonl.")
 ]

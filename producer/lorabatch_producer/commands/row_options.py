@@ -11,6 +11,7 @@ from lorabatch_producer.console import printable
 from lorabatch_producer.reading import Reading
 
 __all__ = [
+    "SHOWN_BAD_LINES",
     "Adapter",
     "AdapterColumn",
     "BadLines",
