@@ -38,6 +38,7 @@ __all__ = [
     "Limits",
     "Lines",
     "Submitted",
+    "base_names_of",
     "batch_id_for",
     "batch_status",
     "file_digest",
@@ -127,7 +128,7 @@ def submit(
     limit(producer.ledger.engine, batch_id, limits.max_tokens, limits.failures)
     counts = _Counts(on_bad)
     try:
-        for some in chunked(counts.good(inputs.lines(batch_id, tenant, _names(producer)))):
+        for some in chunked(counts.good(inputs.lines(batch_id, tenant, base_names_of(producer)))):
             lines.accept(some)
         counts.whole = True
     except IdempotencyConflict as error:
@@ -147,8 +148,8 @@ def submit(
     return Submitted(batch_id, lines.accepted, counts.bad, lines.again, lines.finish())
 
 
-def _names(producer: Producer) -> frozenset[str]:
-    """Of the base model of our settings' queue."""
+def base_names_of(producer: Producer) -> frozenset[str]:
+    """What rows may call the base model of our settings' queue."""
     theirs = Queues(producer.ledger.engine).list().get(producer.settings.queue)
     return base_names(producer.settings, theirs)
 

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 import lorabatch
 from lorabatch.errors import LoraBatchError
 from lorabatch_producer.commands import (
+    bakeoff,
     batch,
     db,
     dead,
@@ -74,6 +75,7 @@ app.command("stop")(server.stop)
 app.command("serve")(serve.serve)
 app.command("settings")(server.settings)
 app.command("doctor")(doctor.doctor)
+app.command("bakeoff")(bakeoff.bakeoff)
 app.add_typer(batch.app, name="batch")
 app.add_typer(dead.app, name="dead")
 app.add_typer(tenants.app, name="tenants")

@@ -15,8 +15,8 @@ from typing import Any
 from lorabatch import Job, Settings
 from lorabatch.errors import JobNotFound
 from lorabatch.queues import Queues
-from lorabatch_producer.batch import batch_id_for
-from lorabatch_producer.bulk import BadLine, base_names
+from lorabatch_producer.batch import base_names_of, batch_id_for
+from lorabatch_producer.bulk import BadLine
 from lorabatch_producer.client import Producer
 from lorabatch_producer.inputs import Inputs
 from lorabatch_producer.past import Past, asked_chars, past_of
@@ -135,13 +135,12 @@ def estimate(
     """Read every row as a submission would; `on_bad` is told of those that are no jobs."""
     inputs.check()
     engine, settings = producer.ledger.engine, producer.settings
-    theirs = Queues(engine).list().get(settings.queue)
-    base_model = theirs or settings.base_model
+    base_model = Queues(engine).list().get(settings.queue, settings.base_model)
     batch_id = batch_id_for(tenant, inputs.digest())
     known = _known(producer, batch_id)
     past = past_of(engine, base_model)
     found = Estimate(base_model, batch_id, known, past, slots_of(settings))
-    for line in inputs.lines(batch_id, tenant, base_names(settings, theirs)):
+    for line in inputs.lines(batch_id, tenant, base_names_of(producer)):
         if isinstance(line, BadLine):
             found.rejected += 1
             on_bad(line)
