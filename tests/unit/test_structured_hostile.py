@@ -1,0 +1,95 @@
+"""Grammars that take too much, or that nobody can compute, end alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorabatch.errors import InvalidJob
+from lorabatch.structured import StructuredOutputs
+from lorabatch_worker.grammars import Grammars
+from tests.desk import Desk, job, leave_nothing
+from tests.structured_jobs import REGEX, wants
+
+
+def test_what_gets_too_complex_fails_alone(own: Desk) -> None:
+    """Its first token can be found; then there are 4,000 ways to go on."""
+    properties = {f"p{i}": {"type": "string"} for i in range(1000)}
+    results = own.run(
+        wants("complex", json={"type": "object", "properties": properties}),
+        wants("sound", regex=REGEX),
+        job("plain"),
+    )
+    assert {i: r.state for i, r in results.items()} == {
+        "complex": "failed",
+        "sound": "succeeded",
+        "plain": "succeeded",
+    }
+    error = results["complex"].error
+    assert error is not None
+    assert error.code == "invalid_job"
+    assert "too complex" in error.message
+    assert results["complex"].usage.output_tokens > 0
+    leave_nothing(own.engine)
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "regex": {"regex": "(x{1000}){1000}"},
+    "slow": {"json": {"type": "integer", "multipleOf": 1000003}},
+    "deep": {
+        "json": {
+            "$ref": "#/$defs/0",
+            "$defs": {
+                str(i): {"type": "object", "properties": {"a": {"$ref": f"#/$defs/{i + 1}"}}}
+                for i in range(3000)
+            }
+            | {"3000": {}},
+        }
+    },
+    "enums": {
+        "json": {
+            "type": "object",
+            "properties": {
+                f"p{i}": {"enum": [f"{i}/{n}" for n in range(10_000)]} for i in range(2)
+            },
+        }
+    },
+    "cycle": {
+        "json": {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+        }
+    },
+    "keyword": {"json": {"type": "array", "uniqueItems": True}},
+    "reference": {"json": {"$ref": "http://example.com/schema.json"}},
+    "brackets": {"regex": "(a"},
+    "lookahead": {"regex": "(?=a)b"},
+}
+
+
+def test_hostile_ones_fail_alone_while_others_go_on(own: Desk) -> None:
+    own.submit(*(wants(name, **kinds) for name, kinds in HOSTILE.items()))
+    others = own.run(job("plain"), wants("nested", regex="(a+)+b", max_new_tokens=4))
+    assert all(r.state == "succeeded" for r in others.values())
+    results = own.wait(HOSTILE)
+    codes = {name: result.error and result.error.code for name, result in results.items()}
+    assert codes == dict.fromkeys(HOSTILE, "invalid_job")
+    assert own.run(wants("after", regex=REGEX))["after"].state == "succeeded"
+    message = results["keyword"].error
+    assert message is not None
+    assert (
+        message.message
+        == "job 'keyword': structured_outputs: Unimplemented keys: [\"uniqueItems\"]"
+    )
+    leave_nothing(own.engine)
+
+
+def test_a_grammar_over_its_time_is_remembered(tokenizer: Any) -> None:
+    grammars = Grammars(bound_s=0.05, memory_bytes=1 << 30)
+    slow = StructuredOutputs(**HOSTILE["slow"])
+    for name in ("one", "two"):
+        with pytest.raises(InvalidJob, match=f"'{name}': .* not compiled after 0.05 s"):
+            grammars.grammar_of(name, slow, tokenizer, frozenset({2}))
+    assert grammars._child is None, "the second one was not tried"
+    grammars.close()
