@@ -11,7 +11,7 @@ Raises InvalidJob.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lorabatch import Result
@@ -19,7 +19,10 @@ from lorabatch.errors import InvalidJob, shown
 from lorabatch.result import Choice
 from lorabatch_producer.fields import called, only_these, without_nulls
 from lorabatch_producer.openai_choices import ASKED, choice_params, logprobs_body
+from lorabatch_producer.openai_messages import messages_of
 from lorabatch_producer.structured_body import openai_structured
+from lorabatch_producer.tool_calls import ASKED as TOOLS
+from lorabatch_producer.tool_calls import assistant, tools_of
 
 __all__ = ["CHAT_URL", "COMPLETIONS_URL", "answer_body", "body_fields"]
 
@@ -58,23 +61,31 @@ def body_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
     given = without_nulls(body)
     known = {"model", "priority", "max_tokens", "max_completion_tokens", PROMPT_FIELD[url]}
     known |= set(ASKED[url == CHAT_URL])
+    known |= TOOLS if url == CHAT_URL else set()
     only_these(given, known | set(SAME_NAME) | STRUCTURED | LABELS, NEUTRAL, "body.")
     fields: dict[str, Any] = {"sampling_params": _sampling(given, url)}
     if "priority" in given:
         fields["priority"] = given["priority"]
     if url == COMPLETIONS_URL:
         return {**fields, "prompt": _prompt(given)}
-    return {**fields, "messages": _messages(given)}
+    tools = tools_of(given)
+    return {**fields, "messages": messages_of(given)} | ({"tools": tools} if tools else {})
 
 
-def answer_body(chat: bool, model: str | None, result: Result) -> dict[str, Any]:
-    """What OpenAI answers, for a job that succeeded. `model`: as the request named it."""
+def answer_body(
+    chat: bool, model: str | None, result: Result, tools: bool = False
+) -> dict[str, Any]:
+    """What OpenAI answers, for a job that succeeded. `model`: as the request named it; `tools`:
+    whether it had some that its text may call."""
+    choices = [_choice(chat, index, one) for index, one in enumerate(result.texts)]
+    if tools:
+        _tell_calls(choices, result.job_id)
     return {
         "id": ("chatcmpl-" if chat else "cmpl-") + result.job_id,
         "object": "chat.completion" if chat else "text_completion",
         "created": (result.finished_us or 0) // 1_000_000,
         "model": model,
-        "choices": [_choice(chat, *numbered) for numbered in enumerate(result.texts)],
+        "choices": choices,
         "usage": {
             "prompt_tokens": result.usage.prompt_tokens,
             "completion_tokens": result.usage.output_tokens,
@@ -94,6 +105,13 @@ def _choice(chat: bool, index: int, one: Choice) -> dict[str, Any]:
     choice["logprobs"] = logprobs_body(chat, one)
     choice["finish_reason"] = FINISH_REASONS[one.finish_reason or "eos_token"]
     return choice
+
+
+def _tell_calls(choices: Iterable[dict[str, Any]], job_id: str) -> None:
+    for choice in choices:
+        choice["message"] = assistant(choice["message"]["content"], job_id, choice["index"])
+        if "tool_calls" in choice["message"] and choice["finish_reason"] == "stop":
+            choice["finish_reason"] = "tool_calls"
 
 
 def _fingerprint(result: Result) -> str:
@@ -128,34 +146,3 @@ def _prompt(given: Mapping[str, Any]) -> str:
     if not prompt:
         raise InvalidJob("body.prompt: the prompt is empty; give at least one character")
     return prompt
-
-
-def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = given.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InvalidJob(f"body.messages: wanted a list of messages (got {shown(messages)})")
-    return [_message(message, f"body.messages.{i}") for i, message in enumerate(messages)]
-
-
-def _message(message: object, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise InvalidJob(f"{where}: must be an object (got {shown(message)})")
-    extra = sorted(k for k, v in message.items() if k not in ("role", "content") and v is not None)
-    if extra:
-        raise InvalidJob(f"{where}.{extra[0]}: not supported; remove it")
-    role = message.get("role")
-    content = _content(message.get("content"), where)
-    return {"role": "system" if role == "developer" else role, "content": content}
-
-
-def _content(content: object, where: str) -> object:
-    """A text, or OpenAI's list of parts when all of them are text."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise InvalidJob(f"{where}.content: only text parts are supported (got {shown(part)})")
-        texts.append(text)
-    return "".join(texts)

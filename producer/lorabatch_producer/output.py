@@ -226,7 +226,8 @@ def openai_line(line: GoodLine, result: Result | None) -> dict[str, Any]:
     job_id = line.job.job_id
     response = None
     if result is not None and result.state == "succeeded":
-        body = answer_body(line.form == "chat", line.model, result)
+        tools = line.job.tools is not None
+        body = answer_body(line.form == "chat", line.model, result, tools)
         response = {"status_code": 200, "request_id": job_id, "body": body}
     return {
         "id": f"batch_req_{job_id}",

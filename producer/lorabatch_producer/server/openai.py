@@ -18,6 +18,7 @@ from lorabatch_producer.openai_choices import only_one_streams
 from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.models import Model
 from lorabatch_producer.server.streaming import event_stream, followed
+from lorabatch_producer.tool_calls import only_text_streams
 
 __all__ = ["router"]
 
@@ -76,7 +77,9 @@ async def _complete(
     fields = body_fields({**body, "stream": None} if streamed else body, url) | _priority(body)
     model = await asking.model(name)
     if not streamed:
-        return answer_body(chat, str(name), await asking.result(model, fields))
+        result = await asking.result(model, fields)
+        return answer_body(chat, str(name), result, tools="tools" in fields)
+    only_text_streams(fields)
     only_one_streams(fields["sampling_params"])
     with_usage = _with_usage(body)
     job, job_id = await asking.accepted(model, {**fields, "stream": True})

@@ -132,7 +132,7 @@ def test_an_unknown_model_is_refused(client: openai.OpenAI, ledger: Ledger) -> N
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n": 17}, "n"),
     ({"top_logprobs": 3}, "top_logprobs"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"extra_body": {"functions": [{"name": "f"}]}}, "functions"),
     ({"temperature": 11}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"max_tokens": 0}, "max_tokens"),

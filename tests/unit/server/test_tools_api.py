@@ -1,0 +1,146 @@
+"""Tools as OpenAI's client gives them, and the calls that it reads, unmodified."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from lorabatch import Ledger, Settings
+from lorabatch.ledger import Claim
+from lorabatch.registry import SHARED, Registered, Registry
+from lorabatch.result import Choice, Result
+from lorabatch.tables import jobs
+from tests.openai_client import batch_of, client_of, ended, line, lines_in
+from tests.played_worker import succeeds, working
+
+on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+PARAMETERS = {"type": "object", "properties": {"town": {"type": "string"}}}
+FUNCTION = {"name": "weather", "description": "Now", "parameters": PARAMETERS}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+KEPT = {**FUNCTION, "parameters": json.dumps(PARAMETERS, separators=(",", ":"))}
+USER = {"role": "user", "content": "Is it cold in Bern?"}
+ASKED: dict[str, Any] = {"model": "sql", "messages": [USER], "tools": TOOLS}
+CALL = '<tool_call>{"name": "weather", "arguments": {"town": "Bern"}}</tool_call>'
+
+
+@pytest.fixture
+def http_settings(http_settings: Settings) -> Settings:
+    return http_settings.model_copy(update={"base_model": "acme/tiny", "http_wait_s": 20.0})
+
+
+@pytest.fixture(autouse=True)
+def _adapter(ledger: Ledger) -> None:
+    Registry(ledger.engine).add(Registered(SHARED, "sql", "1" * 64, "/adapters/1", None, 8, 1, 0))
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return client_of(url)
+
+
+def calls(claim: Claim) -> Result:
+    return succeeds(claim, text=CALL)
+
+
+def bodies(ledger: Ledger) -> list[Any]:
+    """Of the jobs that were accepted, oldest first."""
+    with ledger.engine.connect() as connection:
+        return [row.body for row in connection.execute(jobs.select().order_by(jobs.c.submitted_us))]
+
+
+def test_a_conversation_with_a_tool(client: openai.OpenAI, ledger: Ledger) -> None:
+    with working(ledger, calls):
+        first = client.chat.completions.create(**ASKED)
+    (choice,) = first.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls or ()
+    assert call.type == "function"
+    assert (call.function.name, call.function.arguments) == ("weather", '{"town": "Bern"}')
+    assert first.id.removeprefix("chatcmpl-") in call.id
+    answered = {"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "-3"}
+    with working(ledger):
+        second = client.chat.completions.create(
+            **{**ASKED, "messages": [USER, choice.message, answered]}
+        )
+    assert (second.choices[0].finish_reason, second.choices[0].message.content) == (
+        "stop",
+        "sql: -3",
+    )
+    before, after = bodies(ledger)
+    assert before["tools"] == after["tools"] == [{"type": "function", "function": KEPT}]
+    assert after["messages"][1]["tool_calls"] == [call.model_dump()]
+    assert after["messages"][2] == answered
+
+
+@on_sqlite
+def test_only_those_who_have_tools_call_them(client: openai.OpenAI, ledger: Ledger) -> None:
+    asked = ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}, {"tool_choice": "auto"})
+    with working(ledger, calls):
+        for tools in asked:
+            made: Any = {"model": "sql", "messages": [USER], **tools}
+            (choice,) = client.chat.completions.create(**made).choices
+            assert (choice.finish_reason, choice.message.content) == ("stop", CALL)
+            assert choice.message.tool_calls is None
+    assert not any("tools" in body for body in bodies(ledger))
+
+
+@on_sqlite
+def test_each_of_several_texts_calls_for_itself(client: openai.OpenAI, ledger: Ledger) -> None:
+    def several(claim: Claim) -> Result:
+        ends: tuple[tuple[str, Any], ...] = (
+            (CALL, "eos_token"),
+            ("Yes", "eos_token"),
+            (f"Hm. {CALL}", "length"),
+        )
+        choices = tuple(Choice(text=t, token_ids=(1,), finish_reason=end) for t, end in ends)
+        return succeeds(claim, text=CALL, choices=choices)
+
+    with working(ledger, several):
+        made = client.chat.completions.create(**ASKED, n=3)
+    found = [(c.finish_reason, c.message.content) for c in made.choices]
+    assert found == [("tool_calls", None), ("stop", "Yes"), ("length", "Hm.")]
+    ids = [call.id for choice in made.choices for call in choice.message.tool_calls or ()]
+    assert len(set(ids)) == 2
+
+
+STRICT = {"type": "function", "function": {**FUNCTION, "strict": True}}
+REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"tool_choice": "required"}, "tool_choice: wanted none or auto"),
+    ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"stream": True}, "tools: not supported with stream"),
+    ({"tools": {"a": 1}}, "tools: wanted a list"),
+    ({"tools": [{"type": "function"}]}, "tools.0: wanted an object with a function"),
+    ({"tools": [STRICT]}, "tools.0.function.strict"),
+    ({"tools": TOOLS * 129}, "tools: "),
+    ({"response_format": {"type": "json_object"}}, "tools: not with structured_outputs"),
+    ({"messages": [{**USER, "function_call": {"name": "f"}}]}, "messages.0.function_call"),
+    ({"messages": [{**USER, "tool_calls": [1]}]}, "messages.0.tool_calls.0"),
+)
+
+
+@on_sqlite
+def test_others_are_refused_by_name(client: openai.OpenAI, ledger: Ledger) -> None:
+    for more, name in REFUSED:
+        with pytest.raises(openai.BadRequestError, match=name.replace(".", r"\.")):
+            client.chat.completions.create(**{**ASKED, **more})
+    with pytest.raises(openai.BadRequestError, match="tools: not supported"):
+        client.completions.create(model="sql", prompt="Go", extra_body={"tools": TOOLS})
+    assert bodies(ledger) == []
+
+
+@on_sqlite
+def test_lines_of_batches_have_them_too(client: openai.OpenAI, ledger: Ledger) -> None:
+    lines = [line(1, body=ASKED), line(2)]
+    with working(ledger, calls):
+        done = ended(client, batch_of(client, lines))
+    first, second = (
+        answered["response"]["body"]["choices"][0]
+        for answered in lines_in(client, done.output_file_id)
+    )
+    assert first["finish_reason"] == "tool_calls"
+    assert first["message"]["tool_calls"][0]["function"]["name"] == "weather"
+    assert (second["finish_reason"], second["message"]["content"]) == ("stop", CALL)
