@@ -259,9 +259,7 @@ class Engine:
                 if sequence.adapter is not None:
                     self.store.set_aside(sequence.adapter, "its logits were NaN or infinite")
                 continue
-            sequence.append(token, self.base.eos_ids)
-            if sequence.params.scored:
-                sequence.scores.append(draw.scores[row])
+            sequence.append(token, self.base.eos_ids, draw.scores.get(row))
             if sequence.claim.job.stream:
                 self.texts.grew(sequence)
             if sequence.finish_reason is not None:

@@ -138,9 +138,11 @@ class Sequence:
             return self.prompt[start:end]
         return self.prompt[start:] + self.output[: end - split]
 
-    def append(self, token: int, eos_ids: frozenset[int]) -> None:
+    def append(self, token: int, eos_ids: frozenset[int], scored: Scored | None = None) -> None:
         """Take the next token and see whether it ends the sequence."""
         self.output.append(token)
+        if scored is not None:
+            self.scores.append(scored)
         ends = token in eos_ids or token in self.end_ids
         if ends and not self.params.ignore_eos:
             self.finish_reason = "eos_token"
