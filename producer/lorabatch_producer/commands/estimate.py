@@ -136,7 +136,8 @@ def _output_from(found: Estimate) -> str:
 
 def _swaps(found: Estimate) -> str:
     fits = [
-        f"{slots} slots on a {kind.upper()}: {found.swaps[kind] or 'no'} swaps at least"
+        f"{slots} slots on a {kind.upper()}: "
+        + (f"at least {found.swaps[kind]} swaps" if found.swaps[kind] else "all fit")
         for kind, slots in found.slots.items()
     ]
     return f"adapters: {len(found.adapters.keys() - {None})}; {', '.join(fits)}"

@@ -105,7 +105,10 @@ def test_adapters_that_do_not_fit_are_swapped(
     path.write_text("\n".join([*lines, '{"adapter_id": null, "prompt": "p"}']) + "\n")
     assert estimated(cli, path, code=0)["swaps_at_least"] == {"cpu": 1, "gpu": 2}
     text = cli("batch", "estimate", path).stdout
-    assert "adapters: 10; 9 slots on a CPU: 1 swaps at least, 8 slots on a GPU: 2 swaps" in text
+    assert (
+        "adapters: 10; 9 slots on a CPU: at least 1 swaps, 8 slots on a GPU: at least 2 swaps"
+        in text
+    )
     assert "11 rows are jobs, 0 are bad" in text
     assert "time: unknown, the ledger has no past jobs of" in text
     assert "rule of thumb" in text
