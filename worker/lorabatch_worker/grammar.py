@@ -13,6 +13,7 @@ on says so by `failed`, and its sequence has to be ended.
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,12 +88,18 @@ def constrain(logits: Tensor, sequences: List[Constrained]) -> None:
 def _bias(sent: Tensor, logits: Tensor) -> Tensor:
     """0 where a bit is 1, else -infinity. A table of bytes and a sum take a fifth of the time on a
     CPU that masked_fill does."""
-    table = torch.zeros(256, 8, dtype=logits.dtype)
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    table[bits == 0] = -torch.inf
     packed = sent.to(logits.device, non_blocking=True).view(torch.uint8)
-    table = table.to(logits.device, non_blocking=True)
+    table = _table(logits.dtype, logits.device)
     return table.index_select(0, packed.flatten().int()).view(len(sent), -1)
+
+
+@cache
+def _table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What each byte's bits add, [256, 8], the lowest bit first."""
+    with torch.inference_mode(False):  # who asks next may not be in that mode
+        bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        table = torch.zeros(256, 8, dtype=dtype)
+        return table.masked_fill_(bits == 0, -torch.inf).to(device)
 
 
 def _bit(mask: NDArray[np.uint32], token: int) -> int:
