@@ -32,7 +32,7 @@ def test_what_ended_is_reported_at_once_or_while_the_next_step_runs(
 
     class Waited:
         def __init__(self, draw: Any) -> None:
-            self.draw = draw
+            self.draw, self.scores = draw, draw.scores
 
         def wait(self) -> list[int]:
             events.append("wait")
