@@ -184,7 +184,7 @@ def test_several_files_are_one_batch(producer: Producer, tmp_path: Path) -> None
         gathered([str(tmp_path / "b.jsonl")] * 2, Reading()),
     ):
         pass
-    for name, message in (("none*", "no such file"), ("x", "is a folder")):
+    for name, message in (("none*", "does not exist"), ("x", "is a folder")):
         with (
             pytest.raises(LoraBatchError, match=message),
             gathered([str(tmp_path / name)], Reading()),
