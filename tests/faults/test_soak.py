@@ -34,6 +34,7 @@ def test_faults_on_a_stream_lose_nothing_and_leave_one_worker_alone(tmp_path: Pa
         meter.start()
         assert all(blows(shop.database)[name](street, random.Random(seed)) for name in BLOWS)
         until("jobs of both kinds", lambda: _both_kinds(street))
+        until("a job of the survivor", street.survivor_claims)
         street.stream.stop()
         meter.stop()
         assert [*wait_for_the_end(street), *street.wrong, street.stream.error] == [""]
