@@ -38,7 +38,7 @@ from lorabatch.merged import MergedAdapters
 from lorabatch.messages import ChatMessage
 from lorabatch.outgoing import OutgoingUrl
 from lorabatch.structured import StructuredOutputs
-from lorabatch.tools import MAX_TOOLS, MAX_TOOLS_BYTES, Tool, tools_bytes
+from lorabatch.tools import MAX_TOOLS, Tool, ToolChoice, check_tools
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -52,6 +52,7 @@ __all__ = [
 
 SCHEMA_VERSION: Final = 1
 MAX_SEED = 2**63 - 1
+ANY_CALLS: Final = {"tool_choice": "auto", "parallel_tool_calls": True}
 
 
 def _as_list(value: object) -> object:
@@ -113,7 +114,8 @@ class Job(Model):
     `merged_adapters` describes. A job is accepted once per (tenant, idempotency_key); without a key
     the job id is the key. A job that has not ended by `done_by` fails then as `deadline_passed`;
     of two with the same priority the one with the earlier deadline goes first. `tools` are for the
-    chat template, which tells the model of them.
+    chat template, which tells the model of them; `tool_choice` says whether it has to call them,
+    `parallel_tool_calls` whether more than once.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -124,6 +126,8 @@ class Job(Model):
     prompt: Text | None = None
     messages: tuple[ChatMessage, ...] | None = Field(default=None, min_length=1, max_length=1024)
     tools: tuple[Tool, ...] | None = Field(default=None, min_length=1, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = Field(default=True, strict=True)
     sampling_params: SamplingParams = SamplingParams()
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="higher runs first")
     done_by: AwareDatetime | None = None
@@ -150,12 +154,16 @@ class Job(Model):
     @model_validator(mode="after")
     def _tools_fit(self) -> Self:
         if self.tools is None:
+            if self.tool_choice != "auto" or not self.parallel_tool_calls:
+                name = "parallel_tool_calls" if self.tool_choice == "auto" else "tool_choice"
+                raise ValueError(f"{name}: only with tools; give some, or leave it out")
             return self
         if self.messages is None or self.sampling_params.structured_outputs is not None:
             other = "a prompt" if self.messages is None else "structured_outputs"
             raise ValueError(f"tools: not with {other}; leave out one of both")
-        if tools_bytes(self.tools) > MAX_TOOLS_BYTES:
-            raise ValueError(f"tools: wanted {MAX_TOOLS_BYTES} bytes of JSON at most, all together")
+        check_tools(self.tools, self.tool_choice)
+        if self.constrained and self.sampling_params.ignore_eos:
+            raise ValueError("ignore_eos: not with calls of a given form, which end; leave out one")
         return self
 
     @model_validator(mode="after")
@@ -200,6 +208,8 @@ class Job(Model):
             include={"schema_version", "prompt", "messages", "tools", "merged_adapters"},
             exclude_none=True,
         )
+        calls = self.model_dump(mode="json", include=set(ANY_CALLS))
+        body |= {name: value for name, value in calls.items() if value != ANY_CALLS[name]}
         given = self.sampling_params.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         streamed = {"stream": True} if self.stream else {}
         return {**body, "sampling_params": given, **streamed}
@@ -219,6 +229,13 @@ class Job(Model):
     def adapter_name(self) -> str | None:
         """What routing, usage and reports know the adapter by; None: the base model."""
         return self.merged_adapters.name if self.merged_adapters else self.adapter_id
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar says what its text may be, which a worker has to compile."""
+        strict = any(tool.function.strict for tool in self.tools or ())
+        held = strict or self.tool_choice != "auto" or not self.parallel_tool_calls
+        return held or self.sampling_params.structured_outputs is not None
 
     @property
     def key(self) -> str:

@@ -1,4 +1,8 @@
-"""Tools that a conversation may call, and the calls in it, as chat templates know them.
+"""Tools that a conversation may call, the calls in it, and how a text makes them.
+
+A text calls tools as Hermes, Qwen and SmolLM2 were trained to: by blocks
+
+    <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>
 
 Parameters of a tool are kept as text, like schemas of texts: a database's JSON has another order,
 and a template writes what it is given. Raises what pydantic raises.
@@ -14,10 +18,21 @@ from pydantic import AfterValidator, Field, StringConstraints
 from lorabatch.fields import Model, Text, storable
 from lorabatch.structured import Schema
 
-__all__ = ["MAX_TOOLS", "MAX_TOOLS_BYTES", "Tool", "ToolCall", "tools_bytes"]
+__all__ = [
+    "CALL_BEGINS",
+    "CALL_ENDS",
+    "MAX_TOOLS",
+    "NamedTool",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+    "check_tools",
+]
 
+CALL_BEGINS: Final = "<tool_call>"
+CALL_ENDS: Final = "</tool_call>"
 MAX_TOOLS: Final = 128
-MAX_TOOLS_BYTES: Final = 1 << 18
+MAX_BYTES: Final = 1 << 18
 NAME = r"^[A-Za-z0-9_.-]+$"
 
 FunctionName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
@@ -25,11 +40,13 @@ Storable = Annotated[Text, AfterValidator(storable)]
 
 
 class Function(Model):
-    """`parameters`: the JSON schema of its arguments."""
+    """`parameters`: the JSON schema of its arguments; without it there are none. `strict`: no call
+    of it has others."""
 
     name: FunctionName
     description: Storable | None = None
     parameters: Schema | None = None
+    strict: bool | None = Field(default=None, strict=True)
 
 
 class Tool(Model):
@@ -40,10 +57,25 @@ class Tool(Model):
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates read it."""
-        given = self.function.model_dump(exclude_none=True)
+        given = self.function.model_dump(exclude_none=True, exclude={"strict"})
         if self.function.parameters is not None:
             given["parameters"] = json.loads(self.function.parameters)
         return {"type": self.type, "function": given}
+
+
+class NamedFunction(Model):
+    name: FunctionName
+
+
+class NamedTool(Model):
+    """The one that is to be called."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+ToolChoice = Literal["auto", "required"] | NamedTool
+"""`auto`: the model may call tools; `required`: it has to; or the one that it has to call."""
 
 
 class CalledFunction(Model):
@@ -70,6 +102,13 @@ class ToolCall(Model):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-def tools_bytes(tools: tuple[Tool, ...]) -> int:
-    """Of all of them, as JSON."""
-    return sum(len(tool.model_dump_json(exclude_none=True).encode()) for tool in tools)
+def check_tools(tools: tuple[Tool, ...], choice: ToolChoice) -> None:
+    """Whether all together are small enough, and the chosen one is there."""
+    if sum(len(tool.model_dump_json(exclude_none=True).encode()) for tool in tools) > MAX_BYTES:
+        raise ValueError(f"tools: wanted {MAX_BYTES} bytes of JSON at most, all together")
+    names = [tool.function.name for tool in tools]
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise ValueError(
+            f"tool_choice: there is no tool {choice.function.name!r}; wanted one of "
+            f"{', '.join(names)}"
+        )

@@ -15,6 +15,7 @@ from lorabatch import Result
 from lorabatch.streams import Piece
 from lorabatch_producer.openai_body import answer_body
 from lorabatch_producer.tgi_body import generate_answer
+from lorabatch_producer.tool_calls import BeforeCalls
 
 __all__ = ["Chunks", "Grown", "openai_chunks", "tgi_chunks"]
 
@@ -26,9 +27,10 @@ NO_TOKEN = {"id": -1, "logprob": 0.0}
 
 
 async def openai_chunks(
-    items: Grown, job_id: str, chat: bool, model: str, with_usage: bool
+    items: Grown, job_id: str, chat: bool, model: str, with_usage: bool, tools: bool = False
 ) -> Chunks:
-    """`with_usage`: as `stream_options.include_usage` asks for, a last one with the usage."""
+    """`with_usage`: as `stream_options.include_usage` asks for, a last one with the usage. `tools`:
+    whether the text may call some; a call is told at the end, in one event."""
     head: dict[str, Any] = {
         "id": ("chatcmpl-" if chat else "cmpl-") + job_id,
         "object": "chat.completion.chunk" if chat else "text_completion",
@@ -37,23 +39,28 @@ async def openai_chunks(
     }
     usage = {"usage": None} if with_usage else {}
 
-    def chunk(text: str | None, finish_reason: str | None = None, **delta: str) -> dict[str, Any]:
-        grown = {} if text is None else {"content": text}
-        what = {"delta": {**delta, **grown}} if chat else {"text": text or ""}
+    def chunk(finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
+        what = {"delta": delta} if chat else {"text": delta.get("content", "")}
         choice = {"index": 0, **what, "logprobs": None, "finish_reason": finish_reason}
         return {**head, "choices": [choice], **usage}
 
     if chat:
-        yield chunk("", role="assistant")
+        yield chunk(role="assistant", content="")
+    before = BeforeCalls()
     async for item in items:
         if isinstance(item, Result):
-            answer = answer_body(chat, model, item)
+            answer = answer_body(chat, model, item, tools)
+            choice = answer["choices"][0]
             head["system_fingerprint"] = answer["system_fingerprint"]
-            yield chunk(None, answer["choices"][0]["finish_reason"])
+            for delta in before.rest(choice["message"]) if tools else ():
+                yield chunk(**delta)
+            yield chunk(choice["finish_reason"])
             if with_usage:
                 yield {**head, "choices": [], "usage": answer["usage"]}
-        else:
-            yield None if item is None else chunk(item.text)
+        elif item is None:
+            yield None
+        elif text := before.more(item.text) if tools else item.text:
+            yield chunk(content=text)
 
 
 async def tgi_chunks(items: Grown, body: Mapping[str, Any]) -> Chunks:

@@ -68,8 +68,7 @@ def body_fields(body: Mapping[str, Any], url: str) -> dict[str, Any]:
         fields["priority"] = given["priority"]
     if url == COMPLETIONS_URL:
         return {**fields, "prompt": _prompt(given)}
-    tools = tools_of(given)
-    return {**fields, "messages": messages_of(given)} | ({"tools": tools} if tools else {})
+    return {**fields, "messages": messages_of(given), **tools_of(given)}
 
 
 def answer_body(

@@ -10,19 +10,21 @@ import pytest
 import torch
 
 from lorabatch.errors import InvalidJob
-from lorabatch.structured import StructuredOutputs
 from lorabatch_worker.grammar import Grammar, constrain
+from lorabatch_worker.grammar_text import grammar_text
 from lorabatch_worker.grammars import Grammars
 from lorabatch_worker.sampler import Draw
 from lorabatch_worker.sequence import Sequence
 from tests.desk import job
 from tests.models import claim
+from tests.structured_jobs import wants
 
 
 def test_end_tokens_of_the_adapter_end_it_and_nothing_else_does(tokenizer: Any) -> None:
     grammars = Grammars()
     own = tokenizer("!")["input_ids"][0]
-    wanted = StructuredOutputs(regex="a!?b")
+    wanted = grammar_text(wants("j", regex="a!?b"))
+    assert wanted is not None
     grammar = grammars.grammar_of("j", wanted, tokenizer, frozenset({2, own}))
     (a,), (b,) = (tokenizer(text)["input_ids"] for text in "ab")
     assert allowed(grammar).isdisjoint({2, own})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorabatch.errors import InvalidJob
-from lorabatch.structured import StructuredOutputs
+from lorabatch_worker.grammar_text import grammar_text
 from lorabatch_worker.grammars import Grammars
 from tests.desk import Desk, job, leave_nothing
 from tests.structured_jobs import REGEX, wants
@@ -87,7 +87,8 @@ def test_hostile_ones_fail_alone_while_others_go_on(own: Desk) -> None:
 
 def test_a_grammar_over_its_time_is_remembered(tokenizer: Any) -> None:
     grammars = Grammars(bound_s=0.05, memory_bytes=1 << 30)
-    slow = StructuredOutputs(**HOSTILE["slow"])
+    slow = grammar_text(wants("slow", **HOSTILE["slow"]))
+    assert slow is not None
     for name in ("one", "two"):
         with pytest.raises(InvalidJob, match=f"'{name}': .* not compiled after 0.05 s"):
             grammars.grammar_of(name, slow, tokenizer, frozenset({2}))

@@ -50,6 +50,10 @@ def call(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "assistant", "tool_calls": [{**CALL, **fields}]}]}
 
 
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
 BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"tools": []}, "tools: "),
     ({"tools": [TOOL] * 129}, "tools: "),
@@ -68,6 +72,21 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     (
         {"tools": [TOOL], "sampling_params": {"structured_outputs": {"regex": "a"}}},
         "tools: not with structured_outputs",
+    ),
+    ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": "none"}, "tool_choice"),
+    ({"tools": [TOOL], "tool_choice": named("cloak")}, "tool_choice: there is no tool 'cloak'"),
+    ({"tool_choice": "required"}, "tool_choice: only with tools"),
+    ({"parallel_tool_calls": False}, "parallel_tool_calls: only with tools"),
+    ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls: "),
+    (function(strict="yes"), r"tools\.0\.function\.strict: "),
+    (
+        {
+            "tools": [TOOL],
+            "tool_choice": "required",
+            "sampling_params": {"ignore_eos": True},
+        },
+        "ignore_eos: not with calls",
     ),
     (call(id=""), r"messages\.0\.tool_calls\.0\.id: "),
     (call(function={"name": "f"}), r"messages\.0\.tool_calls\.0\.function\.arguments: "),
@@ -92,6 +111,17 @@ def test_they_are_kept_as_they_were_given(ledger: Ledger) -> None:
     (tool,) = claimed.tools or ()
     assert json.dumps(tool.for_template()) == json.dumps(TOOL)
     assert parsed().request_hash() != job.request_hash()
+    assert not {"tool_choice", "parallel_tool_calls"} & set(job.body()), "old workers know neither"
+
+
+def test_how_they_are_to_be_called_is_kept(ledger: Ledger) -> None:
+    job = parsed(tools=[TOOL], tool_choice=named("clock"), parallel_tool_calls=False)
+    ledger.accept([job])
+    claimed = ledger.claim(["j"], "me", 60)["j"].job
+    assert (claimed.tool_choice, claimed.parallel_tool_calls) == (job.tool_choice, False)
+    assert claimed.constrained
+    others = (parsed(tools=[TOOL]), parsed(tools=[TOOL], parallel_tool_calls=False))
+    assert len({one.request_hash() for one in (job, *others)}) == 3
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ class Arrivals:
     def _aside(self, claim: Claim, adapter: Adapter | None) -> ThreadPoolExecutor | None:
         if adapter is not None and adapter.chat_template and claim.job.messages is not None:
             return self._rendering
-        return self._compiling if claim.job.sampling_params.structured_outputs else None
+        return self._compiling if claim.job.constrained else None
 
     def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
         for claim in claims:

@@ -27,7 +27,7 @@ WORD = 32  # bits
 
 
 class Grammar:
-    """Of one sequence: what the job's `structured_outputs` still allow. `words` of a mask."""
+    """Of one sequence: what the job's grammar still allows. `words` of a mask."""
 
     def __init__(self, matcher: Any, words: int, own_end: int, end_ids: frozenset[int]) -> None:
         """`own_end`: the end token that the matcher knows; `end_ids`: all that end the sequence."""

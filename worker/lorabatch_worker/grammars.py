@@ -1,9 +1,8 @@
-"""From a job's `structured_outputs` to the grammar of its sequence, by llguidance.
+"""From the text of a job's grammar (grammar_text.py) to that of its sequence, by llguidance.
 
 A grammar is tried in a process of its own first (grammar_child.py), under bounds of seconds and
 bytes, because it comes from a tenant and its compiler can be brought down by it; then it is
-compiled here, once for each tokenizer. JSON is written as Python's json.dumps writes it: no spaces
-but one after a comma and a colon. Kept are the last KEPT grammars of each tokenizer, and for
+compiled here, once for each tokenizer. Kept are the last KEPT grammars of each tokenizer, and for
 RETRY_S what was refused. Raises InvalidJob, EngineFault. Thread-safe.
 """
 
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorabatch.errors import EngineFault, InvalidJob
-from lorabatch.structured import StructuredOutputs
 from lorabatch_worker.child import Child
 from lorabatch_worker.grammar import WORD, Grammar
 
@@ -36,12 +34,6 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 50_000,  # of one sequence; 1 to 2 KB each
     "precompute_large_lexemes": False,  # it would take the time of all tokens, not just of bytes
     "verbose_errors": False,
-}
-JSON_STYLE = {
-    "whitespace_flexible": False,  # or a small model writes spaces until it runs out of tokens
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "lenient": False,
 }
 
 
@@ -77,15 +69,16 @@ class Grammars:
         )
 
     def grammar_of(
-        self, job_id: str, wanted: StructuredOutputs, tokenizer: Any, end_ids: frozenset[int]
+        self, job_id: str, wanted: tuple[str, str], tokenizer: Any, end_ids: frozenset[int]
     ) -> Grammar:
-        """A new one, at its beginning. `end_ids`: the tokens that end the job's sequence."""
+        """A new one, at its beginning. `wanted`: the job's field that asks for it, and its text;
+        `end_ids`: the tokens that end the job's sequence."""
+        field, text = wanted
         if not end_ids:
             raise InvalidJob(
-                f"job {job_id!r}: structured_outputs: the base model has no end token, so that no "
-                "text could end; wanted a model with eos_token_id"
+                f"job {job_id!r}: {field}: the base model has no end token, so that no text could "
+                "end; wanted a model with eos_token_id"
             )
-        text = _text_of(wanted)
         with self._lock:
             vocabulary = self._vocabularies.get(tokenizer)
             if vocabulary is None:
@@ -97,7 +90,7 @@ class Grammars:
                     vocabulary.known.popitem(last=False)
             vocabulary.known.move_to_end(text)
             if isinstance(found, _Refused):
-                raise InvalidJob(f"job {job_id!r}: structured_outputs: {found.why}")
+                raise InvalidJob(f"job {job_id!r}: {field}: {found.why}")
             return Grammar(found.deep_copy(), vocabulary.words, vocabulary.end_id, end_ids)
 
     def close(self) -> None:
@@ -167,16 +160,3 @@ class Grammars:
 
 def _is_old(refused: _Refused) -> bool:
     return time.monotonic() - refused.at_s > RETRY_S
-
-
-def _text_of(wanted: StructuredOutputs) -> str:
-    """The grammar as llguidance reads it."""
-    from llguidance import LLMatcher
-
-    if wanted.regex is not None:
-        return LLMatcher.grammar_from_regex(wanted.regex)
-    if wanted.choice is not None:
-        texts = (json.dumps(text, ensure_ascii=False) for text in wanted.choice)
-        return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
-    schema = wanted.json_schema or '{"type": "object"}'
-    return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)  # type: ignore[arg-type]

@@ -109,8 +109,8 @@ def _ended(reason: str) -> ErrorInfo:
         return ErrorInfo(code=JobCancelled.code, message="cancelled")
     if reason == GRAMMAR:
         message = (
-            "structured_outputs: what may come next got too complex to compute, or no token could "
-            "go on; make the schema or regex simpler"
+            "structured_outputs or tools: what may come next got too complex to compute, or no "
+            "token could go on; make the schema or regex simpler"
         )
         return ErrorInfo(code=InvalidJob.code, message=message)
     return ErrorInfo(code=reason, message=f"ended by the worker: {reason}")

@@ -22,6 +22,7 @@ from lorabatch_worker.adapters.defaults import GenerationDefaults
 from lorabatch_worker.adapters.render import TOOLLESS, TemplateRenderer
 from lorabatch_worker.adapters.weights import Adapter
 from lorabatch_worker.base_model import BaseModel
+from lorabatch_worker.grammar_text import grammar_text
 from lorabatch_worker.grammars import Grammars
 from lorabatch_worker.sequence import Family, Sequence
 from lorabatch_worker.stop import StopWatch
@@ -72,14 +73,14 @@ class Preparer:
                 end_ids = _end_ids(tokenizer, defaults, job.sampling_params)
         _check_bias(job, self._base.vocabulary_of(adapter) if params.logit_bias else 0)
 
+        wanted_text = grammar_text(job)
+
         def one() -> Sequence:
             watch = StopWatch(tokenizer, params.stop) if params.stop else None
             grammar = None
-            if params.structured_outputs is not None:
+            if wanted_text is not None:
                 ends = self._base.eos_ids | end_ids
-                grammar = self._grammars.grammar_of(
-                    job.job_id, params.structured_outputs, tokenizer, ends
-                )
+                grammar = self._grammars.grammar_of(job.job_id, wanted_text, tokenizer, ends)
             return Sequence(
                 *(claim, ids, adapter, watch), effective=params, end_ids=end_ids, grammar=grammar
             )

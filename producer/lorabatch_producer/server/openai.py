@@ -18,7 +18,6 @@ from lorabatch_producer.openai_choices import only_one_streams
 from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.models import Model
 from lorabatch_producer.server.streaming import event_stream, followed
-from lorabatch_producer.tool_calls import only_text_streams
 
 __all__ = ["router"]
 
@@ -75,16 +74,17 @@ async def _complete(
     name, chat = body.get("model"), url == CHAT_URL
     streamed = body.get("stream") is True
     fields = body_fields({**body, "stream": None} if streamed else body, url) | _priority(body)
-    model = await asking.model(name)
+    model, tools = await asking.model(name), "tools" in fields
     if not streamed:
         result = await asking.result(model, fields)
-        return answer_body(chat, str(name), result, tools="tools" in fields)
-    only_text_streams(fields)
+        return answer_body(chat, str(name), result, tools)
     only_one_streams(fields["sampling_params"])
     with_usage = _with_usage(body)
     job, job_id = await asking.accepted(model, {**fields, "stream": True})
     grown = followed(asking, job, job_id)
-    return event_stream(url, openai_chunks(grown, job_id, chat, str(name), with_usage), "[DONE]")
+    return event_stream(
+        url, openai_chunks(grown, job_id, chat, str(name), with_usage, tools), "[DONE]"
+    )
 
 
 def _with_usage(body: dict[str, Any]) -> bool:

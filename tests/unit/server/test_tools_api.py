@@ -88,6 +88,45 @@ def test_only_those_who_have_tools_call_them(client: openai.OpenAI, ledger: Ledg
 
 
 @on_sqlite
+def test_how_they_are_to_be_called_is_for_the_job_to_say(
+    client: openai.OpenAI, ledger: Ledger
+) -> None:
+    strict = {"type": "function", "function": {**FUNCTION, "strict": True}}
+    named = {"type": "function", "function": {"name": "weather"}}
+    ways: tuple[dict[str, Any], ...] = (
+        {"tool_choice": "required"},
+        {"tool_choice": named, "parallel_tool_calls": False},
+        {"tools": [strict]},
+        {"tool_choice": "auto", "parallel_tool_calls": True},
+    )
+    with working(ledger, calls):
+        for way in ways:
+            (choice,) = client.chat.completions.create(**{**ASKED, **way}).choices
+            assert choice.finish_reason == "tool_calls"
+    required, one, held, plain = bodies(ledger)
+    assert required["tool_choice"] == "required"
+    assert (one["tool_choice"], one["parallel_tool_calls"]) == (named, False)
+    assert held["tools"] == [{"type": "function", "function": {**KEPT, "strict": True}}]
+    assert not {"tool_choice", "parallel_tool_calls"} & set(plain)
+
+
+@on_sqlite
+def test_a_stream_tells_calls_at_its_end(client: openai.OpenAI, ledger: Ledger) -> None:
+    def looks(claim: Claim) -> Result:
+        return succeeds(claim, text=f"I look.\n{CALL}")
+
+    with working(ledger, looks), client.chat.completions.stream(**ASKED) as stream:
+        seen = [event for event in stream if event.type == "chunk"]
+        message = stream.get_final_completion().choices[0].message
+    assert message.content == "I look."
+    (call,) = message.tool_calls or ()
+    assert (call.function.name, call.function.arguments) == ("weather", '{"town": "Bern"}')
+    assert call.id == f"call_{seen[0].chunk.id.removeprefix('chatcmpl-')}_0_0"
+    assert seen[-1].chunk.choices[0].finish_reason == "tool_calls"
+    assert not any("<tool" in (e.chunk.choices[0].delta.content or "") for e in seen)
+
+
+@on_sqlite
 def test_each_of_several_texts_calls_for_itself(client: openai.OpenAI, ledger: Ledger) -> None:
     def several(claim: Claim) -> Result:
         ends: tuple[tuple[str, Any], ...] = (
@@ -106,15 +145,16 @@ def test_each_of_several_texts_calls_for_itself(client: openai.OpenAI, ledger: L
     assert len(set(ids)) == 2
 
 
-STRICT = {"type": "function", "function": {**FUNCTION, "strict": True}}
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
-    ({"tool_choice": "required"}, "tool_choice: wanted none or auto"),
-    ({"tool_choice": {"type": "function", "function": {"name": "weather"}}}, "tool_choice"),
-    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
-    ({"stream": True}, "tools: not supported with stream"),
+    ({"tool_choice": "any"}, "tool_choice: wanted none, auto, required or a function"),
+    ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice: wanted none"),
+    ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice: there is no"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"tools": [], "tool_choice": "required"}, "tool_choice: only with tools"),
+    ({"parallel_tool_calls": 0}, "parallel_tool_calls: wanted true or false"),
     ({"tools": {"a": 1}}, "tools: wanted a list"),
     ({"tools": [{"type": "function"}]}, "tools.0: wanted an object with a function"),
-    ({"tools": [STRICT]}, "tools.0.function.strict"),
+    ({"tools": [{"type": "function", "function": {**FUNCTION, "strict": 1}}]}, "tools.0.function"),
     ({"tools": TOOLS * 129}, "tools: "),
     ({"response_format": {"type": "json_object"}}, "tools: not with structured_outputs"),
     ({"messages": [{**USER, "function_call": {"name": "f"}}]}, "messages.0.function_call"),
