@@ -248,6 +248,12 @@ class Settings(HttpSettings):
         return self.max_seqs * self.lookahead
 
     @property
+    def configured_adapters(self) -> list[str]:
+        """Names that need no registry: of `adapters`, and of folders in the data folder's."""
+        configs = (self.home / "adapters").glob("*/adapter_config.json")
+        return sorted({one.name for one in self.adapters} | {path.parent.name for path in configs})
+
+    @property
     def adapter_store_folder(self) -> Path:
         return self.adapter_store or self.home / "adapter-store"
 

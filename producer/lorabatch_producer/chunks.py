@@ -1,20 +1,24 @@
-"""A text that grows as OpenAI's and TGI's streams have it: their events, one for each piece.
+"""A text that grows as OpenAI's and TGI's streams have it: their events.
 
-TGI sends an event for each token. A piece of ours may be of several, so `token` has its text, and
-an `id` of -1 and a `logprob` of 0, which clients want to be numbers; the last event has an empty
-one, where TGI has the end token.
+OpenAI's are one for each piece, with the log probabilities of its tokens if they were asked for.
+TGI's are one for each token; where a piece is of several, the last one has its text, so that the
+texts of all events make up the text, and that of special tokens is empty. The last event has the
+end token, or an empty one with an `id` of -1 where the text ended otherwise.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from itertools import count
 from typing import Any
 
 from lorabatch import Result
+from lorabatch.result import Token
 from lorabatch.streams import Piece
 from lorabatch_producer.openai_body import answer_body
-from lorabatch_producer.tgi_body import generate_answer
+from lorabatch_producer.openai_choices import Logprobs
+from lorabatch_producer.tgi_body import generate_answer, token_events
 from lorabatch_producer.tool_calls import BeforeCalls
 
 __all__ = ["Chunks", "Grown", "openai_chunks", "tgi_chunks"]
@@ -23,7 +27,7 @@ Grown = AsyncIterator[Piece | Result | None]
 """Pieces, at last the result; None now and then, to be passed on."""
 Chunks = AsyncIterator[dict[str, Any] | None]
 
-NO_TOKEN = {"id": -1, "logprob": 0.0}
+NO_TOKEN = {"id": -1, "text": "", "logprob": 0.0, "special": True}
 
 
 async def openai_chunks(
@@ -39,10 +43,14 @@ async def openai_chunks(
     }
     usage = {"usage": None} if with_usage else {}
 
-    def chunk(finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
+    logprobs = Logprobs(chat)
+
+    def chunk(
+        finish_reason: str | None = None, tokens: tuple[Token, ...] = (), **delta: Any
+    ) -> dict[str, Any]:
         what = {"delta": delta} if chat else {"text": delta.get("content", "")}
-        choice = {"index": 0, **what, "logprobs": None, "finish_reason": finish_reason}
-        return {**head, "choices": [choice], **usage}
+        scores = {"logprobs": logprobs.told(tokens or None), "finish_reason": finish_reason}
+        return {**head, "choices": [{"index": 0, **what, **scores}], **usage}
 
     if chat:
         yield chunk(role="assistant", content="")
@@ -59,21 +67,31 @@ async def openai_chunks(
                 yield {**head, "choices": [], "usage": answer["usage"]}
         elif item is None:
             yield None
-        elif text := before.more(item.text) if tools else item.text:
-            yield chunk(content=text)
+        else:
+            text = before.more(item.text) if tools else item.text
+            if text or item.tokens:
+                yield chunk(tokens=item.tokens, content=text)
 
 
 async def tgi_chunks(items: Grown, body: Mapping[str, Any]) -> Chunks:
     """`body`: the request's."""
-    index = 0
+    numbers = count(1)
+    held: list[dict[str, Any]] = []  # a special token, which has no text and may be the end
+
+    def told(event: dict[str, Any]) -> dict[str, Any]:
+        return {"index": next(numbers), "generated_text": None, "details": None, **event}
+
     async for item in items:
-        index += item is not None
         if isinstance(item, Result):
-            answer = generate_answer(body, item)
-            token = {**NO_TOKEN, "text": "", "special": True}
-            yield {"index": index, "token": token, "details": None, **answer}
+            last = held[0] if held else {"token": NO_TOKEN}
+            yield told({**last, **generate_answer(body, item, streamed=True)})
         elif item is None:
             yield None
         else:
-            token = {**NO_TOKEN, "text": item.text, "special": False}
-            yield {"index": index, "token": token, "generated_text": None, "details": None}
+            for event in token_events(body, item):
+                if held:
+                    yield told(held.pop())
+                if event["token"]["special"]:
+                    held.append(event)
+                else:
+                    yield told(event)

@@ -18,7 +18,7 @@ from lorabatch import Result
 from lorabatch.errors import InvalidJob, shown
 from lorabatch.result import Choice
 from lorabatch_producer.fields import called, only_these, without_nulls
-from lorabatch_producer.openai_choices import ASKED, choice_params, logprobs_body
+from lorabatch_producer.openai_choices import ASKED, Logprobs, choice_params
 from lorabatch_producer.openai_messages import messages_of
 from lorabatch_producer.structured_body import openai_structured
 from lorabatch_producer.tool_calls import ASKED as TOOLS
@@ -101,7 +101,7 @@ def _choice(chat: bool, index: int, one: Choice) -> dict[str, Any]:
         choice["message"] = {"role": "assistant", "content": one.text}
     else:
         choice["text"] = one.text
-    choice["logprobs"] = logprobs_body(chat, one)
+    choice["logprobs"] = Logprobs(chat).told(one.tokens)
     choice["finish_reason"] = FINISH_REASONS[one.finish_reason or "eos_token"]
     return choice
 

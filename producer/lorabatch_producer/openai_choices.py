@@ -9,14 +9,14 @@ InvalidJob.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lorabatch.candidates import MAX_TOP_LOGPROBS
 from lorabatch.errors import InvalidJob, shown
-from lorabatch.result import Choice, LikelyToken, Token
+from lorabatch.result import LikelyToken, Token
 
-__all__ = ["ASKED", "choice_params", "logprobs_body", "only_one_streams"]
+__all__ = ["ASKED", "Logprobs", "choice_params", "only_one_streams"]
 
 # field: what asks for nothing
 ASKED: dict[bool, dict[str, object]] = {
@@ -24,7 +24,7 @@ ASKED: dict[bool, dict[str, object]] = {
     False: {"n": 1, "logit_bias": {}, "logprobs": False, "best_of": 1},
 }
 """For a chat, and for a completion."""
-STREAMED = {"n": 1, "best_of": 1, "logprobs": False}
+STREAMED = {"n": 1, "best_of": 1}
 
 
 def choice_params(given: Mapping[str, Any], chat: bool) -> dict[str, Any]:
@@ -53,18 +53,33 @@ def only_one_streams(params: Mapping[str, Any]) -> None:
             )
 
 
-def logprobs_body(chat: bool, choice: Choice) -> dict[str, Any] | None:
-    """A choice's `logprobs`."""
-    if choice.tokens is None:
-        return None
-    if chat:
-        return {"content": [_content(token) for token in choice.tokens], "refusal": None}
-    return {
-        "tokens": [token.text for token in choice.tokens],
-        "token_logprobs": [token.logprob for token in choice.tokens],
-        "top_logprobs": [_by_text(token) for token in choice.tokens],
-        "text_offset": list(_offsets(choice.tokens)),
-    }
+class Logprobs:
+    """Of one choice's tokens, all at once or as they come."""
+
+    def __init__(self, chat: bool) -> None:
+        self._chat = chat
+        self._length = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def told(self, tokens: tuple[Token, ...] | None) -> dict[str, Any] | None:
+        """The choice's `logprobs`."""
+        if tokens is None:
+            return None
+        if self._chat:
+            return {"content": [_content(token) for token in tokens], "refusal": None}
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [_by_text(token) for token in tokens],
+            "text_offset": [self._offset(token) for token in tokens],
+        }
+
+    def _offset(self, token: Token) -> int:
+        """Where it begins, in characters of the text, which special tokens are no part of."""
+        at = self._length
+        if not token.special:
+            self._length += len(self._decoder.decode(bytes(token.raw)))
+        return at
 
 
 def _content(token: Token) -> dict[str, Any]:
@@ -81,16 +96,6 @@ def _by_text(token: Token) -> dict[str, float]:
     for one in (*token.top, token):
         found.setdefault(one.text, one.logprob)
     return found
-
-
-def _offsets(tokens: tuple[Token, ...]) -> Iterator[int]:
-    """Where each begins, in characters of the text, which special tokens are no part of."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    length = 0
-    for token in tokens:
-        yield length
-        if not token.special:
-            length += len(decoder.decode(bytes(token.raw)))
 
 
 def _same(value: object, nothing: object) -> bool:

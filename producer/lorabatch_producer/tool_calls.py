@@ -31,7 +31,7 @@ def tools_of(given: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidJob(
                 f"body.tools.{number}: wanted an object with a function (got {shown(tool)})"
             )
-    named = isinstance(choice, dict) and choice.get("type") == "function"
+    named = isinstance(choice, dict) and choice.get("type", "function") == "function"
     if not named and choice not in ("none", "auto", "required"):
         raise InvalidJob(
             f"body.tool_choice: wanted none, auto, required or a function (got {shown(choice)})"

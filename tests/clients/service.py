@@ -1,10 +1,12 @@
 """The whole service, as its users start it: `lorabatch-worker` with the real model and the shipped
-adapters, `lorabatch serve` with keys, embedded servers."""
+adapters, `lorabatch serve` with keys, embedded servers. `caller` is `sql` with a template of its
+own that tells of tools, as the base model's does not."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from tests.models import ROOT, bundled_folder
 
 __all__ = ["Service", "running_service"]
 
+TEMPLATE = Path(__file__).with_name("caller.jinja")
 BIN = Path(sys.executable).parent
 KEPT = ("PATH", "HOME", "PYTHONPATH")
 READY_S = 300.0
@@ -48,6 +51,9 @@ def running_service(home: Path) -> Iterator[Service]:
     """Until the block is left; both processes must end well."""
     bundled_folder()
     (home / "models").symlink_to(ROOT / ".lorabatch" / "models")
+    caller = home / "adapters" / "caller"
+    shutil.copytree(ROOT / "examples" / "adapters" / "sql", caller)
+    shutil.copy(TEMPLATE, caller / "chat_template.jinja")
     settings = Settings.load(home=home)
     broker_url = ensure_valkey(home)
     database = open_database(settings)

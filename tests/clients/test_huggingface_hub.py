@@ -27,6 +27,17 @@ def test_text_generation_stream(client: InferenceClient) -> None:
     assert "SELECT" in "".join(pieces)
 
 
+def test_details_stream(client: InferenceClient) -> None:
+    stream = client.text_generation(
+        PROMPT, adapter_id="sql", max_new_tokens=4, details=True, stream=True
+    )
+    events = [event for event in stream if event.token.id >= 0]
+    whole = client.text_generation(PROMPT, adapter_id="sql", max_new_tokens=4, details=True)
+    assert whole.details is not None
+    wanted = [(token.id, token.logprob) for token in whole.details.tokens]
+    assert [(event.token.id, event.token.logprob) for event in events] == wanted
+
+
 def test_details(client: InferenceClient) -> None:
     answer = client.text_generation(PROMPT, adapter_id="sql", max_new_tokens=4, details=True)
     assert answer.details is not None
@@ -44,6 +55,19 @@ def test_chat_stream(service: Service) -> None:
     client = InferenceClient(base_url=service.openai_url, api_key=service.key)
     chunks = client.chat.completions.create(MESSAGES, model="sql", max_tokens=24, stream=True)
     assert "SELECT" in "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+
+
+def test_tools(client: InferenceClient) -> None:
+    schema = {"type": "object", "properties": {"town": {"enum": ["Bern"]}}, "required": ["town"]}
+    answer = client.chat_completion(
+        MESSAGES,
+        max_tokens=64,
+        tools=[{"type": "function", "function": {"name": "weather", "parameters": schema}}],
+        tool_choice={"function": {"name": "weather"}},
+        extra_body={"model": "caller"},
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.function.name == "weather"
 
 
 def test_structured_output(client: InferenceClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 import openai
@@ -13,6 +14,12 @@ from pydantic import BaseModel, SecretStr
 from tests.clients.service import Service
 
 ASK = "How many books are there?"
+
+
+class Weather(BaseModel):
+    """The weather in a town."""
+
+    town: Literal["Bern", "Rome"]
 
 
 def model_of(service: Service, name: str = "sql") -> ChatOpenAI:
@@ -52,6 +59,23 @@ def test_structured_output(service: Service) -> None:
 
     asked = model_of(service, "pirate").with_structured_output(Count, method="json_schema")
     assert isinstance(asked.invoke(ASK), Count)
+
+
+def test_tools(service: Service) -> None:
+    """As an object, which it asks for by a tool that has to be called; and by tools."""
+    model, longer = model_of(service, "caller"), {"max_completion_tokens": 64}
+    asked = model.with_structured_output(Weather, method="function_calling")
+    assert isinstance(asked.invoke("Cold in Bern?", **longer), Weather)
+    caller = model.bind_tools([Weather], tool_choice="any", strict=True, parallel_tool_calls=False)
+    (call,) = caller.invoke("Cold?", **longer).tool_calls
+    assert (call["name"], set(call["args"])) == ("Weather", {"town"})
+
+
+def test_tools_stream(service: Service) -> None:
+    model = model_of(service, "caller").bind_tools([Weather], tool_choice="Weather")
+    *_, last = itertools.accumulate(model.stream("Cold in Bern?", max_completion_tokens=64))
+    (call,) = last.tool_calls
+    assert call["args"]["town"] in ("Bern", "Rome")
 
 
 async def test_async_chat(service: Service) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel
 
 from lorabatch.settings import DEFAULT_BASE_MODEL as BASE_MODEL
 from tests.clients.service import Service
@@ -24,6 +26,18 @@ SCHEMA = {
     "required": ["books"],
     "additionalProperties": False,
 }
+
+
+class Weather(BaseModel):
+    town: Literal["Bern", "Rome"]
+
+
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": Weather.model_json_schema()},
+    }
+]
 
 
 @pytest.fixture
@@ -89,6 +103,37 @@ def test_structured_output(client: openai.OpenAI) -> None:
     assert 0 <= json.loads(answer.choices[0].message.content or "")["books"] <= 9
 
 
+def test_tools(client: openai.OpenAI) -> None:
+    """Which have to be called: the call is valid, and its answer is read."""
+    asked: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Cold in Bern?"}]
+    fields: dict[str, Any] = {"model": "caller", "max_completion_tokens": 64, "tools": TOOLS}
+    message = client.chat.completions.create(
+        messages=asked, tool_choice="required", parallel_tool_calls=False, **fields
+    ).choices[0]
+    assert (message.finish_reason, message.message.content) == ("tool_calls", None)
+    (call,) = message.message.tool_calls or ()
+    assert call.type == "function"
+    assert json.loads(call.function.arguments)["town"] in ("Bern", "Rome")
+    answered: list[Any] = [
+        *(*asked, message.message),
+        {"role": "tool", "tool_call_id": call.id, "content": "-3 degrees"},
+    ]
+    told = client.chat.completions.create(messages=answered, temperature=0, **fields)
+    assert told.choices[0].message.content
+
+
+def test_tools_stream(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="caller",
+        messages=[{"role": "user", "content": "Cold in Bern?"}],
+        max_completion_tokens=64,
+        tools=[openai.pydantic_function_tool(Weather)],
+        tool_choice={"type": "function", "function": {"name": "Weather"}},
+    ) as stream:
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+    assert isinstance(call.function.parsed_arguments, Weather)
+
+
 def test_several_texts(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="pirate", messages=MESSAGES, max_completion_tokens=8, n=3, seed=1
@@ -112,6 +157,17 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert found is not None
     for token in found.content or ():
         assert token.logprob == token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob
+
+
+def test_logprobs_stream(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "sql", "messages": MESSAGES, "max_completion_tokens": 4}
+    asked |= {"temperature": 0, "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs
+    assert whole is not None
+    found = [c.choices[0].logprobs for c in client.chat.completions.create(**asked, stream=True)]
+    tokens = [token for one in found if one for token in one.content or ()]
+    assert [token.token for token in tokens] == [token.token for token in whole.content or ()]
+    assert len(tokens) == 4
 
 
 def test_logit_bias(client: openai.OpenAI) -> None:

@@ -17,7 +17,7 @@ from lorabatch.tables import results, usage_events
 from lorabatch_producer import Producer
 from lorabatch_producer.audit import audit
 from lorabatch_producer.batch import submit
-from lorabatch_producer.openai_choices import logprobs_body
+from lorabatch_producer.openai_choices import Logprobs
 from lorabatch_producer.output import write_output
 from tests.bad_inputs import CHAT, line, short
 from tests.played_worker import run_queued, succeeds
@@ -129,6 +129,9 @@ def test_offsets_are_those_of_the_text_without_special_tokens() -> None:
     half = [Token(token_id=2, text="\ufffd", utf8=(byte,), logprob=-1.0) for byte in (0xC3, 0xA9)]
     last = Token(token_id=3, text=" a", logprob=-1.0)
     tokens = (special, *half, last, last)
-    body = logprobs_body(False, Choice(text="é a a", token_ids=(), tokens=tokens))
+    body = Logprobs(False).told(tokens)
     assert body is not None
     assert body["text_offset"] == [0, 0, 0, 1, 3]
+    grown = Logprobs(False)
+    parts = [grown.told(part) or {} for part in (tokens[:2], (), tokens[2:])]
+    assert [at for part in parts for at in part["text_offset"]] == [0, 0, 0, 1, 3]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from lorabatch.streams import Followed, Piece
+from lorabatch.result import Choice, LikelyToken, Result, Token
+from lorabatch.streams import Followed, Piece, entry_of, piece_of
 from lorabatch_worker.growing_text import GrowingText, GrowingTexts
 from lorabatch_worker.stop import StopWatch, decode, trim
 from tests.scheduling import sequence
@@ -99,6 +100,37 @@ def test_a_follower_gets_each_character_once() -> None:
     assert followed.take(Piece("j", 9, "z")) == "", "after a gap"
     assert followed.rest("abcdefg") == "fg"
     assert Followed().rest("abc") == "abc"
+
+
+def token(number: int) -> Token:
+    return Token(token_id=number, text=str(number), logprob=-1.5, top=(LIKELY,) * (number % 2))
+
+
+LIKELY = LikelyToken(token_id=7, text="\ufffd", logprob=-0.5, utf8=(0xC3,))
+
+
+def test_a_follower_gets_each_token_once() -> None:
+    tokens = tuple(map(token, range(6)))
+    followed = Followed()
+    assert followed.tokens(Piece("j", 0, "ab", 0, tokens[:2])) == tokens[:2]
+    assert followed.tokens(Piece("j", 0, "ab", 0, tokens[:2])) == (), "the same again"
+    assert followed.tokens(Piece("j", 1, "bc", 1, tokens[1:3])) == (tokens[2],)
+    assert followed.tokens(Piece("j", 5, "f", 4, tokens[4:5])) == (), "after a gap"
+    choice = Choice(text="abcdef", token_ids=tuple(range(6)), tokens=tokens)
+    whole = Result(job_id="j", tenant="t", adapter_id=None, state="succeeded", choices=(choice,))
+    assert followed.rest_of_tokens(whole) == tokens[3:]
+    failed = Result(job_id="j", tenant="t", adapter_id=None, state="failed")
+    assert followed.rest_of_tokens(failed) == ()
+
+
+def test_a_piece_is_the_same_in_the_broker() -> None:
+    for piece in (Piece("j", 3, "é"), Piece("j", 3, "é", 2, (token(1), token(2)))):
+        sent = entry_of(piece)
+        read = {
+            name.encode(): value if isinstance(value, bytes) else str(value).encode()
+            for name, value in sent.items()
+        }
+        assert piece_of("j", read) == piece
 
 
 def test_who_comes_again_gets_what_is_new() -> None:

@@ -7,6 +7,7 @@ beside it. Raises nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from collections.abc import Sequence as List
 from functools import cache
 from typing import Any
@@ -36,9 +37,7 @@ def choice_of(sequence: Sequence, tokenizer: Any) -> Choice:
         text = trim(text, sequence.params.stop)
     tokens = None
     if sequence.params.logprobs:
-        texts = TokenTexts(tokenizer)
-        pairs = zip(sequence.output, sequence.scores, strict=True)
-        tokens = tuple(_token(texts, token, scored) for token, scored in pairs)
+        tokens = TokenTexts(tokenizer).scored(sequence.output, sequence.scores)
     return Choice(
         text=text,
         token_ids=tuple(sequence.output),
@@ -56,6 +55,14 @@ class TokenTexts:
         self._added = tokenizer.added_tokens_decoder
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         self._byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+
+    def scored(self, ids: Iterable[int], scores: Iterable[Scored]) -> tuple[Token, ...]:
+        """Tokens with their log probabilities, as a result tells them."""
+        return tuple(self._scored(i, scored) for i, scored in zip(ids, scores, strict=True))
+
+    def _scored(self, token_id: int, scored: Scored) -> Token:
+        top = tuple(LikelyToken(**self.told(i), logprob=value) for i, value in scored.top)
+        return Token(**self.told(token_id), logprob=scored.logprob, top=top)
 
     def told(self, token_id: int) -> dict[str, Any]:
         """Fields of a LikelyToken."""
@@ -80,11 +87,6 @@ class TokenTexts:
             return bytes(letters[c] for c in token if c in letters)
         byte = BYTE.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else str(token).replace(SPACE, " ").encode()
-
-
-def _token(texts: TokenTexts, token_id: int, scored: Scored) -> Token:
-    top = tuple(LikelyToken(**texts.told(i), logprob=value) for i, value in scored.top)
-    return Token(**texts.told(token_id), logprob=scored.logprob, top=top)
 
 
 def _mean_logprob(sequence: Sequence) -> float:

@@ -1,8 +1,9 @@
 """Texts as they grow, for jobs that somebody follows: decoded beside the engine, piece by piece.
 
 A piece is text that will stay: whole characters, and nothing that may yet turn out to be part of a
-stop string. The text of the result is decoded at once from all tokens (stop.py); a tokenizer whose
-pieces differ from that shows up at whoever compares them.
+stop string; with it come the tokens since the last one, where they have log probabilities. The text
+of the result is decoded at once from all tokens (stop.py); a tokenizer whose pieces differ from
+that shows up at whoever compares them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 import structlog
 
 from lorabatch.streams import Piece
+from lorabatch_worker.choices import TokenTexts
 from lorabatch_worker.sequence import Sequence as Job
 from lorabatch_worker.stop import decode, trim
 
@@ -31,6 +33,7 @@ class GrowingText:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
+        self._texts: TokenTexts | None = None
         self._stop = tuple(stop)
         self._held = max((len(s) for s in stop), default=1) - 1
         self._begin = self._read = 0
@@ -38,6 +41,20 @@ class GrowingText:
         self._over = False
         self.length = 0
         """Characters given so far."""
+        self._told = 0
+        """Tokens given so far."""
+
+    def piece(self, sequence: Job) -> Piece:
+        """What its output has grown by."""
+        ids = list(sequence.output)
+        at, told, text = self.length, self._told, self.more(ids)
+        scored = sequence.scores[told : len(ids)] if text else []
+        if not scored:
+            return Piece(sequence.job_id, at, text)
+        self._told += len(scored)
+        self._texts = self._texts or TokenTexts(self._tokenizer)
+        tokens = self._texts.scored(ids[told : self._told], scored)
+        return Piece(sequence.job_id, at, text, told, tokens)
 
     def more(self, ids: Sequence[int]) -> str:
         """The text that the output has grown by, of all token ids up to now."""
@@ -103,9 +120,8 @@ class GrowingTexts:
         if text is None:
             text = GrowingText(self._tokenizer_of(sequence), sequence.params.stop)
             self._texts[sequence] = text
-        at = text.length
         try:
-            return Piece(sequence.job_id, at, text.more(list(sequence.output)))
+            return text.piece(sequence)
         except Exception as error:  # noqa: BLE001 - a hint: others go on, and the result has it all
             log.warning("text not sent", job_id=sequence.job_id, error=type(error).__name__)
-            return Piece(sequence.job_id, at, "")
+            return Piece(sequence.job_id, text.length, "")

@@ -11,7 +11,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from lorabatch.queue import plain_url
-from lorabatch.streams import KEPT_S, LONGEST, Piece, stream_key
+from lorabatch.streams import KEPT_S, LONGEST, Piece, entry_of, stream_key
 from lorabatch_worker.retry import reason
 
 __all__ = ["TextSender"]
@@ -39,8 +39,7 @@ class TextSender:
             with self._client.pipeline(transaction=False) as pipe:
                 for piece in pieces:
                     key = stream_key(piece.job_id)
-                    entry = {"at": piece.at, "text": piece.text}
-                    pipe.xadd(key, entry, maxlen=LONGEST)  # type: ignore[arg-type]
+                    pipe.xadd(key, entry_of(piece), maxlen=LONGEST)  # type: ignore[arg-type]
                     pipe.expire(key, KEPT_S)
                 pipe.execute()
         except (redis.RedisError, OSError) as error:

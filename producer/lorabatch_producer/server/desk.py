@@ -106,16 +106,18 @@ class Desk:
             try:
                 while isinstance(item := await pieces.get(), Piece):
                     if new := followed.take(item):
-                        yield Piece(job_id, len(followed.text) - len(new), new)
+                        at = len(followed.text) - len(new)
+                        yield Piece(job_id, at, new, tokens=followed.tokens(item))
             finally:
                 ended.cancel()
         if isinstance(item, Exception):
             raise item
         rest = followed.rest(item.text or "") if item.state == "succeeded" else ""
+        tokens = followed.rest_of_tokens(item)
         if rest is None:
             yield Piece(job_id, 0, item.text or "")
-        elif rest:
-            yield Piece(job_id, len(followed.text) - len(rest), rest)
+        elif rest or tokens:
+            yield Piece(job_id, len(followed.text) - len(rest), rest, tokens=tokens)
         yield item
 
     def stop(self) -> None:

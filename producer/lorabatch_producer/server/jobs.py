@@ -102,7 +102,7 @@ async def events(
         async for item in desk.follow(job_id, last_event_id):
             if isinstance(item, Result):
                 yield ServerSentEvent(event="ended", data=ended(item))
-            else:
+            elif item.text:
                 data = {"at": item.at, "text": item.text}
                 yield ServerSentEvent(event="text", id=str(item.at + len(item.text)), data=data)
     except ServerStops as error:

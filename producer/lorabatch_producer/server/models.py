@@ -2,8 +2,8 @@
 
 A base model's name picks its queue, the settings' own before others. An adapter goes to the queue
 whose base model it was registered for, else to the settings' own. A tenant sees its own adapters,
-the shared ones and those that the server is configured with; anything else is unknown, before it is
-accepted. Raises UnknownAdapter; database errors pass through.
+the shared ones and those that the server is configured with or has in its data folder; anything
+else is unknown, before it is accepted. Raises UnknownAdapter; database errors pass through.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Models:
             entry = self._registry.find(tenant, name)
             if entry is not None:
                 return _adapter(entry, bases)
-            if any(name == source.name for source in self._settings.adapters):
+            if name in self._settings.configured_adapters:
                 return replace(bases.own, name=name, adapter_id=name)
         raise UnknownAdapter(
             f"{field}: wanted the base model's name or an adapter's id (got {shown(name)}); "
@@ -79,9 +79,8 @@ class Models:
         found = {model.name: model for model in bases.by_name.values()}
         for entry in self._registry.names(tenant):
             found.setdefault(entry.adapter_id, _adapter(entry, bases))
-        for source in self._settings.adapters:
-            known = replace(bases.own, name=source.name, adapter_id=source.name)
-            found.setdefault(source.name, known)
+        for name in self._settings.configured_adapters:
+            found.setdefault(name, replace(bases.own, name=name, adapter_id=name))
         return list(found.values())
 
     def _bases(self) -> _Bases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,13 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from lorabatch import Ledger, Settings
 from lorabatch.candidates import seed_of
+from lorabatch.queue import resolve_broker
+from lorabatch.result import Token
+from lorabatch.streams import Piece
 from lorabatch.tables import jobs
 from lorabatch_producer.audit import audit
+from lorabatch_worker.text_sender import TextSender
+from tests.faults.waiting import until
 from tests.played_worker import working
 from tests.told_choices import told
 
@@ -126,7 +132,6 @@ REFUSED: list[tuple[bool, dict[str, Any], str]] = [
     (True, {"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
     (True, {"extra_body": {"best_of": 2}}, "best_of"),
     (True, {"n": 2, "stream": True}, "n"),
-    (True, {"logprobs": True, "stream": True}, "logprobs"),
     (False, {"n": 3, "best_of": 2}, "best_of"),
     (False, {"logprobs": 21}, "logprobs"),
     (False, {"extra_body": {"logprobs": True}}, "logprobs"),
@@ -169,6 +174,80 @@ def test_tgis_details_tell_tokens(tgi: InferenceClient, ledger: Ledger) -> None:
 
 
 @on_sqlite
+def test_a_stream_has_each_tokens_log_probability(
+    client: openai.OpenAI, ledger: Ledger, http_settings: Settings
+) -> None:
+    """Of the first piece as a worker sends it, and of the rest."""
+    stream = client.chat.completions.create(
+        **{"model": "acme/tiny", "messages": MESSAGES, "logprobs": True, "top_logprobs": 1},
+        stream=True,
+    )
+    next(stream)
+    send_first(ledger, http_settings)
+    first = next(stream).choices[0]
+    assert first.logprobs is not None
+    assert (first.delta.content, len(first.logprobs.content or ())) == ("é", 2)
+    with working(ledger, told):
+        *rest, end = [chunk.choices[0] for chunk in stream]
+    assert (end.finish_reason, end.logprobs) == ("stop", None)
+    found = [one for c in (first, *rest) if c.logprobs for one in c.logprobs.content or ()]
+    assert [(one.token, one.logprob) for one in found] == [
+        *[("\ufffd", -2.0)] * 2,
+        (" 0", -2.0),
+        ("<end>", -0.25),
+    ]
+    assert [one.token for one in found[2].top_logprobs] == [" 1"]
+    with working(ledger, told):
+        plain = client.completions.create(model="acme/tiny", prompt="Go", logprobs=0, stream=True)
+        offsets = [c.choices[0].logprobs for c in plain]
+    assert [at for one in offsets if one for at in one.text_offset or ()] == [0, 0, 1, 3]
+
+
+def send_first(ledger: Ledger, settings: Settings) -> None:
+    """The first piece of the one job that there is, whose result is `told`."""
+
+    def job_ids() -> list[str]:
+        with ledger.engine.connect() as connection:
+            return [row.job_id for row in connection.execute(jobs.select())]
+
+    (job_id,) = until("a job", job_ids)
+    halves = [Token(token_id=i + 1, text="\ufffd", utf8=(b,), logprob=-2.0) for i, b in HALVES]
+    sender = TextSender(resolve_broker(settings))
+    sender.send([Piece(job_id, 0, "é", 0, tuple(halves))])
+    sender.close()
+
+
+HALVES = tuple(enumerate("é".encode()))
+
+
+@on_sqlite
+def test_tgis_stream_has_an_event_for_each_token(
+    tgi: InferenceClient, ledger: Ledger, http_settings: Settings
+) -> None:
+    stream = tgi.text_generation("Go", stream=True, details=True, top_n_tokens=1)
+    events = iter(stream)
+    sending = threading.Thread(target=send_first, args=(ledger, http_settings))
+    sending.start()
+    seen = [next(events), next(events)]
+    sending.join()
+    with working(ledger, told):
+        seen += events
+    assert [event.index for event in seen] == [1, 2, 3, 4]
+    assert [(e.token.id, e.token.text, e.token.logprob, e.token.special) for e in seen] == [
+        (1, "", -2.0, False),
+        (2, "é", -2.0, False),
+        (3, " 0", -2.0, False),
+        (0, "", -0.25, True),
+    ]
+    top: Any = seen[2].top_tokens
+    assert [t["text"] for t in top] == [" 1"]
+    assert [event.generated_text for event in seen] == [None, None, None, "é 0"]
+    details = seen[-1].details
+    assert details is not None
+    assert (details.finish_reason, details.generated_tokens) == ("eos_token", 4)
+
+
+@on_sqlite
 def test_tgis_best_comes_first(tgi: InferenceClient, ledger: Ledger) -> None:
     with working(ledger, told):
         best = tgi.text_generation("Go", details=True, best_of=3, do_sample=True, seed=4)
@@ -194,7 +273,7 @@ def test_what_tgi_cannot_have_is_refused_by_name(tgi: InferenceClient, ledger: L
         ("best_of", {"best_of": 2}),
         ("best_of", {"best_of": 2, "do_sample": True, "stream": True}),
         ("top_n_tokens", {"top_n_tokens": 21, "details": True}),
-        ("top_n_tokens", {"top_n_tokens": 1, "details": True, "stream": True}),
+        ("top_n_tokens", {"top_n_tokens": 1}),
         ("typical_p", {"typical_p": 1.01}),
     ]
     for name, params in refused:

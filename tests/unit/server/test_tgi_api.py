@@ -21,6 +21,9 @@ pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 
 @pytest.fixture
 def http_settings(http_settings: Settings) -> Settings:
+    folder = http_settings.home / "adapters" / "dropped-in"
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
     adapters = Settings.load(adapters="configured=acme/lora").adapters
     return http_settings.model_copy(
         update={"base_model": "/models/tiny", "adapters": adapters, "http_wait_s": 20.0}
@@ -49,6 +52,7 @@ def test_text_is_generated_with_an_adapter(client: InferenceClient, ledger: Ledg
         assert client.text_generation("How many?", adapter_id="sql") == "sql: How many?"
         assert client.text_generation("How many?") == "None: How many?"
         assert client.text_generation("Go", adapter_id="configured") == "configured: Go"
+        assert client.text_generation("Go", adapter_id="dropped-in") == "dropped-in: Go"
         full = client.text_generation("Go", adapter_id="sql", return_full_text=True)
         assert full == "Gosql: Go"
 

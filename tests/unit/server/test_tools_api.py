@@ -96,6 +96,7 @@ def test_how_they_are_to_be_called_is_for_the_job_to_say(
     ways: tuple[dict[str, Any], ...] = (
         {"tool_choice": "required"},
         {"tool_choice": named, "parallel_tool_calls": False},
+        {"tool_choice": {"function": {"name": "weather"}}},  # as TGI's clients say it
         {"tools": [strict]},
         {"tool_choice": "auto", "parallel_tool_calls": True},
     )
@@ -103,7 +104,8 @@ def test_how_they_are_to_be_called_is_for_the_job_to_say(
         for way in ways:
             (choice,) = client.chat.completions.create(**{**ASKED, **way}).choices
             assert choice.finish_reason == "tool_calls"
-    required, one, held, plain = bodies(ledger)
+    required, one, tgis, held, plain = bodies(ledger)
+    assert tgis["tool_choice"] == named
     assert required["tool_choice"] == "required"
     assert (one["tool_choice"], one["parallel_tool_calls"]) == (named, False)
     assert held["tools"] == [{"type": "function", "function": {**KEPT, "strict": True}}]

@@ -77,10 +77,7 @@ class AdapterCatalog:
 
     def configured(self) -> list[str]:
         """Names that need no registry."""
-        found = set(self._sources)
-        if self._root.is_dir():
-            found |= {p.name for p in self._root.iterdir() if (p / CONFIG).is_file()}
-        return sorted(found)
+        return self._settings.configured_adapters
 
     def pinned(self) -> list[Registered]:
         """Registered adapters that are to be kept at hand."""
