@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import httpx
+import openai
 import pytest
 import sqlalchemy as sa
 
 from lorabatch import Ledger, Settings
+from lorabatch.registry import SHARED, Registered, Registry
 from tests.http_server import served
+from tests.openai_client import client_of
 
 
 @pytest.fixture
@@ -34,3 +37,15 @@ def http(url: str) -> Iterator[httpx.Client]:
 @pytest.fixture
 def ledger(database: sa.Engine) -> Ledger:
     return Ledger(database)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with client_of(url) as client:
+        yield client
+
+
+@pytest.fixture
+def sql_adapter(ledger: Ledger) -> None:
+    """One that everybody may use."""
+    Registry(ledger.engine).add(Registered(SHARED, "sql", "1" * 64, "/a/sql", None, 8, 1, 0))

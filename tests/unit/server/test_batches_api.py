@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from lorabatch_producer.server import batch_steps, batch_work
 from tests.http_server import served
 from tests.openai_client import batch_of, client_of, ended, line, lines_in
 from tests.played_worker import by_adapter, working
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with client_of(url) as client:
-        yield client
 
 
 def test_a_batch_from_its_file_to_its_output(client: openai.OpenAI, ledger: Ledger) -> None:

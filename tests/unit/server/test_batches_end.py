@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -16,14 +16,8 @@ from lorabatch.tables import jobs, openai_batches
 from lorabatch.tenants import Limits, Tenants
 from lorabatch_producer.server import batch_steps
 from lorabatch_producer.server import openai_batches as routes
-from tests.openai_client import batch_of, client_of, ended, line, lines_in
+from tests.openai_client import batch_of, ended, line, lines_in
 from tests.played_worker import succeeds, working
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with client_of(url) as client:
-        yield client
 
 
 def wait_until(ready: Callable[[], object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -32,12 +31,6 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How m
 @pytest.fixture
 def http_settings(http_settings: Settings) -> Settings:
     return http_settings.model_copy(update={"base_model": "acme/tiny", "http_wait_s": 20.0})
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture

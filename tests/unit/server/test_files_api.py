@@ -20,12 +20,6 @@ LINE = b'{"custom_id": "a"}\n'
 
 
 @pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with client_of(url) as client:
-        yield client
-
-
-@pytest.fixture
 def plain(settings: Settings, valkey_url: str) -> Settings:
     """On the embedded database, for what databases have no part in."""
     return settings.model_copy(update={"broker_url": valkey_url})

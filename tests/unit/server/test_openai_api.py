@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -32,12 +31,6 @@ def _adapters(ledger: Ledger) -> None:
     for tenant, name in ((SHARED, "sql"), ("acme", "secret")):
         where = f"/adapters/{name}"
         Registry(ledger.engine).add(Registered(tenant, name, "1" * 64, where, None, 8, 1, 0))
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture

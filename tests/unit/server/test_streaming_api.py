@@ -15,26 +15,15 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from lorabatch import Ledger, Settings
 from lorabatch.queue import resolve_broker
-from lorabatch.registry import SHARED, Registered, Registry
 from lorabatch.streams import Piece
 from lorabatch.tables import jobs
 from lorabatch_producer.server import streaming
 from lorabatch_worker.text_sender import TextSender
 from tests.played_worker import fails, run_queued, working
 
+pytestmark = pytest.mark.usefixtures("sql_adapter")
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How many users?"}]
 TEXT = "sql: How many users?"
-
-
-@pytest.fixture(autouse=True)
-def _adapter(ledger: Ledger) -> None:
-    Registry(ledger.engine).add(Registered(SHARED, "sql", "1" * 64, "/a/sql", None, 8, 1, 0))
-
-
-@pytest.fixture
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        yield client
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from pydantic import BaseModel
 
 from lorabatch import Ledger, Settings
 from lorabatch.ledger import Claim
-from lorabatch.registry import SHARED, Registered, Registry
 from lorabatch.result import Result
 from lorabatch.tables import jobs
-from tests.openai_client import batch_of, client_of, ended, line, lines_in
+from tests.openai_client import batch_of, ended, line, lines_in
 from tests.played_worker import succeeds, working
 
+pytestmark = pytest.mark.usefixtures("sql_adapter")
 on_sqlite = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))  # "b" stays before "a", in any database
@@ -29,16 +29,6 @@ ASKED: dict[str, Any] = {"model": "sql", "messages": [{"role": "user", "content"
 @pytest.fixture
 def http_settings(http_settings: Settings) -> Settings:
     return http_settings.model_copy(update={"base_model": "acme/tiny", "http_wait_s": 20.0})
-
-
-@pytest.fixture(autouse=True)
-def _adapter(ledger: Ledger) -> None:
-    Registry(ledger.engine).add(Registered(SHARED, "sql", "1" * 64, "/adapters/1", None, 8, 1, 0))
-
-
-@pytest.fixture
-def client(url: str) -> openai.OpenAI:
-    return client_of(url)
 
 
 def answers(claim: Claim) -> Result:

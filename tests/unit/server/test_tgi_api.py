@@ -11,12 +11,14 @@ from huggingface_hub.errors import GenerationError, HfHubHTTPError, OverloadedEr
 
 from lorabatch import ErrorInfo, Ledger, Result, Settings
 from lorabatch.ledger import Claim
-from lorabatch.registry import SHARED, Registered, Registry
 from lorabatch.tables import jobs
 from lorabatch.tenants import Limits, Tenants
 from tests.played_worker import fails, working
 
-pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+pytestmark = [
+    pytest.mark.parametrize("database", ["sqlite"], indirect=True),
+    pytest.mark.usefixtures("sql_adapter"),
+]
 
 
 @pytest.fixture
@@ -28,11 +30,6 @@ def http_settings(http_settings: Settings) -> Settings:
     return http_settings.model_copy(
         update={"base_model": "/models/tiny", "adapters": adapters, "http_wait_s": 20.0}
     )
-
-
-@pytest.fixture(autouse=True)
-def _adapter(ledger: Ledger) -> None:
-    Registry(ledger.engine).add(Registered(SHARED, "sql", "1" * 64, "/adapters/1", None, 8, 1, 0))
 
 
 @pytest.fixture
