@@ -52,7 +52,8 @@ def nest_sampling(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in fields.items() if name in SAMPLING_FIELDS}
     if not flat:
         return dict(fields)
-    nested = fields.get("sampling_params") or {}
+    nested = fields.get("sampling_params")
+    nested = {} if nested is None else nested
     if isinstance(nested, SamplingParams):
         nested = nested.model_dump(exclude_unset=True)
     if not isinstance(nested, Mapping):

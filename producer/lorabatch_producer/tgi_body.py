@@ -114,7 +114,9 @@ def adapter_of(body: Mapping[str, Any]) -> object:
 
 
 def _parameters(body: Mapping[str, Any]) -> dict[str, Any]:
-    given = body.get("parameters") or {}
+    given = body.get("parameters")
+    if given is None:
+        return {}
     if not isinstance(given, Mapping):
         raise InvalidJob(f"parameters: must be an object (got {shown(given)})")
     return without_nulls(given)

@@ -19,6 +19,7 @@ from lorabatch.fields import QUEUE_PATTERN
 from lorabatch.location import public_name
 from lorabatch.result import JobState
 from lorabatch_producer.fields import make_job
+from lorabatch_producer.server import bodies
 from lorabatch_producer.server.caller import Caller, caller_of
 from lorabatch_producer.server.desk import Desk, desk_of
 from lorabatch_producer.server.webhooks import check_webhook
@@ -55,7 +56,7 @@ async def enqueue(
     desk: TheDesk,
     caller: TheCaller,
     response: Response,
-    fields: Annotated[dict[str, Any], Body(examples=[EXAMPLE])],
+    fields: Annotated[dict[str, Any], Body(examples=[EXAMPLE], json_schema_extra=bodies.JOB)],
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
     queue: Annotated[str | None, Query(pattern=QUEUE_PATTERN)] = None,
 ) -> JobStatus:

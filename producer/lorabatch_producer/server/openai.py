@@ -15,6 +15,7 @@ from lorabatch.errors import InvalidJob, shown
 from lorabatch_producer.chunks import openai_chunks
 from lorabatch_producer.openai_body import CHAT_URL, COMPLETIONS_URL, answer_body, body_fields
 from lorabatch_producer.openai_choices import only_one_streams
+from lorabatch_producer.server import bodies
 from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.models import Model
 from lorabatch_producer.server.streaming import event_stream, followed
@@ -35,7 +36,8 @@ COMPLETION = {"model": "sql", "prompt": "How many users?", "max_tokens": 32}
     CHAT_URL, summary="Answer a chat", response_model=None, responses={200: {"content": EITHER}}
 )
 async def chat(
-    asking: TheAsking, body: Annotated[dict[str, Any], Body(examples=[CHAT])]
+    asking: TheAsking,
+    body: Annotated[dict[str, Any], Body(examples=[CHAT], json_schema_extra=bodies.CHAT)],
 ) -> dict[str, Any] | StreamingResponse:
     """A chat message, once its job has ended, or as it grows if `stream` is true. A client that
     goes away cancels its job, unless the request has an `Idempotency-Key`."""
@@ -49,7 +51,10 @@ async def chat(
     responses={200: {"content": EITHER}},
 )
 async def completion(
-    asking: TheAsking, body: Annotated[dict[str, Any], Body(examples=[COMPLETION])]
+    asking: TheAsking,
+    body: Annotated[
+        dict[str, Any], Body(examples=[COMPLETION], json_schema_extra=bodies.COMPLETION)
+    ],
 ) -> dict[str, Any] | StreamingResponse:
     """A prompt's continuation, once its job has ended, or as it grows if `stream` is true."""
     return await _complete(asking, body, COMPLETIONS_URL)
@@ -88,7 +93,8 @@ async def _complete(
 
 
 def _with_usage(body: dict[str, Any]) -> bool:
-    options = body.get("stream_options") or {}
+    options = body.get("stream_options")
+    options = {} if options is None else options
     wanted = options.get("include_usage", False) if isinstance(options, dict) else None
     if not isinstance(wanted, bool):
         raise InvalidJob(

@@ -85,6 +85,28 @@ def _fields(operation: Mapping[str, Any]) -> Iterator[str]:
     for field in operation.get("parameters", ()):
         text = _prose(field.get("description", ""))
         yield f"<tr><td><code>{escape(field['name'])}</code><td>{field['in']}<td>{text}"
+    for media in operation.get("requestBody", {}).get("content", {}).values():
+        schema = media["schema"]
+        for name, field in schema.get("properties", {}).items():
+            kind = _kind(field) + (", required" if name in schema.get("required", ()) else "")
+            about = _prose(field.get("description", ""))
+            yield f"<tr><td><code>{escape(name)}</code><td>{kind}<td>{about}"
+
+
+def _kind(field: Mapping[str, Any]) -> str:
+    """What values it has, in short."""
+    choices = field.get("anyOf", [field])
+    kinds = [kind for one in choices for kind in _listed(one.get("type", "any")) if kind != "null"]
+    found: Mapping[str, Any] = next(
+        (one for one in choices if "minimum" in one or "maximum" in one), {}
+    )
+    least, most = found.get("minimum", found.get("exclusiveMinimum")), found.get("maximum")
+    bounds = f" {least:,} to {most:,}" if least is not None and most is not None else ""
+    return escape(" or ".join(kinds) + bounds)
+
+
+def _listed(kinds: str | list[str]) -> list[str]:
+    return [kinds] if isinstance(kinds, str) else kinds
 
 
 def _form(path: str, method: str, operation: Mapping[str, Any], model: str) -> str:

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 import lorabatch
 from lorabatch.candidates import MAX_CANDIDATES
 from lorabatch_producer.chunks import tgi_chunks
+from lorabatch_producer.server import bodies
 from lorabatch_producer.server.asking import Asking, TheAsking
 from lorabatch_producer.server.desk import Desk, desk_of
 from lorabatch_producer.server.models import Model
@@ -25,7 +26,7 @@ router = APIRouter(tags=["tgi"])
 EXAMPLE = {"inputs": "How many users?", "parameters": {"adapter_id": "sql", "max_new_tokens": 32}}
 EVENTS: dict[str, Any] = {"text/event-stream": {}}
 EITHER = {"application/json": {"schema": {"type": "array"}}, **EVENTS}
-TheBody = Annotated[dict[str, Any], Body(examples=[EXAMPLE])]
+TheBody = Annotated[dict[str, Any], Body(examples=[EXAMPLE], json_schema_extra=bodies.GENERATE)]
 
 
 @router.post("/generate", summary="Continue a text")

@@ -28,6 +28,31 @@ def test_every_operation_is_there_and_nothing_comes_from_elsewhere(http: httpx.C
     assert "//" not in page.replace("data://", "")
 
 
+def test_fields_of_bodies_are_told(http: httpx.Client) -> None:
+    page = http.get("/docs").text
+    chat = page[page.index("POST /v1/chat/completions") :]
+    chat = chat[: chat.index("</details>")]
+    for row in (
+        "<code>model</code><td>string, required<td>",
+        "<code>temperature</code><td>number 0 to 10<td>",
+        "<code>stop</code><td>string or array<td>",
+        "<code>tool_choice</code><td>any<td>",
+    ):
+        assert row in chat, row
+    model = http.get("/v1/models").json()["data"][0]["id"]
+    asked = {"model": model, "messages": [{"role": "user", "content": "Go"}]}
+    properties = http.get("/openapi.json").json()["paths"]["/v1/chat/completions"]["post"][
+        "requestBody"
+    ]["content"]["application/json"]["schema"]["properties"]
+    names = set(properties) - {*asked, "stream_options"}
+    assert len(names) > 20
+    for name in names:
+        answer = http.post("/v1/chat/completions", json={**asked, name: {"no": "such"}})
+        said = answer.json()["error"]["message"]
+        assert (answer.status_code, name in said) == (400, True), said
+        assert not said.startswith(f"{name}: not supported") or name == "stream", said
+
+
 def test_its_examples_work_when_they_are_pressed(http_settings: Settings, ledger: Ledger) -> None:
     named = http_settings.model_copy(update={"base_model": "base"})
     with served(named) as url, httpx.Client(base_url=url, timeout=30.0) as http, working(ledger):
