@@ -78,11 +78,15 @@ async def show(
     job_id: str,
     state: TheState,
     desk: TheDesk,
+    caller: TheCaller,
     wait_s: Annotated[float, Query(ge=0, le=LONGEST_WAIT_S)] = 0.0,
 ) -> JobStatus:
     """A job's state, and its result once it has ended; `wait_s`: for which to wait if need be."""
     result = await (desk.outcome(job_id, wait_s) if wait_s else desk.result(job_id))
-    return JobStatus(job_id=job_id, state=state) if result is None else ended(result)
+    if result is not None:
+        return ended(result)
+    now = await desk.state(job_id, caller.tenant) if wait_s else state
+    return JobStatus(job_id=job_id, state=now)
 
 
 @router.get("/{job_id}/events", summary="Follow a job", response_class=EventSourceResponse)
@@ -125,7 +129,11 @@ def ended(result: Result) -> JobStatus:
 
 def _mine(fields: dict[str, Any], caller: Caller, key: str | None) -> dict[str, Any]:
     """The fields with the caller's tenant and the header's key; what they say against it is
-    refused."""
+    refused. So is a batch: whoever knew its id would keep another's open, and spend its budget."""
+    if fields.get("batch_id") is not None:
+        raise InvalidJob(
+            "batch_id: batches are made with POST /v1/batches; leave it out of the job"
+        )
     for name, ours in (("tenant", caller.tenant), ("idempotency_key", key)):
         if ours is not None and fields.get(name, ours) != ours:
             raise InvalidJob(f"{name}: the request's own is {ours!r}; leave it out of the job")

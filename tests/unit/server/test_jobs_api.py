@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import httpx
@@ -33,6 +34,24 @@ def test_a_job_is_accepted_and_its_result_waited_for(http: httpx.Client, ledger:
 def test_waiting_ends_though_the_job_does_not(http: httpx.Client) -> None:
     job_id = http.post("/jobs", json=JOB).json()["job_id"]
     assert http.get(f"/jobs/{job_id}", params={"wait_s": 0.05}).json()["state"] == "queued"
+
+
+def test_who_waited_hears_where_the_job_is_then(http: httpx.Client, ledger: Ledger) -> None:
+    job_id = http.post("/jobs", json=JOB).json()["job_id"]
+    claim = threading.Timer(0.2, ledger.claim, ([job_id], "w", 60.0))
+    claim.start()
+    assert http.get(f"/jobs/{job_id}", params={"wait_s": 2.0}).json()["state"] == "running"
+    claim.join()
+
+
+def test_a_job_is_in_no_batch_that_somebody_else_may_have(
+    http: httpx.Client, ledger: Ledger
+) -> None:
+    """It would keep that open, and spend its budget."""
+    refused = http.post("/jobs", json={**JOB, "batch_id": "theirs"})
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_job")
+    assert "batch_id: batches are made with POST /v1/batches" in refused.json()["detail"]
+    assert ledger.counts("theirs") == {}
 
 
 def test_a_job_is_cancelled(http: httpx.Client) -> None:
