@@ -20,6 +20,7 @@ from lorabatch.job import Job
 from lorabatch.statements import insert
 from lorabatch.tables import tenant_minutes, tenants
 from lorabatch.tenants import EACH
+from lorabatch.tools import tools_bytes
 
 __all__ = ["Minute", "Rate", "Rates", "estimated_tokens", "rate_of"]
 
@@ -113,8 +114,10 @@ def rate_of(tenant: str, limits: Mapping[str, Rate]) -> Rate:
 
 def estimated_tokens(job: Job) -> int:
     """What a job may take: all the new tokens that it asks for, and a token for four characters of
-    its prompt; only a worker can count those."""
-    texts = [job.prompt or "", *(message.content or "" for message in job.messages or ())]
-    chars = sum(map(len, texts))
+    its prompt, tools and their calls included; only a worker can count those."""
+    chars = len(job.prompt or "") + tools_bytes(job.tools or ())
+    for message in job.messages or ():
+        calls = message.tool_calls or ()
+        chars += len(message.content or "") + sum(len(call.function.arguments) for call in calls)
     params = job.sampling_params
     return params.candidates * params.max_new_tokens - (-chars // CHARS_PER_TOKEN)

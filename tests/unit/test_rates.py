@@ -77,6 +77,12 @@ def test_what_a_job_may_take() -> None:
     messages = [{"role": "system", "content": "abcd"}, {"role": "user", "content": "abcd"}]
     job = Job.parse({"messages": messages, "sampling_params": {"max_new_tokens": 7}})
     assert estimated_tokens(job) == 7 + 2
+    function = {"name": "f", "parameters": {"title": "x" * 400}}
+    call = {"id": "1", "function": {"name": "f", "arguments": "y" * 400}}
+    messages += [{"role": "assistant", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": function}]
+    job = Job.parse({"messages": messages, "tools": tools})
+    assert estimated_tokens(job) > 256 + 200
 
 
 @pytest.mark.parametrize(
