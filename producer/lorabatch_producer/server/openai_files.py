@@ -127,6 +127,8 @@ async def content(file_id: str, desk: TheDesk, caller: TheCaller) -> FileRespons
     """The file itself."""
     row = await _row(desk, caller, file_id)
     path = desk.settings.files_folder / row.file_id
+    if not await desk.call(path.is_file):
+        raise HTTPException(404, f"file {file_id!r}: its content is not in this server's folder")
     return FileResponse(path, media_type="application/jsonl", filename=f"{row.file_id}.jsonl")
 
 

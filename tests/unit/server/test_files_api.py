@@ -48,6 +48,18 @@ def test_a_file_comes_back_as_it_was_sent(client: openai.OpenAI, http_settings: 
             ask(made.id)
 
 
+def test_a_file_whose_content_is_elsewhere_is_no_error_of_ours(
+    plain_http: httpx.Client, plain: Settings
+) -> None:
+    """Servers of several machines need one folder."""
+    parts = {"file": ("in.jsonl", LINE)}
+    made = plain_http.post("/v1/files", files=parts, data={"purpose": "batch"}).json()["id"]
+    (plain.files_folder / made).unlink()
+    answer = plain_http.get(f"/v1/files/{made}/content")
+    assert answer.status_code == 404
+    assert "its content is not in this server's folder" in answer.json()["error"]["message"]
+
+
 def test_files_are_listed_in_pages(client: openai.OpenAI) -> None:
     made = [client.files.create(file=(f"{n}", LINE), purpose="batch") for n in range(5)]
     newest_first = [file.id for file in reversed(made)]
