@@ -50,7 +50,10 @@ class OpenAIBatches:
         None: it has no such file to make batches of."""
         if not is_identifier(input_file_id):
             return None
+        made = uuid.uuid4() if key is None else uuid.uuid5(NAMESPACE, f"{tenant}\n{key}")
         with self._engine.begin() as connection:
+            if key is not None and (row := _row(connection, str(made))) is not None:
+                return row  # its file may be gone since
             query = files.select().where(
                 files.c.file_id == input_file_id, files.c.tenant == tenant, live()
             )
@@ -59,7 +62,6 @@ class OpenAIBatches:
             if file is None or file.purpose != "batch":
                 return None
             now = int(connection.scalar(sa.select(now_us())) or 0)
-            made = uuid.uuid4() if key is None else uuid.uuid5(NAMESPACE, f"{tenant}\n{key}")
             row = {
                 **fields,
                 "batch_id": str(made),

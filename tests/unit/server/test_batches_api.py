@@ -147,6 +147,9 @@ def test_a_key_makes_one_batch(url: str, client: openai.OpenAI) -> None:
     with client_of(url, tenant="acme") as other:
         file = other.files.create(file=("x", CHAT_LINE), purpose="batch").id
         assert make(other, file, "a") != made
+    assert ended(client, client.batches.cancel(made)).status == "cancelled"
+    client.files.delete(files[0])
+    assert make(client, files[0], "a") == made
     assert [batch.id for batch in client.batches.list()] == [made]
 
 
