@@ -139,9 +139,15 @@ def _sampling(given: Mapping[str, Any], url: str) -> dict[str, Any]:
 
 
 def _prompt(given: Mapping[str, Any]) -> str:
+    """Many clients send a list whatever they have."""
     prompt = given.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        (prompt,) = prompt
     if not isinstance(prompt, str):
-        raise InvalidJob(f"body.prompt: wanted one text (got {shown(prompt)}); one prompt a line")
+        raise InvalidJob(
+            f"body.prompt: wanted one text (got {shown(prompt)}); send a request, or a line of a "
+            "batch, for each"
+        )
     if not prompt:
         raise InvalidJob("body.prompt: the prompt is empty; give at least one character")
     return prompt

@@ -98,6 +98,16 @@ async def test_an_async_client_completes_a_prompt(url: str, ledger: Ledger) -> N
     assert known == ["acme/tiny", "sql"]
 
 
+def test_a_list_of_one_prompt_is_one_prompt(client: openai.OpenAI, ledger: Ledger) -> None:
+    """As LangChain sends it, and many others."""
+    with working(ledger):
+        answer = client.completions.create(model="sql", prompt=["Once"])
+    assert answer.choices[0].text == "sql: Once"
+    for prompts in (["a", "b"], [["a"]], []):
+        with pytest.raises(openai.BadRequestError, match="prompt: wanted one text"):
+            client.completions.create(model="sql", prompt=prompts)  # type: ignore[arg-type]
+
+
 def test_a_tenant_sees_its_own_models(client: openai.OpenAI, acme: openai.OpenAI) -> None:
     assert [(m.id, m.owned_by) for m in acme.models.list()] == [
         ("acme/tiny", "lorabatch"),
