@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from lorabatch.errors import InvalidJob, shown
 from lorabatch_producer.chunks import openai_chunks
+from lorabatch_producer.fields import only_these, without_nulls
 from lorabatch_producer.openai_body import CHAT_URL, COMPLETIONS_URL, answer_body, body_fields
 from lorabatch_producer.openai_choices import only_one_streams
 from lorabatch_producer.server import bodies
@@ -93,14 +94,15 @@ async def _complete(
 
 
 def _with_usage(body: dict[str, Any]) -> bool:
-    options = body.get("stream_options")
-    options = {} if options is None else options
-    wanted = options.get("include_usage", False) if isinstance(options, dict) else None
-    if not isinstance(wanted, bool):
+    given = body.get("stream_options")
+    options = without_nulls(given) if isinstance(given, dict) else {}
+    wanted = options.get("include_usage", False)
+    if not isinstance(given, dict | None) or not isinstance(wanted, bool):
         raise InvalidJob(
             f"stream_options: wanted an object with include_usage, true or false "
-            f"(got {shown(options)})"
+            f"(got {shown(given)})"
         )
+    only_these(options, {"include_usage"}, {"include_obfuscation": (False,)}, "stream_options.")
     return wanted
 
 

@@ -117,13 +117,14 @@ def test_tgis_own_path_streams(http: httpx.Client, ledger: Ledger) -> None:
 def test_what_is_refused_is_refused_before_it_begins(client: openai.OpenAI, http: Any) -> None:
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="none", messages=MESSAGES, stream=True)
-    with pytest.raises(openai.BadRequestError, match="stream_options"):
-        client.chat.completions.create(
-            model="sql",
-            messages=MESSAGES,
-            stream=True,
-            stream_options={"include_usage": 3},  # type: ignore[arg-type]
-        )
+    for options in ({"include_usage": 3}, {"include_usage": True, "continuous": True}, []):
+        with pytest.raises(openai.BadRequestError, match="stream_options"):
+            client.chat.completions.create(
+                model="sql",
+                messages=MESSAGES,
+                stream=True,
+                stream_options=options,  # type: ignore[call-overload]
+            )
     body = {"inputs": "x", "parameters": {"adapter_id": "none"}}
     assert http.post("/generate_stream", json=body).status_code == 422
 
