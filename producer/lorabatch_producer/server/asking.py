@@ -71,6 +71,9 @@ class Asking:
             again = "it goes on, and the same request with its Idempotency-Key waits for it again"
             raise WaitTimeout(f"job {job_id!r}: {why}; {again}")
         await self.desk.cancel(job_id)
+        ended = await self.desk.result(job_id)
+        if ended is not None and ended.state != "cancelled":  # since the last look
+            return ended
         again = "it was cancelled; ask with an Idempotency-Key to have it go on"
         raise WaitTimeout(f"job {job_id!r}: {why}; {again}")
 

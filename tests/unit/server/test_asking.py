@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 
 from lorabatch import Ledger, Settings
 from lorabatch.tables import jobs
+from lorabatch_producer.server.desk import Desk
 from tests.http_server import served
-from tests.played_worker import working
+from tests.played_worker import run_queued, working
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 WAIT_S = 15.0
@@ -57,6 +59,22 @@ def test_waiting_has_a_limit(http_settings: Settings, ledger: Ledger, path: str)
         again = httpx.post(url + path, json=ASK[path], headers=KEY, timeout=60.0)
     assert "None: a" in again.text
     assert states(ledger) == {"order 7": "succeeded", "-": "cancelled"}
+
+
+def test_what_ended_after_the_last_look_is_answered(
+    http_settings: Settings, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the ledger, and paid for."""
+
+    async def missed(desk: Desk, job_id: str, timeout_s: float) -> None:
+        await asyncio.to_thread(run_queued, ledger)
+        await asyncio.sleep(timeout_s)
+
+    monkeypatch.setattr(Desk, "outcome", missed)
+    short = http_settings.model_copy(update={"http_wait_s": 0.2})
+    with served(short) as url, httpx.Client(base_url=url, timeout=60.0) as http:
+        answer = http.post(TGI, json=ASK[TGI])
+    assert (answer.status_code, answer.json()) == (200, {"generated_text": "None: a"})
 
 
 def message(answer: httpx.Response) -> str:
