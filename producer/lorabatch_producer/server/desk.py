@@ -14,7 +14,8 @@ from typing import ParamSpec, Self, TypeVar
 from fastapi import Request
 
 from lorabatch import Job, Ledger, Result, Settings
-from lorabatch.errors import JobNotFound
+from lorabatch.errors import JobNotFound, shown
+from lorabatch.fields import is_identifier
 from lorabatch.queue import resolve_broker
 from lorabatch.result import JobState
 from lorabatch.streams import Followed, Piece
@@ -126,9 +127,10 @@ class Desk:
 
     async def state(self, job_id: str, tenant: str) -> JobState:
         """Raises JobNotFound, for a job of somebody else too."""
-        found = await self.call(self.ledger.states, [job_id], tenant)
+        known = is_identifier(job_id)  # PostgreSQL cannot be asked for a NUL
+        found = await self.call(self.ledger.states, [job_id], tenant) if known else {}
         if job_id not in found:
-            raise JobNotFound(f"job {job_id!r}: no such job")
+            raise JobNotFound(f"job {shown(job_id)}: no such job")
         return found[job_id]
 
     async def result(self, job_id: str) -> Result | None:

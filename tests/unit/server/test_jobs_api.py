@@ -70,6 +70,13 @@ def test_an_idempotency_key_names_one_job(http: httpx.Client, ledger: Ledger) ->
     assert ledger.counts() == {"queued": 1}
 
 
+def test_what_can_be_no_jobs_id_is_not_there(http: httpx.Client) -> None:
+    for job_id in ("%00", "a%00b", "%0A", "x" * 3000):
+        for answer in (http.get(f"/jobs/{job_id}"), http.delete(f"/jobs/{job_id}")):
+            assert (answer.status_code, answer.json()["code"]) == (404, "job_not_found")
+            assert len(answer.text) < 500
+
+
 def test_another_tenants_job_is_not_there(http: httpx.Client) -> None:
     mine = {"LoraBatch-Tenant": "acme"}
     job_id = http.post("/jobs", json=JOB, headers=mine).json()["job_id"]
