@@ -76,6 +76,7 @@ __all__ = [
 ]
 
 SHOWN_VALUE_CHARS = 80
+MANY = 1000
 PROMPTS = ("prompt", "content")
 
 
@@ -219,14 +220,17 @@ def shown(value: object) -> str:
 
 
 def explain(error: ValidationError, prefix: str = "") -> str:
-    """One line for a pydantic error: each field, what is wanted, and the value seen."""
+    """One line for a pydantic error: each field, what is wanted, and the value seen. Of more than
+    MANY, which nobody sends by mistake, only how many they are: to name them costs 10 us each."""
+    if error.error_count() > MANY:
+        return f"{error.error_count():,} fields or items are wrong, too many to name; send fewer"
     items = error.errors(include_url=False, include_context=False)
     inner = {item["loc"][:n] for item in items for n in range(1, len(item["loc"]))}
     parts = []
     for item in items:
         if item["loc"] in inner:
             continue  # it is only wrong because of what is wrong inside it
-        field = prefix + ".".join(str(x) for x in item["loc"])
+        field = prefix + ".".join(str(x)[:SHOWN_VALUE_CHARS] for x in item["loc"])
         where = f"{field}: " if field else ""
         wanted = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":

@@ -34,6 +34,7 @@ from lorabatch_producer.server.document import ABOUT, document
 from lorabatch_producer.server.keyed import Keyed
 from lorabatch_producer.server.metrics import Counted, Numbers
 from lorabatch_producer.server.models import Models
+from lorabatch_producer.server.openai_batches import BATCHES_PATH, NEW_BATCH_BYTES
 from lorabatch_producer.server.openai_files import FILES_PATH
 from lorabatch_producer.server.problems import answer_errors
 from lorabatch_producer.server.rate_gate import RateHeaders
@@ -66,10 +67,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,  # theirs load scripts from elsewhere
         redoc_url=None,
     )
-    files = {FILES_PATH: known.http_max_file_bytes + OVERHEAD_BYTES}
-    app.add_middleware(
-        BodyLimit, limit_bytes=known.http_max_body_bytes, others=files, read_s=known.http_read_s
-    )
+    most = known.http_max_body_bytes
+    others = {
+        FILES_PATH: known.http_max_file_bytes + OVERHEAD_BYTES,
+        BATCHES_PATH: min(most, NEW_BATCH_BYTES),
+    }
+    app.add_middleware(BodyLimit, limit_bytes=most, others=others, read_s=known.http_read_s)
     app.add_middleware(RateHeaders)
     app.add_middleware(Keyed, settings=known)
     app.state.numbers = Numbers()

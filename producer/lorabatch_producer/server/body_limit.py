@@ -20,8 +20,8 @@ COMPRESSED = "Content-Encoding: wanted none; send the body as it is"
 
 
 class BodyLimit:
-    """Around an app. `others`: the limits of paths that have their own, to which so much may be
-    sent that each piece, and not the whole, must come within `read_s`."""
+    """Around an app. `others`: the limits of paths that have their own. Where more may be sent than
+    elsewhere, each piece, and not the whole, must come within `read_s`."""
 
     def __init__(
         self, app: ASGIApp, limit_bytes: int, others: Mapping[str, int], read_s: float
@@ -42,7 +42,7 @@ class BodyLimit:
             if _announced(scope) > limit_bytes:
                 await answer(scope["path"], (413, CODES[413], why))(scope, receive, send)
                 return
-            pieces = scope["path"] in self._others
+            pieces = limit_bytes > self._limit_bytes
             receive = _counting(_timed(receive, self._read_s, pieces), limit_bytes, why)
         await self._app(scope, receive, send)
 

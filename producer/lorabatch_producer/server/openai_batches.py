@@ -25,9 +25,11 @@ from lorabatch_producer.server.desk import Desk, desk_of
 from lorabatch_producer.server.paging import Page, page_of
 from lorabatch_producer.server.webhooks import check_webhook
 
-__all__ = ["router"]
+__all__ = ["BATCHES_PATH", "NEW_BATCH_BYTES", "router"]
 
-router = APIRouter(prefix="/v1/batches", tags=["batches"])
+BATCHES_PATH = "/v1/batches"
+NEW_BATCH_BYTES = 1 << 17  # twice what the longest may have; FastAPI names each of a million errors
+router = APIRouter(prefix=BATCHES_PATH, tags=["batches"])
 WINDOWS_S = {"24h": 86_400.0}
 PREFIX = "batch_"
 EXAMPLE: dict[str, Any] = {

@@ -71,6 +71,7 @@ STATUSES: dict[type[LoraBatchError], int] = {  # the first that fits
 }
 CODES = {413: "body_too_large"}  # http's own name for it has changed
 COME_AGAIN_S = 5
+SHOWN_ERRORS = 100
 AWAY = "the {} did not answer, or is not ready; come again later"
 Told = tuple[int, str, str]
 """Status, code and text of an error."""
@@ -175,7 +176,7 @@ def _methods(app: FastAPI, path: str) -> list[str]:
 
 def _explained(error: RequestValidationError) -> str:
     parts = []
-    for item in error.errors():
+    for item in error.errors()[:SHOWN_ERRORS]:
         where = ".".join(str(part) for part in item["loc"])
         parts.append(f"{where}: {item['msg']}")
     return "; ".join(parts)

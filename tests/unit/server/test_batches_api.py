@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import sqlalchemy as sa
@@ -15,7 +16,7 @@ from lorabatch import Ledger, Settings
 from lorabatch.tables import files
 from lorabatch_producer.server import batch_steps, batch_work
 from tests.http_server import served
-from tests.openai_client import batch_of, client_of, ended, line, lines_in
+from tests.openai_client import CHAT_URL, batch_of, client_of, ended, line, lines_in
 from tests.played_worker import by_adapter, working
 
 
@@ -124,6 +125,17 @@ def test_what_is_no_batch_is_refused(client: openai.OpenAI, ledger: Ledger) -> N
             client.post("/batches", body={**good, **wrong}, cast_to=object)
         assert refused.value.status_code in statuses, wrong
     assert client.batches.list().data == []
+
+
+def test_a_new_batch_is_a_small_body(http: httpx.Client) -> None:
+    """Each of its items may be an error, and a million took the server ten seconds."""
+    for number, status in ((5000, 400), (20_000, 413)):
+        answer = http.post("/v1/batches", json={f"field {n}": 1 for n in range(number)})
+        assert answer.status_code == status
+        assert len(answer.text) < 20_000
+    longest = {f"{n:064}": "\u00e9" * 512 for n in range(16)}
+    asked = {"input_file_id": "x", "endpoint": CHAT_URL, "completion_window": "24h"}
+    assert http.post("/v1/batches", json={**asked, "metadata": longest}).status_code == 404
 
 
 def test_a_key_makes_one_batch(url: str, client: openai.OpenAI) -> None:
