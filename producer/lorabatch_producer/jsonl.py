@@ -7,6 +7,7 @@ Raises nothing for bad content; it yields a Refused in place of the row.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from json import JSONDecodeError
 from typing import Any, BinaryIO
@@ -80,7 +81,7 @@ def _decode(raw: bytes, whole: bool) -> dict[str, Any]:
 def _no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        times = Counter(name for name, _ in pairs)
+        twice = next(name for name in times if times[name] > 1)
         raise ValueError(f"the field {shown(twice)} is given twice")
     return fields

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import uuid
 from typing import Any
 
@@ -189,3 +191,16 @@ def test_no_values_can_make_it_raise(fields: dict[str, Any], form: str) -> None:
 def test_every_line_is_accounted_for(lines: list[bytes]) -> None:
     found = read(b"\n".join(lines))
     assert [f.number for f in found] == [i for i, raw in enumerate(lines, 1) if raw]
+
+
+def test_a_field_given_twice_is_found_in_time_however_many_there_are() -> None:
+    """A line that took hours would hold up all batches of its server."""
+    code = (
+        "import io\n"
+        "from lorabatch_producer.jsonl import Refused, json_rows\n"
+        "fields = ','.join(f'\"{n}\":0' for n in [*range(200_000), 199_999])\n"
+        "((_, row),) = json_rows(io.BytesIO(('{' + fields + '}').encode()))\n"
+        "assert isinstance(row, Refused)\n"
+        "assert \"the field '199999' is given twice\" in str(row)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
