@@ -182,3 +182,20 @@ def test_headers_are_no_way_into_an_answer_or_a_name(http: httpx.Client, ledger:
     too_long = http.post("/jobs", json=body("/jobs"), headers={"Idempotency-Key": "a" * 256})
     assert too_long.status_code == 422
     assert ledger.counts() == {}
+
+
+def test_a_body_that_was_refused_ends_no_later_request(http: httpx.Client) -> None:
+    """It came after its answer, as clients send it that write headers and body apart."""
+    job_id = http.post("/jobs", json={"prompt": "a"}).json()["job_id"]
+    place = urlsplit(str(http.base_url))
+    late = "POST /jobs HTTP/1.1\r\nHost: a\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n"
+    wait_s = serving.LINGER_S + 1
+    look = f"GET /jobs/{job_id}?wait_s={wait_s} HTTP/1.1\r\nHost: a\r\n\r\n"
+    with socket.create_connection((place.hostname, place.port), timeout=60) as connection:
+        connection.sendall(late.encode())
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 415")
+        connection.sendall(b"{}" + look.encode())
+        heard = b""
+        while b'"queued"' not in heard and (more := connection.recv(10_000)):
+            heard += more
+    assert b"HTTP/1.1 200" in heard

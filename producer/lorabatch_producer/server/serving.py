@@ -82,7 +82,12 @@ class _Timed(H11Protocol):
         """A body that was answered before it had come, because it was refused, may never end."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
-            self.loop.call_later(LINGER_S, self.transport.close)
+            self.loop.call_later(LINGER_S, self._linger, self.cycle)
+
+    def _linger(self, cycle: object) -> None:
+        """A body that has come meanwhile was the end of its request, and others may have begun."""
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
