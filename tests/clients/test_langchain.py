@@ -8,9 +8,10 @@ from typing import Literal
 import openai
 import pytest
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel, SecretStr
 
+from lorabatch.settings import DEFAULT_BASE_MODEL as BASE_MODEL
 from tests.clients.service import Service
 
 ASK = "How many books are there?"
@@ -38,6 +39,21 @@ def test_chat(service: Service) -> None:
     assert "SELECT" in str(answer.content)
     assert answer.usage_metadata
     assert answer.usage_metadata["output_tokens"] > 0
+
+
+def test_completion(service: Service) -> None:
+    """LangChain sends a list of one prompt."""
+    model = OpenAI(
+        model=BASE_MODEL,
+        base_url=service.openai_url,
+        api_key=SecretStr(service.key),
+        temperature=0,
+        max_tokens=8,
+        max_retries=0,
+    )
+    told = model.invoke("Once upon a time")
+    assert len(told) > 8
+    assert "".join(model.stream("Once upon a time")) == told
 
 
 def test_chat_stream(service: Service) -> None:
