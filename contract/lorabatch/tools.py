@@ -27,6 +27,7 @@ __all__ = [
     "ToolCall",
     "ToolChoice",
     "check_tools",
+    "tools_bytes",
 ]
 
 CALL_BEGINS: Final = "<tool_call>"
@@ -104,7 +105,7 @@ class ToolCall(Model):
 
 def check_tools(tools: tuple[Tool, ...], choice: ToolChoice) -> None:
     """Whether all together are small enough, and the chosen one is there."""
-    if sum(len(tool.model_dump_json(exclude_none=True).encode()) for tool in tools) > MAX_BYTES:
+    if tools_bytes(tools) > MAX_BYTES:
         raise ValueError(f"tools: wanted {MAX_BYTES} bytes of JSON at most, all together")
     names = [tool.function.name for tool in tools]
     if isinstance(choice, NamedTool) and choice.function.name not in names:
@@ -112,3 +113,8 @@ def check_tools(tools: tuple[Tool, ...], choice: ToolChoice) -> None:
             f"tool_choice: there is no tool {choice.function.name!r}; wanted one of "
             f"{', '.join(names)}"
         )
+
+
+def tools_bytes(tools: tuple[Tool, ...]) -> int:
+    """Of all of them, as JSON."""
+    return sum(len(tool.model_dump_json(exclude_none=True).encode()) for tool in tools)

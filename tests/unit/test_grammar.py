@@ -40,6 +40,21 @@ def test_end_tokens_of_the_adapter_end_it_and_nothing_else_does(tokenizer: Any) 
     grammars.close()
 
 
+def test_end_tokens_of_one_job_are_not_those_of_the_next(tokenizer: Any) -> None:
+    """They have the same tokenizer, and the first one's adapter has end tokens of its own."""
+    grammars = Grammars()
+    wanted = StructuredOutputs(regex="a")
+    end = tokenizer.eos_token_id
+    (a,) = tokenizer("a")["input_ids"]
+    for ends in ({0, a, end}, {end}, {a + 1}):
+        grammar = grammars.grammar_of("j", wanted, tokenizer, frozenset(ends))
+        if a not in ends:
+            assert allowed(grammar) == {a}
+            grammar.take(a)
+            assert allowed(grammar) == ends
+    grammars.close()
+
+
 def allowed(grammar: Grammar) -> set[int]:
     mask = np.zeros(grammar.words, np.uint32)
     grammar.fill(mask)

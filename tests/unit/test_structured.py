@@ -25,7 +25,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "seed": 3},
     {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
 )
-CHOICE = ('a "b"\\', "second\nline", "ü")
+CHOICE = ('a "b"\\', "second\nline", "ü", "\x7f")
 
 
 def constrained(names: list[str]) -> dict[str, tuple[Job, Any]]:

@@ -30,11 +30,12 @@ class Grammar:
     """Of one sequence: what the job's grammar still allows. `words` of a mask."""
 
     def __init__(self, matcher: Any, words: int, own_end: int, end_ids: frozenset[int]) -> None:
-        """`own_end`: the end token that the matcher knows; `end_ids`: all that end the sequence."""
+        """`own_end`: the end token that the matcher knows; `end_ids`: all that end the sequence,
+        which it may be none of."""
         self._matcher = matcher
         self.words = words
         self._own_end = own_end
-        self._end_ids = sorted(end_ids)
+        self._end_ids = end_ids
         self.failed = False
         """It got too complex, or nothing is allowed any more."""
 
@@ -49,11 +50,11 @@ class Grammar:
             size = self.words * WORD // 8
             self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, size)
             may_end = _bit(mask, self._own_end)
-            for token in self._end_ids:
+            for token in {self._own_end} | self._end_ids:
                 word, bit = divmod(token, WORD)
                 if word < len(mask):
                     mask[word] &= ~np.uint32(1 << bit)
-                    mask[word] |= np.uint32(may_end << bit)
+                    mask[word] |= np.uint32((may_end and token in self._end_ids) << bit)
             self.failed = self._matcher.is_error() or not mask.any()
 
 

@@ -41,7 +41,8 @@ def _form(wanted: StructuredOutputs) -> str:
         return LLMatcher.grammar_from_regex(wanted.regex)
     if wanted.choice is not None:
         texts = (json.dumps(text, ensure_ascii=False) for text in wanted.choice)
-        return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
+        grammar = f"start: {' | '.join(texts)}"
+        return LLMatcher.grammar_from_lark(grammar.replace("\x7f", r"\u007f"))  # it reads no DEL
     schema = wanted.json_schema or ANY_OBJECT
     return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)  # type: ignore[arg-type]
 

@@ -43,14 +43,16 @@ class _Refused(NamedTuple):
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance has it, and the grammars that were compiled for it."""
+    """A tokenizer as llguidance has it, and the grammars that were compiled for it. `end_id`: what
+    ends a text for them; jobs' own end tokens differ, and one job's must not be all others'."""
 
-    def __init__(self, tokenizer: Any, end_id: int) -> None:
+    def __init__(self, tokenizer: Any, end_ids: frozenset[int]) -> None:
         from llguidance.hf import from_tokenizer
 
-        self.tokenizer = from_tokenizer(tokenizer, eos_token=end_id)
+        own = tokenizer.eos_token_id
+        self.end_id: int = min(end_ids) if own is None else own
+        self.tokenizer = from_tokenizer(tokenizer, eos_token=self.end_id)
         self.words = -(-self.tokenizer.vocab_size // WORD)
-        self.end_id = end_id
         self.known: OrderedDict[str, Any] = OrderedDict()
 
 
@@ -82,7 +84,7 @@ class Grammars:
         with self._lock:
             vocabulary = self._vocabularies.get(tokenizer)
             if vocabulary is None:
-                vocabulary = self._vocabularies[tokenizer] = _Vocabulary(tokenizer, min(end_ids))
+                vocabulary = self._vocabularies[tokenizer] = _Vocabulary(tokenizer, end_ids)
             found = vocabulary.known.get(text)
             if found is None or (isinstance(found, _Refused) and _is_old(found)):
                 found = vocabulary.known[text] = self._compiled(job_id, text, vocabulary)
