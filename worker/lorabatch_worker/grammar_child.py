@@ -3,14 +3,16 @@
 A grammar comes with a job, and its compiler can be made to take minutes, gigabytes, or to overrun
 its stack, which ends the process it is in. Started by `grammars.py` as a file of its own, so that
 it imports nothing of ours, and no torch. Its one argument is how many bytes it may map beyond what
-it needs itself. A request holds the grammar, the compiler's limits, and end_s, after which the
-kernel ends the process; an empty one is answered, too. An answer holds `why` it is refused, or
-null. It has a quarter of the stack that threads usually have: what passes here has room elsewhere.
-Raises nothing on purpose.
+it needs itself. A request holds the grammar, the compiler's limits, held_bytes that the compiled
+grammar may hold, and end_s, after which the kernel ends the process; an empty one is answered, too.
+An answer holds `why` it is refused, or null. It has a quarter of the stack that threads usually
+have: what passes here has room elsewhere. Raises nothing on purpose. Not covered: held_bytes where
+the C library is not glibc 2.33 or later.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -19,7 +21,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import llguidance
 
@@ -28,6 +30,13 @@ __all__ = ["main"]
 STACK_BYTES = 2 << 20
 STATM = Path("/proc/self/statm")
 END = 256
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's struct mallinfo2. Its hblkhd and uordblks are bytes in use, mapped and other ones."""
+
+    _fields_: ClassVar = [("of", ctypes.c_size_t * 10)]
+    HBLKHD, UORDBLKS = 4, 7
 
 
 class _Bytes:
@@ -74,22 +83,35 @@ def limit(allowance: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, soft))
 
 
+def allocated() -> int:
+    """Bytes in use; 0 where the C library does not say."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return 0
+    mallinfo2.restype = _Mallinfo
+    info = mallinfo2()
+    return int(info.of[info.HBLKHD] + info.of[info.UORDBLKS])
+
+
 def problem(tokenizer: Any, request: Mapping[str, Any]) -> str | None:
     """Why the grammar cannot be used, or its first token cannot be found."""
-    found: list[str] = []
+    found = ["the compiler failed"]
 
     def compile_it() -> None:
+        before = allocated()
         limits = llguidance.LLParserLimits(**request["limits"])
         matcher = llguidance.LLMatcher(tokenizer, request["grammar"], limits=limits, log_level=0)
         if not matcher.is_error():
             matcher.compute_bitmask()
-        found.append(matcher.get_error())
+        held, most = allocated() - before, request["held_bytes"]
+        over = f"it takes {held >> 20} MiB when compiled, allowed {most >> 20}; make it simpler"
+        found[0] = matcher.get_error() or (over if held > most else "")
 
     threading.stack_size(STACK_BYTES)
     thread = threading.Thread(target=compile_it)
     thread.start()
     thread.join()
-    return (found[0] if found else "the compiler failed") or None
+    return found[0] or None
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ __all__ = ["Grammars"]
 BOUND_S = 5.0
 START_S = 120.0
 MEMORY_BYTES = 256 << 20
+HELD_BYTES = 16 << 20  # 3,000 properties take 13 MB; each job in hand may hold as much
 KEPT = 128
 RETRY_S = 60.0
 SHOWN_CHARS = 300
@@ -123,7 +124,8 @@ class Grammars:
 
     def _tried(self, job_id: str, text: str) -> str | None:
         """What is wrong with it, according to the child."""
-        request = {"grammar": text, "limits": LIMITS, "end_s": 2 * self.bound_s + 1}
+        bounds = {"held_bytes": HELD_BYTES, "end_s": 2 * self.bound_s + 1}
+        request = {"grammar": text, "limits": LIMITS, **bounds}
         line = json.dumps(request).encode() + b"\n"
         for _ in range(2):  # it may have died for a reason of its own, while it was idle
             child = self._started(job_id)
