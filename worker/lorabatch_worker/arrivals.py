@@ -1,20 +1,21 @@
 """Jobs between `submit` and the scheduler: adapter, chat template, tokens.
 
-They are prepared on the adapter store's threads; the engine's thread takes what is ready before
-each step, with the aborts of what it has already. A job that cannot be prepared ends as a failed
-outcome with a code of the error tree. No more than `room` jobs wait here for adapters that are
-being fetched: the newest beyond that are postponed, or those of a dead source would be all that
-this worker has. All methods may be called from any thread.
+They are prepared on the adapter store's threads, or aside (aside.py); the engine's thread takes
+what is ready before each step, with the aborts of what it has already. A job that cannot be
+prepared ends as a failed outcome with a code of the error tree. No more than `room` jobs wait here
+for adapters that are being fetched, or for what is held up: the newest beyond that, of the tenants
+that have most of them, are postponed, or those of a dead source or of hostile grammars would be all
+that this worker has. All methods may be called from any thread.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 from lorabatch.ledger import Claim, Outcome
@@ -22,6 +23,7 @@ from lorabatch.result import ErrorInfo
 from lorabatch_worker.adapters.store import AdapterStore, Loading
 from lorabatch_worker.adapters.wanted import Wanted, WantedMerge, wanted_by
 from lorabatch_worker.adapters.weights import Adapter
+from lorabatch_worker.aside import Aside
 from lorabatch_worker.outcome import aborted, explained, failed
 from lorabatch_worker.retry import Stopped
 from lorabatch_worker.runner import Postpone
@@ -33,6 +35,13 @@ __all__ = ["Arrivals"]
 class _Preparing(NamedTuple):
     claim: Claim
     adapter: Loading | None = None
+    aside: Aside | None = None
+
+    @property
+    def is_kept_waiting(self) -> bool:
+        if self.aside is not None:
+            return self.aside.is_held_up
+        return self.adapter is not None and self.adapter.fetching and not self.adapter.done()
 
 
 class Arrivals:
@@ -46,7 +55,7 @@ class Arrivals:
         report: Callable[[List[Outcome]], None],
         room: int,
     ) -> None:
-        """`room`: how many may wait for fetches once there is a `postpone`."""
+        """`room`: how many may be kept waiting once there is a `postpone`."""
         self.postpone: Postpone | None = None
         self.preparing: dict[str, _Preparing] = {}
         self.ready: list[Sequence] = []
@@ -57,8 +66,8 @@ class Arrivals:
         self._base_model = base_model
         self._report = report
         self._room = room
-        self._rendering = ThreadPoolExecutor(1, "render")
-        self._compiling = ThreadPoolExecutor(1, "grammar")
+        self._rendering = Aside("render")
+        self._compiling = Aside("grammar")
         self._changed = threading.Condition()
         self._woken = False
 
@@ -133,7 +142,7 @@ class Arrivals:
     def close(self) -> dict[str, Claim]:
         """What is left, by job. An adapter that comes after this reports nothing."""
         for aside in (self._rendering, self._compiling):
-            aside.shutdown(wait=False, cancel_futures=True)
+            aside.close()
         with self._changed:
             left = {s.job_id: s.claim for s in self.ready}
             left |= {job_id: one.claim for job_id, one in self.preparing.items()}
@@ -144,8 +153,8 @@ class Arrivals:
         if self.postpone is None or len(self.preparing) <= self._room:
             return
         with self._changed:
-            fetched = [one for one in self.preparing.values() if _is_fetched(one.adapter)]
-            surplus = [one.claim for one in fetched[self._room :]]
+            waiting = (one.claim for one in self.preparing.values() if one.is_kept_waiting)
+            surplus = _in_turn(waiting)[self._room :]
             for claim in surplus:
                 del self.preparing[claim.job.job_id]
         if surplus:
@@ -168,23 +177,29 @@ class Arrivals:
 
     def _prepare_all(self, claims: list[Claim], adapter: Adapter | None) -> None:
         """What an adapter's own template or a job's grammar takes must hold up neither this thread
-        nor other jobs."""
-        groups: dict[ThreadPoolExecutor | None, list[Claim]] = defaultdict(list)
+        nor other tenants' jobs."""
+        here = []
         for claim in claims:
-            groups[self._aside(claim, adapter)].append(claim)
-        self._prepare(groups.pop(None, []), adapter)
-        for aside, group in groups.items():
-            assert aside is not None
-            with contextlib.suppress(RuntimeError):  # the engine stops: the jobs are handed back
-                aside.submit(self._prepare, group, adapter)
+            aside = self._aside(claim, adapter)
+            if aside is None:
+                here.append(claim)
+                continue
+            with self._changed:
+                if self._has(claim):
+                    self.preparing[claim.job.job_id] = _Preparing(claim, aside=aside)
+            aside.put(claim.job.tenant, partial(self._prepare, [claim], adapter))
+        self._prepare(here, adapter)
 
-    def _aside(self, claim: Claim, adapter: Adapter | None) -> ThreadPoolExecutor | None:
+    def _aside(self, claim: Claim, adapter: Adapter | None) -> Aside | None:
         if adapter is not None and adapter.chat_template and claim.job.messages is not None:
             return self._rendering
         return self._compiling if claim.job.constrained else None
 
     def _prepare(self, claims: list[Claim], adapter: Adapter | None) -> None:
         for claim in claims:
+            with self._changed:
+                if not self._has(claim):
+                    continue
             try:
                 sequence = self._sequence_of(claim, adapter)
             except Exception as error:  # noqa: BLE001 - no job may stay unreported
@@ -211,5 +226,11 @@ class Arrivals:
         return preparing is not None and preparing.claim is claim
 
 
-def _is_fetched(adapter: Loading | None) -> bool:
-    return adapter is not None and adapter.fetching and not adapter.done()
+def _in_turn(claims: Iterable[Claim]) -> list[Claim]:
+    """The first one of each tenant, then the second ones, and so on."""
+    places = Counter[str]()
+    found = []
+    for claim in claims:
+        found.append((places[claim.job.tenant], claim))
+        places[claim.job.tenant] += 1
+    return [claim for _, claim in sorted(found, key=lambda pair: pair[0])]

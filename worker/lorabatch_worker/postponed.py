@@ -1,9 +1,10 @@
 """Jobs that the runner gave up for now: back to the ledger, and their messages back to the broker.
 
-Their adapter is being fetched, and there are so many of them that others could not be taken. First
-the ledger has them as queued, then the broker is told to give their messages out again after
-AGAIN_S, to any worker: nothing is kept here, and nothing is lost if this worker dies. If the
-adapter has not come by then, the same happens again. Raises nothing; an outage is waited out.
+Their adapter is being fetched, or others of their tenant take long to prepare, and there are so
+many of them that others could not be taken. First the ledger has them as queued, then the broker is
+told to give their messages out again after AGAIN_S, to any worker: nothing is kept here, and
+nothing is lost if this worker dies. If they must still wait then, the same happens again. Raises
+nothing; an outage is waited out.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["Postponed"]
 
 log = structlog.get_logger(__name__)
 
-ON_ITS_WAY = "its adapter is on its way"
+ON_ITS_WAY = "what it needs is on its way"
 
 
 class Postponed:
