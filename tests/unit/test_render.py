@@ -38,8 +38,8 @@ def render(renderer: TemplateRenderer, template: str) -> str:
 
 
 def child_of(renderer: TemplateRenderer) -> Any:
-    assert renderer._child is not None
-    return renderer._child._process
+    assert renderer._children.child is not None
+    return renderer._children.child._process
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_messages_over_the_bound_do_not_reach_the_child() -> None:
     renderer = TemplateRenderer(max_chars=10)
     with pytest.raises(InvalidJob, match="job 'j': its messages have 30 .* allowed 10"):
         render(renderer, "{{ 1 }}")
-    assert renderer._child is None
+    assert renderer._children.child is None
 
 
 def test_a_child_that_died_is_replaced(renderer: TemplateRenderer, sound: str) -> None:
@@ -147,10 +147,10 @@ def test_a_template_over_time_twice_is_left_alone_for_a_while(sound: str) -> Non
     for _ in range(2):
         with pytest.raises(InvalidAdapter, match="was not done after 0.3 s"):
             render(renderer, ENDLESS)
-    assert renderer._child is None
+    assert renderer._children.child is None
     with pytest.raises(InvalidAdapter, match="job 'k': .* 2 times in a row.* another 3600 s"):
         renderer.render("k", ENDLESS, TALK, SPECIAL)
-    assert renderer._child is None
+    assert renderer._children.child is None
     renderer.bound_s = 5.0
     assert render(renderer, CHATML) == sound
     renderer.close()

@@ -94,5 +94,5 @@ def test_a_grammar_over_its_time_is_remembered(tokenizer: Any) -> None:
     for name in ("one", "two"):
         with pytest.raises(InvalidJob, match=f"'{name}': .* not compiled after 0.05 s"):
             grammars.grammar_of(name, slow, tokenizer, frozenset({2}))
-    assert grammars._child is None, "the second one was not tried"
+    assert grammars._children.child is None, "the second one was not tried"
     grammars.close()

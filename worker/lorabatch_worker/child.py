@@ -1,19 +1,28 @@
 """A process of our own that does what may take the one it is in along, under bounds.
 
-It runs one of our files by itself and is asked by lines. Raises TimeoutError and EOFError. Used
-under its owner's lock.
+It runs one of our files by itself and is asked by lines. Raises TimeoutError, EOFError and, where
+no process starts, EngineFault.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import selectors
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Child"]
+from lorabatch.errors import EngineFault
+
+__all__ = ["Child", "Children"]
+
+START_S = 120.0  # one imports transformers without torch: 0.8 s on two idle cores
+TRIES = 2  # it may have died for a reason of its own, while it was idle
 
 # No secret of the worker's lies where what got out of a sandbox could read it.
 ENVIRONMENT = {
@@ -85,3 +94,63 @@ class Child:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+class Children:
+    """One at a time, from the first question on, and a new one after each that was ended. All but
+    `close` is used under the lock. `what` they do, for errors."""
+
+    def __init__(self, script: Path, memory_bytes: int, what: str) -> None:
+        self.lock = threading.Lock()
+        self.child: Child | None = None
+        self.memory_bytes = memory_bytes
+        self._script = script
+        self._what = what
+        self._end_child: weakref.finalize[..., Any] | None = None
+        self._closed = False
+
+    def answer(self, job_id: str, line: bytes, bound_s: float) -> tuple[dict[str, Any], float]:
+        """What it says, and in how many seconds, not counting its start. Raises TimeoutError, and
+        EOFError if TRIES of them died."""
+        for _ in range(TRIES):
+            child = self._started(job_id)
+            started_s = time.monotonic()
+            try:
+                said = child.ask(line, bound_s)
+            except TimeoutError:
+                self.end()
+                raise
+            except EOFError:
+                self.end()
+                continue
+            return json.loads(said), time.monotonic() - started_s
+        raise EOFError
+
+    def end(self) -> None:
+        """The next question goes to a new one."""
+        if self._end_child is not None:
+            self._end_child()
+        self.child = self._end_child = None
+
+    def close(self) -> None:
+        """End the child; what it is asked just now ends as EngineFault."""
+        self._closed = True
+        child = self.child
+        if child is not None:
+            child.kill()
+        with self.lock:
+            self.end()
+
+    def _started(self, job_id: str) -> Child:
+        """It says a line when it is ready."""
+        if not self._closed and self.child is None:
+            child = self.child = Child(self._script, self.memory_bytes)
+            self._end_child = weakref.finalize(self, child.end)
+            try:
+                child.ask(b"", START_S)
+            except (TimeoutError, EOFError):
+                self.end()
+        if self._closed or self.child is None:
+            why = "is closed" if self._closed else "did not start; see the worker's error output"
+            raise EngineFault(f"job {job_id!r}: the process that {self._what} {why}")
+        return self.child

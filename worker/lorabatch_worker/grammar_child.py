@@ -4,10 +4,10 @@ A grammar comes with a job, and its compiler can be made to take minutes, gigaby
 its stack, which ends the process it is in. Started by `grammars.py` as a file of its own, so that
 it imports nothing of ours, and no torch. Its one argument is how many bytes it may map beyond what
 it needs itself. A request holds the grammar, the compiler's limits, held_bytes that the compiled
-grammar may hold, and end_s, after which the kernel ends the process; an empty one is answered, too.
-An answer holds `why` it is refused, or null. It has a quarter of the stack that threads usually
-have: what passes here has room elsewhere. Raises nothing on purpose. Not covered: held_bytes where
-the C library is not glibc 2.33 or later.
+grammar may hold, and end_s, after which the kernel ends the process. An answer holds `why` it is
+refused, or null; there is one before the first request. It has a quarter of the stack that threads
+usually have: what passes here has room elsewhere. Raises nothing on purpose. Not covered:
+held_bytes where the C library is not glibc 2.33 or later.
 """
 
 from __future__ import annotations
@@ -58,18 +58,17 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is not an answer
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()), slices=[])
     limit(int(sys.argv[1]))
+    why = None
     while True:
+        answers.write(json.dumps({"why": why}).encode() + b"\n")
+        answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
         line = sys.stdin.buffer.readline()
         if not line.endswith(b"\n"):
             return
         request = json.loads(line)
-        why = None
-        if request:
-            signal.setitimer(signal.ITIMER_REAL, request["end_s"])
-            why = problem(tokenizer, request)
-        answers.write(json.dumps({"why": why}).encode() + b"\n")
-        answers.flush()
+        signal.setitimer(signal.ITIMER_REAL, request["end_s"])
+        why = problem(tokenizer, request)
 
 
 def limit(allowance: int) -> None:

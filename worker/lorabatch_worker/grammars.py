@@ -9,21 +9,19 @@ RETRY_S what was refused. Raises InvalidJob, EngineFault. Thread-safe.
 from __future__ import annotations
 
 import json
-import threading
 import time
 import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorabatch.errors import EngineFault, InvalidJob
-from lorabatch_worker.child import Child
+from lorabatch.errors import InvalidJob
+from lorabatch_worker.child import Children
 from lorabatch_worker.grammar import WORD, Grammar
 
 __all__ = ["Grammars"]
 
 BOUND_S = 5.0
-START_S = 120.0
 MEMORY_BYTES = 256 << 20
 HELD_BYTES = 16 << 20  # 3,000 properties take 13 MB; each job in hand may hold as much
 KEPT = 128
@@ -62,11 +60,7 @@ class Grammars:
 
     def __init__(self, bound_s: float = BOUND_S, memory_bytes: int = MEMORY_BYTES) -> None:
         self.bound_s = bound_s
-        self.memory_bytes = memory_bytes
-        self._lock = threading.Lock()
-        self._child: Child | None = None
-        self._end_child: weakref.finalize[..., Any] | None = None
-        self._closed = False
+        self._children = Children(CHILD, memory_bytes, "tries grammars")
         self._vocabularies: weakref.WeakKeyDictionary[Any, _Vocabulary] = (
             weakref.WeakKeyDictionary()
         )
@@ -82,7 +76,7 @@ class Grammars:
                 f"job {job_id!r}: {field}: the base model has no end token, so that no text could "
                 "end; wanted a model with eos_token_id"
             )
-        with self._lock:
+        with self._children.lock:
             vocabulary = self._vocabularies.get(tokenizer)
             if vocabulary is None:
                 vocabulary = self._vocabularies[tokenizer] = _Vocabulary(tokenizer, end_ids)
@@ -98,12 +92,7 @@ class Grammars:
 
     def close(self) -> None:
         """End the child; a grammar that is being tried ends as EngineFault."""
-        self._closed = True
-        child = self._child
-        if child is not None:
-            child.kill()
-        with self._lock:
-            self._end()
+        self._children.close()
 
     # -- under the lock ------------------------------------------------------
 
@@ -127,39 +116,18 @@ class Grammars:
         bounds = {"held_bytes": HELD_BYTES, "end_s": 2 * self.bound_s + 1}
         request = {"grammar": text, "limits": LIMITS, **bounds}
         line = json.dumps(request).encode() + b"\n"
-        for _ in range(2):  # it may have died for a reason of its own, while it was idle
-            child = self._started(job_id)
-            try:
-                answer: dict[str, str | None] = json.loads(child.ask(line, self.bound_s))
-            except TimeoutError:
-                self._end()
-                return f"not compiled after {self.bound_s:g} s, which is the bound; make it simpler"
-            except EOFError:
-                self._end()
-                continue
-            return answer["why"]
-        return (
-            "it brought down the process that compiles it, twice (bounds: "
-            f"{self.memory_bytes >> 20} MiB, references a few hundred deep); make it simpler"
-        )
-
-    def _started(self, job_id: str) -> Child:
-        if not self._closed and self._child is None:
-            child = self._child = Child(CHILD, self.memory_bytes)
-            self._end_child = weakref.finalize(self, child.end)
-            try:
-                child.ask(b"{}\n", START_S)
-            except (TimeoutError, EOFError):
-                self._end()
-        if self._closed or self._child is None:
-            why = "is closed" if self._closed else "did not start; see the worker's error output"
-            raise EngineFault(f"job {job_id!r}: the process that tries grammars {why}")
-        return self._child
-
-    def _end(self) -> None:
-        if self._end_child is not None:
-            self._end_child()
-        self._child = self._end_child = None
+        try:
+            answer, _ = self._children.answer(job_id, line, self.bound_s)
+        except TimeoutError:
+            return f"not compiled after {self.bound_s:g} s, which is the bound; make it simpler"
+        except EOFError:
+            return (
+                "it brought down the process that compiles it, twice (bounds: "
+                f"{self._children.memory_bytes >> 20} MiB, references a few hundred deep); make it "
+                "simpler"
+            )
+        why: str | None = answer["why"]
+        return why
 
 
 def _is_old(refused: _Refused) -> bool:

@@ -12,21 +12,18 @@ Thread-safe. Not covered: the base model's template, which is the operator's (pr
 from __future__ import annotations
 
 import json
-import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorabatch.errors import EngineFault, InvalidAdapter, InvalidJob, JobError
+from lorabatch.errors import InvalidAdapter, InvalidJob, JobError
 from lorabatch.fields import MAX_PROMPT_CHARS
-from lorabatch_worker.child import Child
+from lorabatch_worker.child import Children
 
 __all__ = ["TOOLLESS", "TemplateRenderer"]
 
 BOUND_S = 5.0
-START_S = 120.0  # it imports transformers without torch: 0.8 s on two idle cores
 MEMORY_BYTES = 1 << 30
 RETRY_S = 60.0
 SLOW_PART = 5  # of the bound: over which a template counts as slow
@@ -50,13 +47,9 @@ class TemplateRenderer:
     ) -> None:
         self.bound_s = bound_s
         self.max_chars = max_chars
-        self.memory_bytes = memory_bytes
         self.retry_s = retry_s
-        self._lock = threading.Lock()
-        self._child: Child | None = None
-        self._end_child: weakref.finalize[..., Any] | None = None
+        self._children = Children(CHILD, memory_bytes, "renders chat templates")
         self._overrun: dict[str, tuple[int, float, str]] = {}  # template: times, when, what
-        self._closed = False
 
     def render(
         self,
@@ -82,7 +75,7 @@ class TemplateRenderer:
             "end_s": 2 * self.bound_s + 1,  # only if nobody is left here to end it
         }
         line = json.dumps(request, default=str).encode() + b"\n"
-        with self._lock:
+        with self._children.lock:
             self._check_left_alone(job_id, template)
             answer = self._answer(job_id, line)
             self._note(template, answer)
@@ -92,49 +85,20 @@ class TemplateRenderer:
 
     def close(self) -> None:
         """End the child; a template that is being rendered ends as EngineFault."""
-        self._closed = True
-        child = self._child
-        if child is not None:
-            child.kill()
-        with self._lock:
-            self._end()
+        self._children.close()
 
     # -- under the lock ------------------------------------------------------
 
     def _answer(self, job_id: str, line: bytes) -> dict[str, Any]:
-        for _ in range(2):  # it may have died for a reason of its own, while it was idle
-            child = self._started(job_id)
-            started_s = time.monotonic()
-            try:
-                answer: dict[str, Any] = json.loads(child.ask(line, self.bound_s))
-            except TimeoutError:
-                self._end()
-                return {"kind": "time"}
-            except EOFError:
-                self._end()
-                continue
-            if answer["worn"]:
-                self._end()
-            return {**answer, "took_s": time.monotonic() - started_s}
-        return {"kind": "died"}
-
-    def _started(self, job_id: str) -> Child:
-        if not self._closed and self._child is None:
-            child = self._child = Child(CHILD, self.memory_bytes)
-            self._end_child = weakref.finalize(self, child.end)
-            try:
-                child.ask(b"", START_S)
-            except (TimeoutError, EOFError):
-                self._end()
-        if self._closed or self._child is None:
-            why = "is closed" if self._closed else "did not start; see the worker's error output"
-            raise EngineFault(f"job {job_id!r}: the process that renders chat templates {why}")
-        return self._child
-
-    def _end(self) -> None:
-        if self._end_child is not None:
-            self._end_child()
-        self._child = self._end_child = None
+        try:
+            answer, took_s = self._children.answer(job_id, line, self.bound_s)
+        except TimeoutError:
+            return {"kind": "time"}
+        except EOFError:
+            return {"kind": "died"}
+        if answer["worn"]:
+            self._children.end()
+        return {**answer, "took_s": took_s}
 
     def _check_left_alone(self, job_id: str, template: str) -> None:
         times, when_s, what = self._overrun.get(template, (0, 0.0, ""))
@@ -173,10 +137,11 @@ class TemplateRenderer:
         )
 
     def _what(self, answer: Mapping[str, Any]) -> str:
+        memory_mib = self._children.memory_bytes >> 20
         return {
             "time": f"was not done after {self.bound_s:g} s, which is the bound",
-            "memory": f"wanted over {self.memory_bytes >> 20} MiB of memory, which is the bound",
+            "memory": f"wanted over {memory_mib} MiB of memory, which is the bound",
             "died": "brought down the process that renders it, twice "
-            f"(bounds: {self.bound_s:g} s, {self.memory_bytes >> 20} MiB)",
+            f"(bounds: {self.bound_s:g} s, {memory_mib} MiB)",
             "long": f"made {answer.get('chars')} characters, allowed {self.max_chars}",
         }[answer["kind"]]
