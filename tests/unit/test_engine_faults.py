@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabatch import Job
+from lorabatch_worker import outcome
 from lorabatch_worker.adapters.wanted import Wanted
 from tests.bad_adapters import write
 from tests.desk import WAIT_S, Desk, job, leave_nothing, long, start
@@ -101,6 +102,26 @@ def test_a_step_that_raises_fails_its_jobs_and_the_engine_goes_on(
         assert "secret" not in result.error.message
     assert own.run(job("after", adapter="all"))["after"].state == "succeeded"
     assert sorted(own.reported()) == ["after", "neighbour", "poison"]
+    leave_nothing(own.engine)
+
+
+def test_a_result_that_cannot_be_made_fails_its_job_alone(
+    own: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three end in the same step."""
+    choice_of = outcome.choice_of
+
+    def broken(sequence: Any, tokenizer: Any) -> Any:
+        if sequence.job_id == "bad":
+            raise RuntimeError("secret detail")
+        return choice_of(sequence, tokenizer)
+
+    monkeypatch.setattr(outcome, "choice_of", broken)
+    results = own.run(job("good"), job("bad"), job("good-too"))
+    error = results.pop("bad").error
+    assert error is not None
+    assert (error.code, "secret" in error.message) == ("engine_fault", False)
+    assert [r.state for r in results.values()] == ["succeeded", "succeeded"]
     leave_nothing(own.engine)
 
 

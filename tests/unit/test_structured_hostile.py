@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from copy import copy
 from typing import Any
 
 import pytest
 
 from lorabatch.errors import InvalidJob
+from lorabatch_worker import grammars as grammars_module
 from lorabatch_worker.grammar_text import grammar_text
 from lorabatch_worker.grammars import Grammars
 from tests.desk import Desk, job, leave_nothing
@@ -85,6 +87,19 @@ def test_hostile_ones_fail_alone_while_others_go_on(own: Desk) -> None:
     )
     assert re.search("takes [0-9]+ MiB when compiled, allowed 16", whys["large"])
     leave_nothing(own.engine)
+
+
+def test_the_last_tokenizers_are_kept(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes tens of megabytes, and as many adapters may bring one as there are."""
+    monkeypatch.setattr(grammars_module, "TOKENIZERS", 2)
+    grammars = Grammars()
+    first, second, third = (copy(tokenizer) for _ in range(3))
+    regex = grammar_text(wants("j", regex=REGEX))
+    assert regex is not None
+    for own in (first, second, first, third):
+        grammars.grammar_of("j", regex, own, frozenset({2}))
+    assert set(grammars._vocabularies) == {first, third}
+    grammars.close()
 
 
 def test_a_grammar_over_its_time_is_remembered(tokenizer: Any) -> None:

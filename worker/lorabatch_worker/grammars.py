@@ -2,7 +2,7 @@
 
 A grammar is tried in a process of its own first (grammar_child.py), under bounds of seconds and
 bytes, because it comes from a tenant and its compiler can be brought down by it; then it is
-compiled here, once for each tokenizer. Kept are the last KEPT grammars of each tokenizer, and for
+compiled here, for its tokenizer. Kept are the last TOKENIZERS, of each the last KEPT grammars, and for
 RETRY_S what was refused. Raises InvalidJob, EngineFault. Thread-safe.
 """
 
@@ -25,6 +25,7 @@ BOUND_S = 5.0
 MEMORY_BYTES = 256 << 20
 HELD_BYTES = 16 << 20  # 3,000 properties take 13 MB; each job in hand may hold as much
 KEPT = 128
+TOKENIZERS = 8  # of those of adapters that add tokens, too; one of 49,152 tokens takes 30 MB
 RETRY_S = 60.0
 SHOWN_CHARS = 300
 CHILD = Path(__file__).with_name("grammar_child.py")
@@ -77,9 +78,7 @@ class Grammars:
                 "end; wanted a model with eos_token_id"
             )
         with self._children.lock:
-            vocabulary = self._vocabularies.get(tokenizer)
-            if vocabulary is None:
-                vocabulary = self._vocabularies[tokenizer] = _Vocabulary(tokenizer, end_ids)
+            vocabulary = self._vocabulary_of(tokenizer, end_ids)
             found = vocabulary.known.get(text)
             if found is None or (isinstance(found, _Refused) and _is_old(found)):
                 found = vocabulary.known[text] = self._compiled(job_id, text, vocabulary)
@@ -95,6 +94,14 @@ class Grammars:
         self._children.close()
 
     # -- under the lock ------------------------------------------------------
+
+    def _vocabulary_of(self, tokenizer: Any, end_ids: frozenset[int]) -> _Vocabulary:
+        """Its own, which is now the one that was used last."""
+        found = self._vocabularies.pop(tokenizer, None) or _Vocabulary(tokenizer, end_ids)
+        self._vocabularies[tokenizer] = found
+        if len(self._vocabularies) > TOKENIZERS:
+            del self._vocabularies[next(iter(self._vocabularies))]
+        return found
 
     def _compiled(self, job_id: str, text: str, vocabulary: _Vocabulary) -> Any:
         """llguidance's matcher, or why there is none."""

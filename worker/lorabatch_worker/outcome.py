@@ -25,8 +25,17 @@ GRAMMAR = "grammar"
 def finished(sequence: Sequence, base: BaseModel, reason: str | None = None) -> Outcome:
     """The job of a sequence: all of its own ended by themselves, or were ended for `reason`.
 
-    What was generated until then is counted in any case; texts are kept only on success.
+    What was generated until then is counted in any case; texts are kept only on success. Whatever
+    keeps a result from being made fails its job alone.
     """
+    try:
+        return _finished(sequence, base, reason)
+    except Exception as error:  # noqa: BLE001 - or all that ended with it would have no outcome
+        what = f"job {sequence.job_id!r}: its result could not be made"
+        return failed(sequence.claim, explained(error, what), base.name)
+
+
+def _finished(sequence: Sequence, base: BaseModel, reason: str | None) -> Outcome:
     job, params, members = sequence.claim.job, sequence.params, sequence.family.members
     texts: list[Choice] = []
     kept = 1
