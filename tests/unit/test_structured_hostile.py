@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 from copy import copy
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lorabatch.errors import InvalidJob
@@ -87,6 +89,29 @@ def test_hostile_ones_fail_alone_while_others_go_on(own: Desk) -> None:
     )
     assert re.search("takes [0-9]+ MiB when compiled, allowed 16", whys["large"])
     leave_nothing(own.engine)
+
+
+def test_a_text_that_gets_too_complex_spoils_no_other_job(tokenizer: Any) -> None:
+    """Whose texts are alike."""
+    grammars = Grammars()
+    wanted = StructuredOutputs(regex=".*a.{40}")
+    draw = random.Random(1)
+
+    def steps() -> int:
+        """How far a text of random tokens gets, 450 at most."""
+        grammar = grammars.grammar_of("j", wanted, tokenizer, frozenset({2}))
+        for made in range(450):
+            mask = np.zeros(grammar.words, np.uint32)
+            grammar.fill(mask)
+            if grammar.failed:
+                return made
+            mask[0] &= ~np.uint32(1 << 2)  # it goes on
+            may_come = np.nonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[0]
+            grammar.take(int(draw.choice(may_come)))
+        return 450
+
+    assert min(steps() for _ in range(4)) > 100
+    grammars.close()
 
 
 def test_the_last_tokenizers_are_kept(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

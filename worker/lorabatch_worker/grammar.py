@@ -39,6 +39,10 @@ class Grammar:
         self.failed = False
         """It got too complex, or nothing is allowed any more."""
 
+    def copy(self) -> Grammar:
+        """For another text of the same job, before either has taken a token."""
+        return Grammar(self._matcher.deep_copy(), self.words, self._own_end, self._end_ids)
+
     def take(self, token: int) -> None:
         """The sequence has this token, which ends nothing."""
         if not self.failed and not self._matcher.consume_token(token):

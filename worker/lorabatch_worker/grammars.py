@@ -2,8 +2,10 @@
 
 A grammar is tried in a process of its own first (grammar_child.py), under bounds of seconds and
 bytes, because it comes from a tenant and its compiler can be brought down by it; then it is
-compiled here, for its tokenizer. Kept are the last TOKENIZERS, of each the last KEPT grammars, and for
-RETRY_S what was refused. Raises InvalidJob, EngineFault. Thread-safe.
+compiled here, for each job anew: copies share the states that their texts go through, of which
+there may be so many, and one job would end because of those before it. Remembered is of the last
+KEPT grammars that they are sound, and for RETRY_S why not; and the last TOKENIZERS. Raises
+InvalidJob, EngineFault. Thread-safe.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ BOUND_S = 5.0
 MEMORY_BYTES = 256 << 20
 HELD_BYTES = 16 << 20  # 3,000 properties take 13 MB; each job in hand may hold as much
 KEPT = 128
-TOKENIZERS = 8  # of those of adapters that add tokens, too; one of 49,152 tokens takes 30 MB
+TOKENIZERS = 8  # those of adapters that add tokens, too; one of 49,152 tokens takes 30 MB
 RETRY_S = 60.0
 SHOWN_CHARS = 300
 CHILD = Path(__file__).with_name("grammar_child.py")
@@ -37,14 +39,20 @@ LIMITS: dict[str, Any] = {
 }
 
 
-class _Refused(NamedTuple):
-    why: str
+class _Tried(NamedTuple):
+    """`why` it is refused, or None."""
+
+    why: str | None
     at_s: float
+
+    @property
+    def is_old(self) -> bool:
+        return self.why is not None and time.monotonic() - self.at_s > RETRY_S
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance has it, and the grammars that were compiled for it. `end_id`: what
-    ends a text for them; jobs' own end tokens differ, and one job's must not be all others'."""
+    """A tokenizer as llguidance has it. `end_id`: what ends a text for it; jobs' own end tokens
+    differ, and one job's must not be all others'."""
 
     def __init__(self, tokenizer: Any, end_ids: frozenset[int]) -> None:
         from llguidance.hf import from_tokenizer
@@ -53,7 +61,6 @@ class _Vocabulary:
         self.end_id: int = min(end_ids) if own is None else own
         self.tokenizer = from_tokenizer(tokenizer, eos_token=self.end_id)
         self.words = -(-self.tokenizer.vocab_size // WORD)
-        self.known: OrderedDict[str, Any] = OrderedDict()
 
 
 class Grammars:
@@ -65,12 +72,13 @@ class Grammars:
         self._vocabularies: weakref.WeakKeyDictionary[Any, _Vocabulary] = (
             weakref.WeakKeyDictionary()
         )
+        self._tried: OrderedDict[str, _Tried] = OrderedDict()
 
     def grammar_of(
         self, job_id: str, wanted: tuple[str, str], tokenizer: Any, end_ids: frozenset[int]
     ) -> Grammar:
-        """A new one, at its beginning. `wanted`: the job's field that asks for it, and its text;
-        `end_ids`: the tokens that end the job's sequence."""
+        """At its beginning. `wanted`: the job's field that asks for it, and its text; `end_ids`: the
+        tokens that end the job's sequences."""
         field, text = wanted
         if not end_ids:
             raise InvalidJob(
@@ -79,15 +87,12 @@ class Grammars:
             )
         with self._children.lock:
             vocabulary = self._vocabulary_of(tokenizer, end_ids)
-            found = vocabulary.known.get(text)
-            if found is None or (isinstance(found, _Refused) and _is_old(found)):
-                found = vocabulary.known[text] = self._compiled(job_id, text, vocabulary)
-                if len(vocabulary.known) > KEPT:
-                    vocabulary.known.popitem(last=False)
-            vocabulary.known.move_to_end(text)
-            if isinstance(found, _Refused):
-                raise InvalidJob(f"job {job_id!r}: {field}: {found.why}")
-            return Grammar(found.deep_copy(), vocabulary.words, vocabulary.end_id, end_ids)
+            why = self._remembered(job_id, text)
+        matcher = _matcher(text, vocabulary) if why is None else None
+        why = matcher.get_error() if matcher else why
+        if why:
+            raise InvalidJob(f"job {job_id!r}: {field}: {' '.join(why.split())[:SHOWN_CHARS]}")
+        return Grammar(matcher, vocabulary.words, vocabulary.end_id, end_ids)
 
     def close(self) -> None:
         """End the child; a grammar that is being tried ends as EngineFault."""
@@ -103,22 +108,17 @@ class Grammars:
             del self._vocabularies[next(iter(self._vocabularies))]
         return found
 
-    def _compiled(self, job_id: str, text: str, vocabulary: _Vocabulary) -> Any:
-        """llguidance's matcher, or why there is none."""
-        import llguidance
+    def _remembered(self, job_id: str, text: str) -> str | None:
+        """Why it is refused."""
+        tried = self._tried.get(text)
+        if tried is None or tried.is_old:
+            tried = self._tried[text] = _Tried(self._problem(job_id, text), time.monotonic())
+            if len(self._tried) > KEPT:
+                self._tried.popitem(last=False)
+        self._tried.move_to_end(text)
+        return tried.why
 
-        why = self._tried(job_id, text)
-        if why is None:
-            limits = llguidance.LLParserLimits(**LIMITS)
-            matcher = llguidance.LLMatcher(vocabulary.tokenizer, text, limits=limits, log_level=0)
-            if not matcher.is_error():
-                matcher.compute_bitmask()  # or the engine's thread would be the first to
-            why = matcher.get_error()
-            if not why:
-                return matcher
-        return _Refused(" ".join(why.split())[:SHOWN_CHARS], time.monotonic())
-
-    def _tried(self, job_id: str, text: str) -> str | None:
+    def _problem(self, job_id: str, text: str) -> str | None:
         """What is wrong with it, according to the child."""
         bounds = {"held_bytes": HELD_BYTES, "end_s": 2 * self.bound_s + 1}
         request = {"grammar": text, "limits": LIMITS, **bounds}
@@ -137,5 +137,12 @@ class Grammars:
         return why
 
 
-def _is_old(refused: _Refused) -> bool:
-    return time.monotonic() - refused.at_s > RETRY_S
+def _matcher(text: str, vocabulary: _Vocabulary) -> Any:
+    """llguidance's, which may have an error."""
+    import llguidance
+
+    limits = llguidance.LLParserLimits(**LIMITS)
+    matcher = llguidance.LLMatcher(vocabulary.tokenizer, text, limits=limits, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # or the engine's thread would be the first to
+    return matcher

@@ -73,16 +73,18 @@ class Preparer:
                 end_ids = _end_ids(tokenizer, defaults, job.sampling_params)
         _check_bias(job, self._base.vocabulary_of(adapter) if params.logit_bias else 0)
 
-        wanted_text = grammar_text(job)
+        wanted, grammar = grammar_text(job), None
+        if wanted is not None:
+            ends = self._base.eos_ids | end_ids
+            grammar = self._grammars.grammar_of(job.job_id, wanted, tokenizer, ends)
 
         def one() -> Sequence:
             watch = StopWatch(tokenizer, params.stop) if params.stop else None
-            grammar = None
-            if wanted_text is not None:
-                ends = self._base.eos_ids | end_ids
-                grammar = self._grammars.grammar_of(job.job_id, wanted_text, tokenizer, ends)
             return Sequence(
-                *(claim, ids, adapter, watch), effective=params, end_ids=end_ids, grammar=grammar
+                *(claim, ids, adapter, watch),
+                effective=params,
+                end_ids=end_ids,
+                grammar=grammar and grammar.copy(),
             )
 
         return Family.of(params.candidates, one).members[0]
