@@ -40,9 +40,13 @@ def test_aborting_a_waiting_job(tiny_folder: Path, home: Path) -> None:
     desk.submit(long("first"))
     desk.wait_started("first")
     desk.submit(job("second"), job("third"))
+    while len(desk.engine.arrivals):  # until the scheduler has them
+        time.sleep(0.01)
     desk.engine.abort("second", "cancelled")
-    assert desk.wait(["second"])["second"].state == "cancelled"
+    second = desk.wait(["second"])["second"]
+    assert (second.state, second.usage.total_tokens) == ("cancelled", 0), "nothing was computed"
     desk.engine.abort("first", "cancelled")
+    assert desk.wait(["first"])["first"].usage.prompt_tokens > 0
     assert desk.wait(["third"])["third"].state == "succeeded"
     assert "second" not in desk.started
     assert desk.engine.drain(0) == []

@@ -33,7 +33,7 @@ SHOWN_CHARS = 300
 CHILD = Path(__file__).with_name("grammar_child.py")
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,  # an enum of 10,000 texts takes over half of it
-    "max_lexer_states": 50_000,  # of one sequence; 1 to 2 KB each
+    "max_lexer_states": 50_000,  # of one job; 1 to 2 KB each
     "precompute_large_lexemes": False,  # it would take the time of all tokens, not just of bytes
     "verbose_errors": False,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
 from typing import Literal
 
 import structlog
@@ -12,7 +11,7 @@ from lorabatch.ledger import Claim, Outcome
 from lorabatch.result import Choice, ErrorInfo, Result, Usage
 from lorabatch_worker.base_model import BaseModel
 from lorabatch_worker.choices import choice_of, ranked
-from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.sequence import Family, Sequence
 
 __all__ = ["CANCELLED", "GRAMMAR", "aborted", "explained", "failed", "finished"]
 
@@ -60,7 +59,7 @@ def _finished(sequence: Sequence, base: BaseModel, reason: str | None) -> Outcom
         seed=first.seed,
         choices=tuple(texts) if texts and (params.n > 1 or params.logprobs) else None,
         discarded=tuple(tuple(one.output) for one in discarded) or None,
-        usage=_usage(sequence.family.members),
+        usage=_usage(sequence.family),
         error=error,
         attempt=sequence.claim.attempt,
         submitted_us=sequence.claim.submitted_us,
@@ -69,10 +68,11 @@ def _finished(sequence: Sequence, base: BaseModel, reason: str | None) -> Outcom
     return Outcome(sequence.claim, result)
 
 
-def _usage(members: List[Sequence]) -> Usage:
-    """The prompt once, and all that was generated."""
+def _usage(family: Family) -> Usage:
+    """The prompt once, unless the job was ended before it began, and all that was generated."""
+    members = family.members
     return Usage(
-        prompt_tokens=len(members[0].prompt),
+        prompt_tokens=len(members[0].prompt) if family.begun else 0,
         output_tokens=sum(len(one.output) for one in members),
         cached_tokens=members[0].cached_tokens,
     )
