@@ -13,10 +13,20 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from lorabatch.fields import Model
 
-__all__ = ["MAX_CANDIDATES", "MAX_TOP_LOGPROBS", "Bias", "Candidates", "TokenId", "seed_of"]
+__all__ = [
+    "MAX_CANDIDATES",
+    "MAX_LOGPROBS",
+    "MAX_TOP_LOGPROBS",
+    "Bias",
+    "Candidates",
+    "TokenId",
+    "seed_of",
+]
 
 MAX_CANDIDATES: Final = 16
 MAX_TOP_LOGPROBS: Final = 20
+MAX_LOGPROBS: Final = 200_000
+"""That one result tells: 16 MB of JSON."""
 MAX_SEED = 2**63 - 1
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
@@ -56,6 +66,11 @@ class Candidates(Model):
     def scored(self) -> bool:
         """Whether the log probabilities of its tokens are needed."""
         return self.logprobs or self.candidates > self.n
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many new ones each text may have for their log probabilities to be told."""
+        return MAX_LOGPROBS // (self.n * (1 + self.top_logprobs)) if self.logprobs else None
 
 
 def seed_of(seed: int, number: int) -> int:

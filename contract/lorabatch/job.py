@@ -93,6 +93,15 @@ class SamplingParams(Candidates):
             raise ValueError("ignore_eos: not with structured_outputs, which end; leave out one")
         return self
 
+    @model_validator(mode="after")
+    def _logprobs_fit(self) -> Self:
+        if self.most_tokens is not None and self.max_new_tokens > self.most_tokens:
+            raise ValueError(
+                f"logprobs: with n {self.n} and top_logprobs {self.top_logprobs}, max_new_tokens "
+                f"may be {self.most_tokens}, not {self.max_new_tokens}; lower one of them"
+            )
+        return self
+
     @field_validator("temperature")
     @classmethod
     def _texts_differ(cls, temperature: float, info: ValidationInfo) -> float:

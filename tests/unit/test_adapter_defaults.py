@@ -148,6 +148,8 @@ def test_a_large_default_is_cut_to_what_fits(base: BaseModel) -> None:
     for fields in ({"sampling_params": {"max_new_tokens": 251}}, {"prompt": " a" * 256}):
         with pytest.raises(PromptTooLong):
             prepare(base, wants, **fields)
+    much = SamplingParams(n=16, temperature=1.0, logprobs=True, top_logprobs=20)
+    assert wants.complete(much, 9_999).max_new_tokens == 200_000 // 16 // 21
     with pytest.raises(PromptTooLong):  # ours is not cut, as ever
         prepare(base, GenerationDefaults({"top_k": 3}))
 

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from lorabatch import Job, Ledger, Settings
 from lorabatch.candidates import MAX_CANDIDATES, seed_of
+from lorabatch.job import SamplingParams
 from lorabatch.ledger import Outcome
 from lorabatch.rates import estimated_tokens
 from lorabatch.result import Choice, LikelyToken, Token
@@ -93,6 +96,23 @@ def test_rates_count_all_texts() -> None:
     plain = Job(prompt="four", sampling_params={"max_new_tokens": 10})
     several = Job(prompt="four", sampling_params={**SEVERAL, "max_new_tokens": 10})
     assert (estimated_tokens(plain), estimated_tokens(several)) == (11, 51)
+
+
+@pytest.mark.parametrize(
+    ("most", "params"),
+    [
+        (200_000 // 21, {"top_logprobs": 20}),
+        (200_000 // 16 // 6, {"n": 16, "temperature": 1.0, "top_logprobs": 5}),
+        (131_072, {}),
+    ],
+)
+def test_a_result_has_room_for_what_is_told(most: int, params: dict[str, Any]) -> None:
+    """Of one that tells too much, every step of its worker would wait seconds for it."""
+    fits = {**params, "logprobs": True, "max_new_tokens": most}
+    assert SamplingParams(**fits).max_new_tokens == most
+    if most < 131_072:
+        with pytest.raises(ValidationError, match=f"max_new_tokens may be {most}, not {most + 1}"):
+            SamplingParams(**{**fits, "max_new_tokens": most + 1})
 
 
 def test_each_text_has_a_seed_of_its_own() -> None:

@@ -55,6 +55,7 @@ class TokenTexts:
         self._added = tokenizer.added_tokens_decoder
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         self._byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        self._known: dict[int, dict[str, Any]] = {}
 
     def scored(self, ids: Iterable[int], scores: Iterable[Scored]) -> tuple[Token, ...]:
         """Tokens with their log probabilities, as a result tells them."""
@@ -65,7 +66,12 @@ class TokenTexts:
         return Token(**self.told(token_id), logprob=scored.logprob, top=top)
 
     def told(self, token_id: int) -> dict[str, Any]:
-        """Fields of a LikelyToken."""
+        """Fields of a LikelyToken. The likely ones are the same again and again."""
+        if token_id not in self._known:
+            self._known[token_id] = self._fields(token_id)
+        return self._known[token_id]
+
+    def _fields(self, token_id: int) -> dict[str, Any]:
         raw = self._bytes(token_id)
         text = raw.decode(errors="replace").replace("\x00", "\ufffd")
         added = self._added.get(token_id)

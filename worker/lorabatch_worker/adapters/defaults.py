@@ -44,7 +44,8 @@ class GenerationDefaults:
         prompt, and a job that says nothing does not fail because of a larger default."""
         params = {n: v for n, v in self.params.items() if n not in given.model_fields_set}
         if "max_new_tokens" in params:
-            params["max_new_tokens"] = max(1, min(params["max_new_tokens"], room))
+            most = room if given.most_tokens is None else min(room, given.most_tokens)
+            params["max_new_tokens"] = max(1, min(params["max_new_tokens"], most))
         return given.model_copy(update=params)
 
 
