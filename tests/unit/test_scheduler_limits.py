@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lorabatch_worker.block_manager import PagedBlocks
 from lorabatch_worker.row_manager import RowBlocks
 from lorabatch_worker.scheduler import Chunk
-from lorabatch_worker.sequence import Sequence
+from lorabatch_worker.sequence import Family, Sequence
 from tests.scheduling import BLOCK, play, scheduler, sequence
 
 
@@ -211,3 +211,25 @@ def test_sequence_tokens_span_prompt_and_output() -> None:
     for start in range(5):
         for end in range(start, 6):
             assert s.tokens(start, end) == whole[start:end]
+
+
+def test_texts_that_begin_alike_are_looked_at_once_where_there_is_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or 16 texts of each job that waits would hold up every step."""
+    s = scheduler(max_seqs=8, blocks=8, rows=False)
+    s.add(sequence("runs", prompt=16, new=16))
+    play(s, s.plan()[0])
+    waiting = Family.of(5, lambda: sequence("waits", prompt=30, first=100))
+    for one in waiting.members:
+        s.add(one)
+    looked: list[int] = []
+    can_allocate = s.blocks.can_allocate
+    monkeypatch.setattr(
+        s.blocks,
+        "can_allocate",
+        lambda one, spare: (looked.append(one.number), can_allocate(one, spare))[1],
+    )
+    s.plan()
+    assert looked == [0]
+    assert len(s.waiting) == 5

@@ -150,6 +150,7 @@ class Scheduler:
             return admitted
         old = time.monotonic() - self.age_cap_s
         closed = set[str | None]()  # adapters that admit no more until an old job is in
+        put_off = set[Family]()  # their other new texts begin alike, and would be put off too
         loads = True
         had_a_turn = self._had_a_turn(old)
         for sequence in self._candidates(old):
@@ -158,14 +159,16 @@ class Scheduler:
             if (
                 sequence.adapter_version in closed
                 or not (loads or self.slots.is_resident(sequence.adapter))
-                or self.blocks.will_be_shared(sequence)
+                or (sequence.family in put_off and not sequence.output)
             ):
                 continue
             aged = sequence.waiting_since_s < old
+            shared = self.blocks.will_be_shared(sequence)
             # One block more for each running sequence, or it would soon be preempted for them.
-            if not self.blocks.can_allocate(sequence, spare=len(self.running)):
-                if aged:
+            if shared or not self.blocks.can_allocate(sequence, spare=len(self.running)):
+                if aged and not shared:
                     break
+                put_off.add(sequence.family)
                 continue
             if not self._acquire(sequence):
                 if aged and sequence.key in self.waiting:
