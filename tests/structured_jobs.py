@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lorabatch import Job
+from lorabatch_worker.grammar_text import grammar_text
 from tests.desk import job
 
-__all__ = ["REGEX", "SCHEMAS", "wants"]
+__all__ = ["REGEX", "SCHEMAS", "constraint", "wants"]
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "person": {
@@ -44,3 +45,10 @@ def wants(job_id: str, adapter: str | None = None, **wanted: Any) -> Job:
     structured = {kind: wanted.pop(kind) for kind in kinds if kind in wanted}
     params = {"max_new_tokens": 100, "ignore_eos": False, "structured_outputs": structured}
     return job(job_id, adapter=adapter, **{**params, **wanted})
+
+
+def constraint(**kinds: Any) -> tuple[str, str]:
+    """What its text must be like, as Grammars takes it."""
+    found = grammar_text(wants("j", **kinds))
+    assert found is not None
+    return found

@@ -11,20 +11,18 @@ import torch
 
 from lorabatch.errors import InvalidJob
 from lorabatch_worker.grammar import Grammar, constrain
-from lorabatch_worker.grammar_text import grammar_text
 from lorabatch_worker.grammars import Grammars
 from lorabatch_worker.sampler import Draw
 from lorabatch_worker.sequence import Sequence
 from tests.desk import job
 from tests.models import claim
-from tests.structured_jobs import wants
+from tests.structured_jobs import constraint
 
 
 def test_end_tokens_of_the_adapter_end_it_and_nothing_else_does(tokenizer: Any) -> None:
     grammars = Grammars()
     own = tokenizer("!")["input_ids"][0]
-    wanted = grammar_text(wants("j", regex="a!?b"))
-    assert wanted is not None
+    wanted = constraint(regex="a!?b")
     grammar = grammars.grammar_of("j", wanted, tokenizer, frozenset({2, own}))
     (a,), (b,) = (tokenizer(text)["input_ids"] for text in "ab")
     assert allowed(grammar).isdisjoint({2, own})
@@ -43,7 +41,7 @@ def test_end_tokens_of_the_adapter_end_it_and_nothing_else_does(tokenizer: Any) 
 def test_end_tokens_of_one_job_are_not_those_of_the_next(tokenizer: Any) -> None:
     """They have the same tokenizer, and the first one's adapter has end tokens of its own."""
     grammars = Grammars()
-    wanted = StructuredOutputs(regex="a")
+    wanted = constraint(regex="a")
     end = tokenizer.eos_token_id
     (a,) = tokenizer("a")["input_ids"]
     for ends in ({0, a, end}, {end}, {a + 1}):

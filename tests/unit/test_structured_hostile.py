@@ -12,10 +12,9 @@ import pytest
 
 from lorabatch.errors import InvalidJob
 from lorabatch_worker import grammars as grammars_module
-from lorabatch_worker.grammar_text import grammar_text
 from lorabatch_worker.grammars import Grammars
 from tests.desk import Desk, job, leave_nothing
-from tests.structured_jobs import REGEX, wants
+from tests.structured_jobs import REGEX, constraint, wants
 
 
 def test_what_gets_too_complex_fails_alone(own: Desk) -> None:
@@ -94,7 +93,7 @@ def test_hostile_ones_fail_alone_while_others_go_on(own: Desk) -> None:
 def test_a_text_that_gets_too_complex_spoils_no_other_job(tokenizer: Any) -> None:
     """Whose texts are alike."""
     grammars = Grammars()
-    wanted = StructuredOutputs(regex=".*a.{40}")
+    wanted = constraint(regex=".*a.{40}")
     draw = random.Random(1)
 
     def steps() -> int:
@@ -119,18 +118,15 @@ def test_the_last_tokenizers_are_kept(tokenizer: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(grammars_module, "TOKENIZERS", 2)
     grammars = Grammars()
     first, second, third = (copy(tokenizer) for _ in range(3))
-    regex = grammar_text(wants("j", regex=REGEX))
-    assert regex is not None
     for own in (first, second, first, third):
-        grammars.grammar_of("j", regex, own, frozenset({2}))
+        grammars.grammar_of("j", constraint(regex=REGEX), own, frozenset({2}))
     assert set(grammars._vocabularies) == {first, third}
     grammars.close()
 
 
 def test_a_grammar_over_its_time_is_remembered(tokenizer: Any) -> None:
     grammars = Grammars(bound_s=0.05, memory_bytes=1 << 30)
-    slow = grammar_text(wants("slow", **HOSTILE["slow"]))
-    assert slow is not None
+    slow = constraint(**HOSTILE["slow"])
     for name in ("one", "two"):
         with pytest.raises(InvalidJob, match=f"'{name}': .* not compiled after 0.05 s"):
             grammars.grammar_of(name, slow, tokenizer, frozenset({2}))

@@ -77,8 +77,8 @@ class Grammars:
     def grammar_of(
         self, job_id: str, wanted: tuple[str, str], tokenizer: Any, end_ids: frozenset[int]
     ) -> Grammar:
-        """At its beginning. `wanted`: the job's field that asks for it, and its text; `end_ids`: the
-        tokens that end the job's sequences."""
+        """At its beginning. `wanted`: the job's field that asks for it, and its text; `end_ids`:
+        the tokens that end the job's sequences."""
         field, text = wanted
         if not end_ids:
             raise InvalidJob(

@@ -73,10 +73,10 @@ class Preparer:
                 end_ids = _end_ids(tokenizer, defaults, job.sampling_params)
         _check_bias(job, self._base.vocabulary_of(adapter) if params.logit_bias else 0)
 
-        wanted, grammar = grammar_text(job), None
-        if wanted is not None:
+        constraint, grammar = grammar_text(job), None
+        if constraint is not None:
             ends = self._base.eos_ids | end_ids
-            grammar = self._grammars.grammar_of(job.job_id, wanted, tokenizer, ends)
+            grammar = self._grammars.grammar_of(job.job_id, constraint, tokenizer, ends)
 
         def one() -> Sequence:
             watch = StopWatch(tokenizer, params.stop) if params.stop else None
