@@ -112,8 +112,7 @@ class Flow:
     def turn(self) -> Turn:
         """Accept what was taken, as much as may wait, and look at what has ended."""
         ids = self._accept() if self._backlog else []
-        looks = self._gives != "ids" or self._held.total() >= self._most
-        ended = self._watch.look() if looks and self._watch.open else []
+        ended = self._watch.look() if self._waits and self._watch.open else []
         self._moved = bool(ids or ended)
         if self._moved:
             self._moved_s = time.monotonic()
@@ -121,11 +120,17 @@ class Flow:
             self._check_idle()
         return Turn(ids, self._in_order(ended) if self._gives == "in order" else self._due(ended))
 
+    @property
+    def _waits(self) -> bool:
+        """Whether it matters that jobs end: for their results, or to have room."""
+        return self._gives != "ids" or self._held.total() >= self._most
+
     def pause_s(self) -> float | None:
         """Seconds until the next turn; None: there is nothing to do until the source gives more."""
         if self._moved:
             return 0.0
-        return self._watch.pause_s() if self._held or self._backlog else None
+        waits = self._backlog or (self._held and self._waits)
+        return self._watch.pause_s() if waits else None
 
     @contextlib.contextmanager
     def telling(self) -> Iterator[None]:
@@ -187,7 +192,7 @@ class Flow:
             return
         if self._full is not None:
             raise self._full
-        if self._watch.open:
+        if self._waits and self._watch.open:
             raise self._watch.timeout(limit_s)
 
 

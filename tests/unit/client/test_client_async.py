@@ -66,6 +66,18 @@ async def test_many_come_from_an_async_source(producer: AsyncProducer, ledger: L
         assert len(await producer.enqueue_many(prompts(7))) == 7
 
 
+async def test_a_slow_source_is_no_standstill_while_there_is_room(
+    producer: AsyncProducer, ledger: Ledger
+) -> None:
+    async def source() -> AsyncIterator[dict[str, Any]]:
+        yield {"prompt": "first"}
+        await asyncio.sleep(0.5)
+        yield {"prompt": "second"}
+
+    ids = producer.enqueue_each(source(), max_in_flight=10, idle_timeout_s=0.1)
+    assert len([job_id async for job_id in ids]) == 2
+
+
 async def test_an_async_source_that_fails(producer: AsyncProducer, ledger: Ledger) -> None:
     async def source(bad: Any) -> AsyncIterator[Any]:
         async for job in prompts(3):
