@@ -28,8 +28,17 @@ from lorabatch_producer.inputs import Inputs, format_of
 from lorabatch_producer.openai_body import answer_body
 from lorabatch_producer.result_files import INPUT, RESULT_COLUMNS, flat, row_writer
 from lorabatch_producer.sending import chunked
+from lorabatch_producer.table_rows import pyarrow
 
-__all__ = ["Written", "atomic_files", "errors_path", "openai_line", "outcomes", "write_output"]
+__all__ = [
+    "Written",
+    "atomic_files",
+    "check_output",
+    "errors_path",
+    "openai_line",
+    "outcomes",
+    "write_output",
+]
 
 CHUNK = 500
 
@@ -71,13 +80,7 @@ def write_output(
         )
     if isinstance(files, Path):
         files = Inputs.of(files, reading_of(ledger, batch_id))
-    for source in files.sources:
-        if out.resolve() == source.path.resolve():
-            raise LoraBatchError(
-                f"the output would replace its input {source.path}; give another name"
-            )
-    form = format_of(out.name)
-    columns = _columns(files, with_input) if form != "jsonl" else []
+    columns, form = check_output(files, out, with_input), format_of(out.name)
     counts, errors = Counter[str](), errors_path(out)
     with atomic_files(out, errors) as (results, bad), row_writer(results, form, columns) as write:
         for line, result in _answered(ledger, _lines(status, files, with_input), counts):
@@ -108,6 +111,26 @@ def _answered(
             else:
                 counts["bad"] += 1
                 yield _bad(line), None
+
+
+def check_output(files: Inputs, out: Path, with_input: bool = False) -> list[str]:
+    """The columns of the results, if they are a table. Raises LoraBatchError if they could not be
+    written there, which is better known before the batch has run."""
+    written = {path.resolve() for path in (out, errors_path(out))}
+    for source in files.sources:
+        if source.path.resolve() in written:
+            raise LoraBatchError(
+                f"the output {out}, with its {errors_path(out).name}, would replace its input "
+                f"{source.path}; give another name"
+            )
+    if out.suffix == ".gz":
+        raise LoraBatchError(f"{out}: results are not compressed; leave out .gz")
+    if not out.resolve().parent.is_dir():
+        raise LoraBatchError(f"{out}: no such folder; make it, or give another place")
+    form = format_of(out.name)
+    if form == "parquet":
+        pyarrow("pyarrow.parquet")
+    return [] if form == "jsonl" else _columns(files, with_input)
 
 
 def _columns(inputs: Inputs, with_input: bool) -> list[str]:

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lorabatch import Settings
 from lorabatch_producer.batch import BatchStatus, submit
 from lorabatch_producer.client import Producer
 from lorabatch_producer.commands.batch import end
@@ -17,16 +16,22 @@ from lorabatch_producer.commands.row_options import (
     CustomIdColumn,
     Files,
     Form,
+    MaxFailures,
     MaxNewTokens,
+    MaxTokens,
     PromptColumn,
     PromptTemplate,
+    Queue,
     Seed,
     Stop,
     System,
     Temperature,
+    Tenant,
     TopK,
     TopP,
+    limits_of,
     reading_of,
+    settings_for,
 )
 from lorabatch_producer.inputs import gathered
 from lorabatch_producer.side_by_side import SideBySide, check_places, write_comparison
@@ -41,10 +46,10 @@ def bakeoff(
     output: Annotated[Path, typer.Option(help="Page of HTML to write.")],
     base: Annotated[bool, typer.Option("--base", help="The base model, too.")] = False,
     csv: Annotated[Path | None, typer.Option(help="The same as a table.")] = None,
-    tenant: Annotated[str, typer.Option(help="Who rows without a tenant are billed to.")] = (
-        "default"
-    ),
-    queue: Annotated[str | None, typer.Option(help="Queue to send to.")] = None,
+    tenant: Tenant = "default",
+    queue: Queue = None,
+    max_tokens_total: MaxTokens = None,
+    max_failures: MaxFailures = None,
     form: Form = None,
     prompt_column: PromptColumn = None,
     prompt_template: PromptTemplate = None,
@@ -61,13 +66,13 @@ def bakeoff(
 
     One batch, waited for. The same command again goes on where it was."""
     reading = reading_of({**locals(), "adapter": None, "adapter_column": None, "base": True})
+    limits = limits_of(max_tokens_total, max_failures)
     names = (*([None] if base else []), *(name.strip() for name in adapters.split(",")))
-    settings = Settings.load(**({"queue": queue} if queue else {}))
     bad = BadLines()
-    with gathered(files, reading) as inputs, Producer(settings) as producer:
+    with gathered(files, reading) as inputs, Producer(settings_for(queue)) as producer:
         check_places(inputs, output, csv)
         sides = SideBySide(inputs.sources, reading, names)
-        submitted = submit(producer, sides, tenant, on_bad=bad)
+        submitted = submit(producer, sides, tenant, on_bad=bad, limits=limits)
         bad.close()
         typer.echo(f"batch {submitted.batch_id}: {submitted.accepted} jobs")
         if submitted.not_sent:

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lorabatch import Settings
 from lorabatch.stopping import resume
 from lorabatch_producer.batch import BatchStatus, Limits, Submitted
 from lorabatch_producer.batch import reading_of as how_read
@@ -25,58 +24,56 @@ from lorabatch_producer.commands.row_options import (
     CustomIdColumn,
     Files,
     Form,
+    MaxFailures,
     MaxNewTokens,
+    MaxTokens,
     PromptColumn,
     PromptTemplate,
+    Queue,
     Seed,
     Stop,
     System,
     Temperature,
+    Tenant,
     TopK,
     TopP,
+    limits_of,
     reading_of,
+    settings_for,
 )
 from lorabatch_producer.inputs import Inputs, gathered
-from lorabatch_producer.output import errors_path, write_output
+from lorabatch_producer.output import check_output, errors_path, write_output
 from lorabatch_producer.progress import follow
 from lorabatch_producer.watching import watch as watch_batches
 
-__all__ = ["MaxFailures", "MaxTokens", "app", "end", "limits_of", "show_batch"]
+__all__ = ["app", "end", "show_batch"]
 
 app = typer.Typer(no_args_is_help=True, help="Bulk files.")
 app.command("estimate")(estimate)
 Output = Annotated[
     Path, typer.Option(help="Results as .jsonl, .csv or .parquet; bad lines to *.errors.jsonl.")
 ]
+OutputAfter = Annotated[Path | None, typer.Option(help="Write the results there; implies --wait.")]
 WithInput = Annotated[
     bool, typer.Option("--with-input", help="What stood in each row beside its result.")
 ]
-MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Stop when its jobs have taken so many tokens.")
-]
-MaxFailures = Annotated[
-    str | None, typer.Option(help="Stop when so many jobs have failed, or a share: 5%.")
+Wait = Annotated[bool, typer.Option("--wait", help="Follow it to the end.")]
+Watch = Annotated[bool, typer.Option("--watch", help="As --wait, with each adapter's progress.")]
+New = Annotated[
+    bool, typer.Option("--new", help="Run it again, even if this file was submitted before.")
 ]
 
 
 @app.command()
 def submit(
     files: Files,
-    tenant: Annotated[str, typer.Option(help="Who rows without a tenant are billed to.")] = (
-        "default"
-    ),
-    wait: Annotated[bool, typer.Option("--wait", help="Follow it to the end.")] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="As --wait, with each adapter's progress.")
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Write the results there; implies --wait.")
-    ] = None,
+    tenant: Tenant = "default",
+    wait: Wait = False,
+    watch: Watch = False,
+    output: OutputAfter = None,
     with_input: WithInput = False,
-    new: Annotated[
-        bool, typer.Option("--new", help="Run it again, even if this file was submitted before.")
-    ] = False,
-    queue: Annotated[str | None, typer.Option(help="Queue to send to.")] = None,
+    new: New = False,
+    queue: Queue = None,
     max_tokens_total: MaxTokens = None,
     max_failures: MaxFailures = None,
     form: Form = None,
@@ -96,35 +93,36 @@ def submit(
 ) -> None:
     """Submit files as one batch; the same again finds the same jobs and is not billed twice."""
     reading, limits = reading_of(locals()), limits_of(max_tokens_total, max_failures)
-    settings = Settings.load(**({"queue": queue} if queue else {}))
-    bad = BadLines()
-    with gathered(files, reading) as inputs, Producer(settings) as producer:
-        submitted = submit_files(producer, inputs, tenant, new, bad, limits)
-        bad.close()
-        _say(submitted)
-        if not (wait or watch or output):
-            raise typer.Exit(1 if submitted.rejected else 0)
-        status = _follow(producer, submitted.batch_id, watch)
-        if output:
-            _write(producer, submitted.batch_id, inputs, output, with_input=with_input)
+    if with_input and output is None:
+        raise typer.BadParameter("is for results: give --output, too", param_hint="--with-input")
+    with gathered(files, reading) as inputs, Producer(settings_for(queue)) as producer:
+        if output is not None:
+            check_output(inputs, output, with_input)
+        status = _submit(
+            producer, inputs, tenant, new, limits, wait or watch or bool(output), watch
+        )
+        if output is not None:
+            _write(producer, status.batch_id, inputs, output, with_input=with_input)
     end(status)
 
 
-def limits_of(max_tokens: int | None, max_failures: str | None) -> Limits:
-    """Failures are a number, or a share as 5% or 0.05."""
-    if max_failures is None:
-        return Limits(max_tokens)
-    try:
-        percent = max_failures.endswith("%")
-        number = float(max_failures.removesuffix("%")) / (100 if percent else 1)
-        if not (0 < number < 1 or (number >= 1 and number.is_integer() and not percent)):
-            raise ValueError
-    except ValueError:
-        raise typer.BadParameter(
-            f"wanted a number from 1 or a share such as 5% (got {max_failures!r})",
-            param_hint="--max-failures",
-        ) from None
-    return Limits(max_tokens, number)
+def _submit(
+    producer: Producer,
+    inputs: Inputs,
+    tenant: str,
+    new: bool,
+    limits: Limits,
+    wait: bool,
+    watch: bool,
+) -> BatchStatus:
+    """The batch when it has ended; who does not wait for that leaves."""
+    bad = BadLines()
+    submitted = submit_files(producer, inputs, tenant, new, bad, limits)
+    bad.close()
+    _say(submitted)
+    if not wait:
+        raise typer.Exit(1 if submitted.rejected else 0)
+    return _follow(producer, submitted.batch_id, watch)
 
 
 def _say(submitted: Submitted) -> None:

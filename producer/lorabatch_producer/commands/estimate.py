@@ -10,7 +10,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from lorabatch import Settings
 from lorabatch_producer.bulk import BadLine
 from lorabatch_producer.client import Producer
 from lorabatch_producer.commands.row_options import (
@@ -25,13 +24,16 @@ from lorabatch_producer.commands.row_options import (
     MaxNewTokens,
     PromptColumn,
     PromptTemplate,
+    Queue,
     Seed,
     Stop,
     System,
     Temperature,
+    Tenant,
     TopK,
     TopP,
     reading_of,
+    settings_for,
 )
 from lorabatch_producer.console import printable, wide_console
 from lorabatch_producer.estimating import Estimate
@@ -43,10 +45,8 @@ __all__ = ["estimate"]
 
 def estimate(
     files: Files,
-    tenant: Annotated[str, typer.Option(help="Who rows without a tenant would be billed to.")] = (
-        "default"
-    ),
-    queue: Annotated[str | None, typer.Option(help="Queue that it would be sent to.")] = None,
+    tenant: Tenant = "default",
+    queue: Queue = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     form: Form = None,
     prompt_column: PromptColumn = None,
@@ -65,7 +65,6 @@ def estimate(
 ) -> None:
     """What files would take: rows, tokens, adapters and time. Accepts nothing."""
     reading = reading_of(locals())
-    settings = Settings.load(**({"queue": queue} if queue else {}))
     bad, first = BadLines(), list[BadLine]()
 
     def on_bad(line: BadLine) -> None:
@@ -73,7 +72,7 @@ def estimate(
         if len(first) < SHOWN_BAD_LINES:
             first.append(line)
 
-    with gathered(files, reading) as inputs, Producer(settings) as producer:
+    with gathered(files, reading) as inputs, Producer(settings_for(queue)) as producer:
         found = estimate_files(producer, inputs, tenant, on_bad)
     bad.close()
     if as_json:

@@ -1,4 +1,5 @@
-"""Options of all commands that read bulk files: which files, and what their rows mean."""
+"""Options of all commands that read bulk files: which files, what their rows mean, whose jobs they
+are, and what these may spend."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lorabatch import Settings
+from lorabatch_producer.batch import Limits
 from lorabatch_producer.bulk import BadLine
 from lorabatch_producer.console import printable
 from lorabatch_producer.reading import Reading
@@ -19,16 +22,22 @@ __all__ = [
     "CustomIdColumn",
     "Files",
     "Form",
+    "MaxFailures",
     "MaxNewTokens",
+    "MaxTokens",
     "PromptColumn",
     "PromptTemplate",
+    "Queue",
     "Seed",
     "Stop",
     "System",
     "Temperature",
+    "Tenant",
     "TopK",
     "TopP",
+    "limits_of",
     "reading_of",
+    "settings_for",
 ]
 
 SHOWN_BAD_LINES = 10
@@ -47,6 +56,14 @@ def _sampling(text: str) -> Any:
 Files = Annotated[
     list[str],
     typer.Argument(help="JSONL, CSV or Parquet, also .gz; patterns; - for stdin."),
+]
+Tenant = Annotated[str, typer.Option(help="Who rows without a tenant are billed to.")]
+Queue = Annotated[str | None, typer.Option(help="Queue to send to.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Stop when its jobs have taken so many tokens.")
+]
+MaxFailures = Annotated[
+    str | None, typer.Option(help="Stop when so many jobs have failed, or a share: 5%.")
 ]
 Form = Annotated[
     str | None,
@@ -83,6 +100,28 @@ def reading_of(options: dict[str, Any]) -> Reading:
     sampling = {name: options[name] for name in DRAWS if options[name] not in (None, [])}
     named = {name: options[name] for name in (*NAMES, "adapter", "base")}
     return Reading(format=form, sampling=sampling, **named)
+
+
+def settings_for(queue: str | None) -> Settings:
+    """Of this queue; None: of that which they name."""
+    return Settings.load(**({"queue": queue} if queue else {}))
+
+
+def limits_of(max_tokens: int | None, max_failures: str | None) -> Limits:
+    """Failures are a number, or a share as 5% or 0.05."""
+    if max_failures is None:
+        return Limits(max_tokens)
+    try:
+        percent = max_failures.endswith("%")
+        number = float(max_failures.removesuffix("%")) / (100 if percent else 1)
+        if not (0 < number < 1 or (number >= 1 and number.is_integer() and not percent)):
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(
+            f"wanted a number from 1 or a share such as 5% (got {max_failures!r})",
+            param_hint="--max-failures",
+        ) from None
+    return Limits(max_tokens, number)
 
 
 class BadLines:

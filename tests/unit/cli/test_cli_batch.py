@@ -113,3 +113,34 @@ def test_a_bar_on_a_terminal(cli: Cli, ledger: Ledger, file: Path) -> None:
         with working(ledger):
             assert progress.follow(producer, batch_id, console).succeeded == 2
     assert "2/2" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "why"),
+    [
+        ("in.jsonl", (), "would replace its input"),
+        ("no/out.jsonl", (), "no such folder"),
+        ("out.jsonl.gz", (), "results are not compressed; leave out .gz"),
+        ("out.csv", ("--with-input",), "lines of JSONL have no columns"),
+    ],
+)
+def test_an_output_that_could_not_be_written_is_known_before(
+    cli: Cli, ledger: Ledger, file: Path, out: str, more: tuple[str, ...], why: str
+) -> None:
+    found = cli("batch", "submit", file, "--output", file.parent / out, *more, code=2)
+    assert why in found.stderr
+    assert ledger.counts() == {}
+    assert "give --output" in cli("batch", "submit", file, "--with-input", code=2).stderr
+
+
+def test_the_file_of_bad_lines_does_not_replace_the_input(
+    cli: Cli, ledger: Ledger, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.errors.jsonl"
+    path.write_bytes(short())
+    batch_id = cli("batch", "submit", path).stdout.split()[1]
+    run_queued(ledger)
+    out = tmp_path / "in.jsonl"
+    found = cli("batch", "output", batch_id, path, "--output", out, code=2)
+    assert "would replace its input" in found.stderr
+    assert path.read_bytes() == short()
