@@ -30,7 +30,7 @@ SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
 # Of a line of a bulk file that says all that a job needs.
 SHORT_FIELDS = SAMPLING_FIELDS | {
     *("adapter_id", "prompt", "messages", "custom_id", "tenant", "sampling_params", "priority"),
-    *("merged_adapters", "webhook"),
+    *("tools", "merged_adapters", "webhook"),
 }
 
 

@@ -77,6 +77,7 @@ def _chars_per_token(connection: sa.Connection, rows: Sequence[sa.Row[Any]]) -> 
 
 
 def _chars(body: dict[str, Any]) -> int:
-    said = sum(len(message["content"]) for message in body.get("messages") or ())
-    tools = len(json.dumps(body["tools"])) if body.get("tools") else 0
-    return len(body.get("prompt") or "") + said + tools
+    messages = body.get("messages") or ()
+    said = sum(len(message.get("content") or "") for message in messages)
+    other = [body.get("tools"), *(message.get("tool_calls") for message in messages)]
+    return len(body.get("prompt") or "") + said + sum(len(json.dumps(one)) for one in other if one)

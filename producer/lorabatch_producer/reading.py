@@ -1,8 +1,9 @@
 """What rows mean that do not say all that a job needs: which columns, and what holds for all rows.
 
 Columns that have the name of a field of the short form (`bulk.py`) mean that field; all others are
-the user's own. A template takes columns by name, `"Summarize: {text}"`, and nothing else, so that
-no text in a file can reach into the program; `{{` is a brace. Raises InvalidJob.
+the user's own; lines in OpenAI's form say it all. A template takes columns by name,
+`"Summarize: {text}"`, and nothing else, so that no text in a file can reach into the program; `{{`
+is a brace. Raises InvalidJob.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lorabatch import SamplingParams
 from lorabatch.errors import InvalidJob, explain, shown
 from lorabatch_producer.fields import SAMPLING_FIELDS, SHORT_FIELDS
+from lorabatch_producer.openai_body import CHAT_URL, COMPLETIONS_URL
 
-__all__ = ["Format", "Reading"]
+__all__ = ["ROW_OPTIONS", "Format", "Reading"]
 
 Format = Literal["jsonl", "csv", "parquet"]
+ROW_OPTIONS = ("prompt_column", "prompt_template", "system", "adapter_column", "custom_id_column")
 TEXTS = {"prompt", "adapter_id", "custom_id", "tenant"}
 
 
@@ -92,7 +95,10 @@ class Reading(BaseModel):
             )
 
     def fields(self, row: Mapping[str, Any], base_names: frozenset[str] | None) -> dict[str, Any]:
-        """Of a job in the short form, from a row by its columns."""
+        """Of a job in the short form, from a row by its columns; a line in OpenAI's as it is."""
+        if row.get("url") in (CHAT_URL, COMPLETIONS_URL) and isinstance(row.get("body"), Mapping):
+            self._check_says_all()
+            return dict(row)
         own = {name: row[name] for name in SHORT_FIELDS & row.keys() if row[name] not in (None, "")}
         fields: dict[str, Any] = {
             **{name: value for name, value in self.sampling.items() if not _says(own, name)},
@@ -114,6 +120,12 @@ class Reading(BaseModel):
             user = {"role": "user", "content": fields.pop("prompt")}
             fields["messages"] = [{"role": "system", "content": self.system}, user]
         return fields
+
+    def _check_says_all(self) -> None:
+        for name in (*ROW_OPTIONS, "sampling"):
+            if getattr(self, name):
+                said = ", ".join(self.sampling) if name == "sampling" else name
+                raise InvalidJob(f"{said}: a line in OpenAI's form says all itself; leave it out")
 
     def _adapter(self, row: Mapping[str, Any], base_names: frozenset[str] | None) -> str | None:
         column = self.adapter_column or "adapter_id"

@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from lorabatch import Job, Ledger, Result
 from lorabatch.errors import InvalidJob, LoraBatchError, shown
 from lorabatch.fields import AdapterName
+from lorabatch.messages import ChatMessage
 from lorabatch_producer.batch import BatchStatus, base_names_of
 from lorabatch_producer.bulk import BadLine, GoodLine
 from lorabatch_producer.client import Producer
@@ -170,7 +171,12 @@ def _answer(job_id: str, found: dict[str, Result | None]) -> Answer:
 def _asked(job: Job) -> str:
     if job.prompt is not None:
         return job.prompt
-    return "\n\n".join(f"{said.role}: {said.content}" for said in job.messages or ())
+    return "\n\n".join(f"{said.role}: {_said(said)}" for said in job.messages or ())
+
+
+def _said(message: ChatMessage) -> str:
+    calls = (call.model_dump_json() for call in message.tool_calls or ())
+    return "\n".join([*filter(None, [message.content]), *calls])
 
 
 def _csv_row(line: GoodLine, asked: str, answers: dict[str, Answer]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import sqlalchemy as sa
 
@@ -71,6 +73,16 @@ def test_the_latest_jobs_count(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) 
     run_queued(ledger)
     ran(ledger, (5, 9), (1, 2))
     assert set(past_of(ledger.engine, "tiny").output_tokens) == {"new"}
+
+
+def test_a_message_may_have_calls_and_no_content(ledger: Ledger) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "user", "content": "12345"}, {"role": "assistant", "tool_calls": [call]}]
+    job = Job.parse({"messages": messages})
+    ledger.accept([job])
+    run_queued(ledger)
+    assert asked_chars(job) == 5 + len(json.dumps([call]))
+    assert past_of(ledger.engine, "tiny").chars_per_token == asked_chars(job) / 5
 
 
 def test_prompts_that_were_erased_say_nothing(ledger: Ledger) -> None:

@@ -11,7 +11,7 @@ from lorabatch import Settings
 from lorabatch_producer.batch import Limits
 from lorabatch_producer.bulk import BadLine
 from lorabatch_producer.console import printable
-from lorabatch_producer.reading import Reading
+from lorabatch_producer.reading import ROW_OPTIONS, Reading
 
 __all__ = [
     "SHOWN_BAD_LINES",
@@ -86,7 +86,6 @@ TopK = Annotated[int | None, _sampling("Of the k most likely tokens.")]
 Seed = Annotated[int | None, _sampling("Seed of the draws.")]
 Stop = Annotated[list[str] | None, _sampling("Text ends before this; may be repeated.")]
 
-NAMES = ("prompt_column", "prompt_template", "system", "adapter_column", "custom_id_column")
 DRAWS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 
 
@@ -98,7 +97,7 @@ def reading_of(options: dict[str, Any]) -> Reading:
             f"wanted jsonl, csv or parquet (got {form!r})", param_hint="--format"
         )
     sampling = {name: options[name] for name in DRAWS if options[name] not in (None, [])}
-    named = {name: options[name] for name in (*NAMES, "adapter", "base")}
+    named = {name: options[name] for name in (*ROW_OPTIONS, "adapter", "base")}
     return Reading(format=form, sampling=sampling, **named)
 
 

@@ -4,6 +4,7 @@ table that no spreadsheet runs."""
 from __future__ import annotations
 
 import csv
+import json
 import threading
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 
 from lorabatch import Ledger, Result
 from lorabatch.ledger import Claim
-from lorabatch.tables import jobs
+from lorabatch.tables import batches, jobs
 from lorabatch_producer import watching
 from tests.command_line import Cli
 from tests.played_worker import by_adapter, fails, run_queued, succeeds, working
@@ -173,6 +174,47 @@ def test_rows_that_name_an_adapter_have_all(cli: Cli, ledger: Ledger, tmp_path: 
     page = Seen(tmp_path / "out.html")
     assert [row[0].split("in.jsonl")[0] for row in page.cells[1:]] == ["user: hi"]
     assert "sql: hi" in page.cells[1][1]
+
+
+CALLS = {
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "c", "content": "noon"},
+    ],
+    "tools": [{"type": "function", "function": {"name": "now"}}],
+}
+
+
+def test_openai_lines_and_tools_within_a_budget(cli: Cli, ledger: Ledger, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    body = {"model": "other", "max_tokens": 5, **CALLS}
+    whole = {"custom_id": "x", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    path.write_text(f"{json.dumps(whole)}\n{json.dumps(CALLS)}\n")
+    seen: list[tuple[Any, ...]] = []
+
+    def notes(claim: Claim) -> Result:
+        job = claim.job
+        seen.append((job.adapter_id, job.sampling_params.max_new_tokens, len(job.tools or ())))
+        return succeeds(claim)
+
+    given = ("bakeoff", path, "--adapters", "sql", "--output", tmp_path / "out.html")
+    with working(ledger, notes):
+        cli(*given, "--max-tokens-total", 1000)
+    assert sorted(seen) == [("sql", 5, 1), ("sql", 256, 1)]
+    asked = Seen(tmp_path / "out.html").cells[1][0]
+    assert 'assistant: {"id":"c"' in asked
+    assert "None" not in asked
+    with ledger.engine.connect() as connection:
+        assert connection.scalar(sa.select(batches.c.max_tokens)) == 1000
+    with working(ledger):
+        refused = cli(*given, "--system", "be short", code=1)
+    assert "line 1: invalid_job: system: a line in OpenAI's form says all" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,8 @@ def test_a_bar_on_a_terminal(cli: Cli, ledger: Ledger, file: Path) -> None:
 def test_an_output_that_could_not_be_written_is_known_before(
     cli: Cli, ledger: Ledger, file: Path, out: str, more: tuple[str, ...], why: str
 ) -> None:
-    found = cli("batch", "submit", file, "--output", file.parent / out, *more, code=2)
+    with working(ledger):
+        found = cli("batch", "submit", file, "--output", file.parent / out, *more, code=2)
     assert why in found.stderr
     assert ledger.counts() == {}
     assert "give --output" in cli("batch", "submit", file, "--with-input", code=2).stderr
