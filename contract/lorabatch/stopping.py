@@ -45,12 +45,20 @@ def _stop(engine: sa.Engine, batch_id: str, why: str) -> dict[str, int]:
 
 
 def limit(
-    engine: sa.Engine, batch_id: str, max_tokens: int | None = None, max_failures: int | None = None
+    engine: sa.Engine,
+    batch_id: str,
+    max_tokens: int | None = None,
+    max_failures: int | None = None,
+    under_way: bool = False,
 ) -> None:
     """Say what a batch may spend, where it is not None; what its jobs have taken before counts.
-    Raises JobNotFound, and BudgetExhausted if that is as much already: then nothing changes."""
+    Raises JobNotFound, and BudgetExhausted if that is as much already: then nothing changes. One
+    that is `under_way` stops then instead."""
+    limits = {"max_tokens": max_tokens, "max_failures": max_failures}
     with engine.begin() as connection:
-        _allow(connection, batch_id, {"max_tokens": max_tokens, "max_failures": max_failures})
+        why = _allow(connection, batch_id, limits, fresh=False)
+        if why is not None and not under_way:
+            raise _exhausted(batch_id, why)
 
 
 def resume(
@@ -60,7 +68,9 @@ def resume(
     None: the limit stays. Raises as `limit` does."""
     limits = {"max_tokens": max_tokens, "max_failures": max_failures}
     with engine.begin() as connection:
-        _allow(connection, batch_id, limits, failures=0)
+        why = _allow(connection, batch_id, limits, fresh=True)
+        if why is not None:
+            raise _exhausted(batch_id, why)
     again: dict[str, str] = {}
     for some in _ended_badly(engine, batch_id):
         made = Batches(engine).run_again(some)
@@ -71,24 +81,33 @@ def resume(
 
 
 def _allow(
-    connection: sa.Connection, batch_id: str, limits: dict[str, int | None], **more: Any
-) -> None:
+    connection: sa.Connection, batch_id: str, limits: dict[str, int | None], fresh: bool
+) -> str | None:
+    """Why it may spend no more even so. `fresh`: failures count from here."""
     mine = batches.c.batch_id == batch_id
     row = connection.execute(sa.select(batches).where(mine).with_for_update()).one_or_none()
     if row is None:
         raise JobNotFound(f"batch {batch_id!r}: no such batch in this ledger")
     given = {name: value for name, value in limits.items() if value is not None}
     if not given and row.max_tokens is None and row.max_failures is None:
-        return
+        return None
     spent = connection.scalar(_spent(batch_id)) or 0
-    values = {**given, **more, "spent_tokens": spent, "stopped_us": sa.null()}
+    values = {**given, "spent_tokens": spent, "stopped_us": sa.null()}
+    if fresh:
+        values["failures"] = 0
+    elif row.max_tokens is None and row.max_failures is None:  # nobody has counted them
+        failed = jobs.c.batch_id == batch_id, jobs.c.state == "failed"
+        count = sa.select(sa.func.count()).where(*failed, sa.not_(jobs.c.superseded))
+        values["failures"] = connection.scalar(count)
     connection.execute(sa.update(batches).where(mine).values(**values))
-    why = budget_of(connection.execute(sa.select(batches).where(mine)).one()).exhausted
-    if why is not None:
-        raise BudgetExhausted(
-            f"batch {batch_id}: {why}; go on with a higher limit: `lorabatch batch resume "
-            f"{batch_id} --max-tokens-total N --max-failures N`"
-        )
+    return budget_of(connection.execute(sa.select(batches).where(mine)).one()).exhausted
+
+
+def _exhausted(batch_id: str, why: str) -> BudgetExhausted:
+    return BudgetExhausted(
+        f"batch {batch_id}: {why}; go on with a higher limit: `lorabatch batch resume "
+        f"{batch_id} --max-tokens-total N --max-failures N`"
+    )
 
 
 def _spent(batch_id: str) -> sa.Select[Any]:

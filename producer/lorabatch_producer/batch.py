@@ -144,7 +144,7 @@ def submit(
         )
     share = limits.failures_of(lines.accepted)
     if share is not None:
-        limit(producer.ledger.engine, batch_id, None, share)
+        limit(producer.ledger.engine, batch_id, None, share, under_way=True)
     return Submitted(batch_id, lines.accepted, counts.bad, lines.again, lines.finish())
 
 

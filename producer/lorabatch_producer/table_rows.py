@@ -8,6 +8,7 @@ file that has no rows to read; a bad row is a Refused.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import io
@@ -132,10 +133,11 @@ def parquet_rows(file: BinaryIO, name: str, keep: Callable[[str], bool]) -> Rows
     table = parquet_file(file, name)
     columns = [column for column in table.schema_arrow.names if keep(column)]
     number = 0
-    for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    with _readable(name):
+        for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
 
 
 def parquet_columns(file: BinaryIO, name: str) -> list[str]:
@@ -146,10 +148,16 @@ def parquet_columns(file: BinaryIO, name: str) -> list[str]:
 
 def parquet_file(file: BinaryIO, name: str) -> Any:
     """pyarrow's reader. Raises LoraBatchError if it is no Parquet, or pyarrow is missing."""
+    with _readable(name):
+        return pyarrow("pyarrow.parquet").ParquetFile(file, pre_buffer=False)
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
     arrow = pyarrow("pyarrow")
     try:
-        return pyarrow("pyarrow.parquet").ParquetFile(file, pre_buffer=False)
-    except (arrow.ArrowException, OSError) as error:
+        yield
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise LoraBatchError(f"{name}: not a Parquet file that can be read: {reason}") from None
 

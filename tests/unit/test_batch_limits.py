@@ -126,6 +126,19 @@ def test_a_limit_that_comes_late_counts_what_was_before(ledger: Ledger, batch: s
         limit(ledger.engine, "nothing", max_tokens=1)
 
 
+def test_failures_before_their_limit_count(ledger: Ledger, batch: str) -> None:
+    """A share is told when the files were read, and jobs run before that."""
+    claims = ledger.claim(["b0", "b1"], "me", 60)
+    ledger.record([Outcome(claim, fails(claim)) for claim in claims.values()])
+    with pytest.raises(BudgetExhausted, match="2 jobs have failed, and it stops at 2"):
+        limit(ledger.engine, batch, max_failures=2)
+    limit(ledger.engine, batch, max_failures=3)
+    assert account(ledger).failures == 2
+    claims = ledger.claim(["b2"], "me", 60)
+    ledger.record([Outcome(claims["b2"], fails(claims["b2"]))])
+    assert stop_exhausted(ledger.engine) == {"b": {"cancelled": 7, "asked": 0}}
+
+
 def test_more_than_a_page_is_resumed(ledger: Ledger) -> None:
     Batches(ledger.engine).add("big", "default", "x")
     many = PAGE + 5

@@ -14,13 +14,14 @@ import pytest
 from lorabatch import Settings
 from lorabatch.errors import IdempotencyConflict, JobNotFound, LoraBatchError
 from lorabatch.feed import Feed
-from lorabatch_producer import Producer
-from lorabatch_producer.batch import batch_id_for, submit
+from lorabatch.stopping import stop_exhausted
+from lorabatch_producer import Producer, batch
+from lorabatch_producer.batch import Limits, batch_id_for, submit
 from lorabatch_producer.bulk import BadLine
 from lorabatch_producer.output import errors_path, write_output
-from lorabatch_producer.sending import CHUNK
+from lorabatch_producer.sending import CHUNK, chunked
 from tests.bad_inputs import CHAT, chat, line, short
-from tests.played_worker import by_adapter, run_queued
+from tests.played_worker import by_adapter, fails, run_queued
 
 
 @pytest.fixture
@@ -282,3 +283,20 @@ def test_an_input_that_cannot_be_read_is_not_the_outputs_fault(
     with pytest.raises(LoraBatchError, match=r"in\.jsonl cannot be read: No such file"):
         write_output(producer.ledger, done.batch_id, file, out)
     assert os.listdir(tmp_path) == ["home"]
+
+
+def test_a_share_counts_what_failed_while_the_files_were_read(
+    producer: Producer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "chunked", lambda lines: chunked(lines, 1))
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\n".join([short(), short(), b"no json", short(), short()]))
+    found = submit(
+        producer,
+        path,
+        on_bad=lambda _: run_queued(producer.ledger, fails),
+        limits=Limits(None, 0.5),
+    )
+    budget = producer.status(found.batch_id).budget
+    assert budget.exhausted == "2 jobs have failed, and it stops at 2"
+    assert stop_exhausted(producer.ledger.engine) == {found.batch_id: {"cancelled": 2, "asked": 0}}

@@ -147,6 +147,18 @@ def test_files_that_cannot_be_read_are_named(
         submit(producer, Inputs.of(path))
 
 
+@pytest.mark.parametrize("at", [4, 60])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, at: int) -> None:
+    path = tmp_path / "in.parquet"
+    table = arrow.table({"prompt": [f"text {n}" for n in range(900)]})
+    parquet.write_table(table, path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[at : at + 40] = bytes(byte ^ 0x5A for byte in content[at : at + 40])
+    path.write_bytes(content)
+    with pytest.raises(LoraBatchError, match=r"in\.parquet: not a Parquet file that can be read: "):
+        lines(Inputs.of(path, Reading(base=True)))
+
+
 def test_without_pyarrow_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
