@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from lorabatch.errors import InvalidJob, JobNotFound, LoraBatchError, QueueFull
-from lorabatch_producer import AsyncProducer
+from lorabatch_producer import AsyncProducer, NotSent
 
 TENANT = "shop"  # who asks here; a real app knows it from its session
 producer = AsyncProducer()
@@ -42,6 +42,8 @@ async def ask(asked: Asked, response: Response) -> dict[str, str]:
     }
     try:
         job_id = await producer.enqueue(job, tenant=TENANT, stream=True)
+    except NotSent as error:  # accepted all the same: who asks again would have it twice
+        (job_id,) = error.job_ids
     except InvalidJob as error:
         raise HTTPException(422, str(error)) from None
     except QueueFull:

@@ -15,8 +15,8 @@ import os
 from flask import Flask, abort, jsonify, request
 from flask.typing import ResponseReturnValue
 
-from lorabatch.errors import InvalidJob, NotVerified
-from lorabatch_producer import Producer
+from lorabatch.errors import InvalidJob, NotVerified, QueueFull
+from lorabatch_producer import NotSent, Producer
 from lorabatch_producer.webhooks import ID, verify
 
 TENANT = "shop"
@@ -36,8 +36,12 @@ def ask() -> ResponseReturnValue:
             adapter_id=request.form.get("adapter_id"),
             webhook=os.environ["WEBHOOK_URL"],
         )
+    except NotSent as error:  # accepted all the same: who asks again would have it twice
+        (job_id,) = error.job_ids
     except InvalidJob as error:
         return jsonify(error=str(error)), 422
+    except QueueFull:
+        return jsonify(error="too many texts wait"), 503, {"Retry-After": "5"}
     return jsonify(job_id=job_id), 202
 
 
