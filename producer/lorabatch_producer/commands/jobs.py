@@ -19,13 +19,26 @@ from lorabatch_producer.waiting import Watch, succeeded
 __all__ = ["cancel", "enqueue", "result"]
 
 QUIET_S = 4.0
+Adapter = Annotated[
+    str | None, typer.Option(help="Adapter id; without one the base model answers.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")]
+Raw = Annotated[bool, typer.Option("--raw", help="The prompt as it is, not as a chat message.")]
+Queue = Annotated[str | None, typer.Option(help="Whose workers run it, with their base model.")]
+
+Webhook = Annotated[str | None, typer.Option(help="URL that is told of its end.")]
+Priority = Annotated[int, typer.Option(help="Higher runs first, -100 to 100.")]
+System = Annotated[str | None, typer.Option(help="A system message before the prompt.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SAMPLING = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("seed", "stop"),
+)
 
 
 def enqueue(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    adapter: Annotated[
-        str | None, typer.Option(help="Adapter id; without one the base model answers.")
-    ] = None,
+    adapter: Adapter = None,
     tenant: Annotated[str, typer.Option(help="Who it is billed to.")] = "default",
     max_new_tokens: Annotated[int | None, typer.Option(help="[default: 256]")] = None,
     temperature: Annotated[float | None, typer.Option(help="[default: 0, greedy]")] = None,
@@ -34,49 +47,35 @@ def enqueue(
     min_p: Annotated[float | None, typer.Option(help="[default: 0]")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="[default: 1]")] = None,
     seed: Annotated[int | None, typer.Option(help="[default: from the job id]")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeatable.")
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="The prompt as it is, not as a chat message.")
-    ] = False,
+    stop: Stop = None,
+    system: System = None,
+    raw: Raw = False,
     key: Annotated[str | None, typer.Option(help="Idempotency key: the same job once.")] = None,
-    queue: Annotated[
-        str | None, typer.Option(help="Whose workers run it, with their base model.")
-    ] = None,
-    priority: Annotated[int, typer.Option(help="Higher runs first, -100 to 100.")] = 0,
+    queue: Queue = None,
+    priority: Priority = 0,
+    webhook: Webhook = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait and print the text.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Seconds to wait at most.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Enqueue one prompt; print the job's id, or with --wait the text."""
+    given = locals()
+    if timeout is not None and not wait:
+        raise typer.BadParameter("is for --wait: give that, too", param_hint="--timeout")
+    asked = {
+        **_prompt(prompt, system, raw),
+        **{name: given[name] for name in SAMPLING if given[name] not in (None, [])},
+        **{name: given[name] for name in ("tenant", "priority", "webhook")},
+        **{"adapter_id": adapter, "idempotency_key": key},
+    }
+    _enqueue(make_job(asked), queue, wait, timeout, as_json)
+
+
+def _prompt(prompt: str, system: str | None, raw: bool) -> dict[str, Any]:
     if raw and system is not None:
         raise typer.BadParameter("--system needs a chat: leave --raw out")
     if not prompt.strip():
         raise typer.BadParameter("the prompt is empty; give it some text")
-    asked = {
-        **_prompt(prompt, system, raw),
-        "adapter_id": adapter,
-        "tenant": tenant,
-        "idempotency_key": key,
-        "priority": priority,
-    }
-    sampling = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "stop": stop or None,
-    }
-    job = make_job(asked, **{name: value for name, value in sampling.items() if value is not None})
-    _enqueue(job, queue, wait, timeout, as_json)
-
-
-def _prompt(prompt: str, system: str | None, raw: bool) -> dict[str, Any]:
     if raw:
         return {"prompt": prompt}
     turns = [{"role": "system", "content": system}] if system is not None else []

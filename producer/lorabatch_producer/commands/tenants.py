@@ -1,4 +1,4 @@
-"""`lorabatch tenants list`, `set`, `forget`: what each tenant may have.
+"""`lorabatch tenants create`, `list`, `set`, `forget`, `revoke`: what each tenant may have.
 
 Database errors pass through.
 """
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,7 @@ from rich.text import Text
 from lorabatch import Settings
 from lorabatch.database import open_database
 from lorabatch.fields import is_identifier
+from lorabatch.keys import Keys
 from lorabatch.tenants import ALL, EACH, Limits, Tenants
 from lorabatch_producer.console import printable, wide_console
 
@@ -28,6 +30,7 @@ COLUMNS = ("tenant", "weight", "max running", "max queued", "requests/min", "tok
 SHOWN_NAMES = {EACH: "(each other)", ALL: "(all together)"}
 app = typer.Typer(no_args_is_help=True, help="Tenants: shares and limits.")
 Name = Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)]
+Whose = Annotated[str, typer.Argument(metavar="NAME", show_default=False)]
 Each = Annotated[bool, typer.Option("--each", help="Every tenant that says nothing of its own.")]
 All = Annotated[bool, typer.Option("--all", help="All tenants together; --max-queued alone.")]
 NO_LIMIT = -1
@@ -46,6 +49,23 @@ def _most(text: str) -> int:
 def _limit(what: str) -> Any:
     more = " none: no limit of its own, that of --each holds."
     return typer.Option(parser=_most, metavar="N|none", help=what + more)
+
+
+@app.command()
+def create(name: Whose) -> None:
+    """Note a tenant. It needs none of it: whoever a job names is one; but so it is listed."""
+    tenant = _which(name, each=False, together=False)
+    with _opened() as tenants:
+        if any(limits.tenant == tenant for limits in tenants.list()):
+            raise typer.BadParameter(
+                f"{tenant!r} is there already; `lorabatch tenants set {tenant}` changes it",
+                param_hint="NAME",
+            )
+        said = _before(tenants, tenant)
+        tenants.set(said)
+        others = _others(tenants)
+    typer.echo(_sentence(said, others))
+    typer.echo(f"a key for it: lorabatch keys create --tenant {tenant}", err=True)
 
 
 @app.command("list")
@@ -104,7 +124,7 @@ def set_limits(
     with _opened() as tenants:
         said = _changed(_before(tenants, tenant), weight, most)
         tenants.set(said)
-        others = {limits.tenant: limits for limits in tenants.list()}.get(EACH)
+        others = _others(tenants)
     typer.echo(_sentence(said, others))
 
 
@@ -117,13 +137,29 @@ def forget(name: Name = None, each: Each = False, together: All = False) -> None
     typer.echo(f"{_shown(tenant)}: " + ("forgotten" if known else "nothing was said of it"))
 
 
+@app.command()
+def revoke(name: Whose) -> None:
+    """End all keys of a tenant. Its jobs go on, and what was said of it stays."""
+    tenant = _which(name, each=False, together=False)
+    with _database() as engine:
+        keys = Keys(engine)
+        ended = [keys.revoke(key.key_id) for key in keys.list(tenant) if key.valid]
+    typer.echo(f"{tenant}: {len(ended)} keys revoked")
+
+
 @contextlib.contextmanager
-def _opened() -> Iterator[Tenants]:
+def _database() -> Iterator[sa.Engine]:
     engine = open_database(Settings.load())
     try:
-        yield Tenants(engine)
+        yield engine
     finally:
         engine.dispose()
+
+
+@contextlib.contextmanager
+def _opened() -> Iterator[Tenants]:
+    with _database() as engine:
+        yield Tenants(engine)
 
 
 def _which(name: str | None, each: bool, together: bool) -> str:
@@ -150,6 +186,11 @@ def _check(tenant: str, weight: float | None, most: Mapping[str, int | None]) ->
             "give --weight, --max-running or --max-queued, --requests-per-minute or "
             "--tokens-per-minute"
         )
+
+
+def _others(tenants: Tenants) -> Limits | None:
+    """What holds for who says nothing of its own."""
+    return {limits.tenant: limits for limits in tenants.list()}.get(EACH)
 
 
 def _before(tenants: Tenants, tenant: str) -> Limits:

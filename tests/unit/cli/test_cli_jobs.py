@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import sqlalchemy as sa
 
 from lorabatch import Ledger
+from lorabatch.tables import jobs as rows
 from lorabatch_producer.commands import jobs
 from tests.command_line import Cli
 from tests.played_worker import fails, run_queued, working
@@ -22,7 +24,8 @@ def test_enqueue_prints_the_id_and_nothing_else(cli: Cli, ledger: Ledger) -> Non
 def test_enqueue_takes_every_option(cli: Cli, ledger: Ledger) -> None:
     options = (
         "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --seed 3 "
-        "--repetition-penalty 1.1 --stop x --stop y --priority 5 --key k --raw --json"
+        "--repetition-penalty 1.1 --stop x --stop y --priority 5 --key k --raw --json "
+        "--webhook https://shop.example/hook"
     )
     job_id = json.loads(cli("enqueue", "hi", *options.split()).stdout)["job_id"]
     assert json.loads(cli("enqueue", "hi", *options.split()).stdout)["job_id"] == job_id
@@ -37,6 +40,8 @@ def test_enqueue_takes_every_option(cli: Cli, ledger: Ledger) -> None:
     )
     assert (params.min_p, params.seed, params.repetition_penalty) == (0.1, 3, 1.1)
     assert params.stop == ("x", "y")
+    with ledger.engine.connect() as connection:
+        assert connection.scalar(sa.select(rows.c.webhook)) == "https://shop.example/hook"
 
 
 def test_a_system_message(cli: Cli, ledger: Ledger) -> None:
@@ -107,6 +112,8 @@ def test_an_empty_prompt_is_refused(cli: Cli, ledger: Ledger) -> None:
         (["report", "usage", "--since", "soon"], "is no time"),
         (["report", "usage", "--since", "2026-02-01", "--until", "2026-01-01"], "is not before"),
         (["enqueue", "hi", "--temperature", "99"], "sampling_params.temperature"),
+        (["enqueue", "hi", "--timeout", "3"], "is for --wait"),
+        (["enqueue", "hi", "--webhook", "ftp://shop.example"], "webhook"),
         (["enqueue", ""], "prompt is empty|content"),
         (["batch", "submit", "/no/such/file"], "does not exist"),
         (["nonsense"], "No such command"),

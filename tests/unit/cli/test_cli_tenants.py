@@ -1,4 +1,4 @@
-"""`lorabatch tenants list|set|forget`, and refusals where as many jobs wait as may."""
+"""`lorabatch tenants`, and refusals where as many jobs wait as may."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from lorabatch import Ledger, Settings
 from lorabatch.errors import QueueFull
 from lorabatch.feed import Feed
+from lorabatch.keys import Keys
 from lorabatch.tenants import ALL, EACH, Limits, Tenants
 from lorabatch_producer import Producer
 from lorabatch_producer.batch import submit
@@ -29,6 +30,26 @@ def test_what_is_left_out_stays_as_it_was(cli: Cli, ledger: Ledger) -> None:
     assert said(ledger) == [Limits("acme", 2.5, 3, 1000)]
     cli("tenants", "set", "acme", "--max-queued", "none")
     assert said(ledger) == [Limits("acme", 2.5, 3, None)]
+
+
+def test_a_tenant_from_its_first_to_its_last_key(cli: Cli, ledger: Ledger) -> None:
+    cli("tenants", "set", "--each", "--weight", "2", "--max-queued", "5")
+    made = cli("tenants", "create", "acme")
+    most = "any number under way, at most 5 (as each other) may wait"
+    assert made.stdout == f"acme: weight 2, {most}\n"
+    assert "lorabatch keys create --tenant acme" in made.stderr
+    assert Limits("acme", 2.0) in said(ledger)
+    cli("tenants", "set", "acme", "--max-running", "3")
+    assert "is there already" in cli("tenants", "create", "acme", code=2).stderr
+    assert Limits("acme", 2.0, 3) in said(ledger), "as it was"
+    keys = [
+        cli("keys", "create", "--tenant", who).stdout.strip() for who in ("acme", "acme", "other")
+    ]
+    assert cli("tenants", "revoke", "acme").stdout == "acme: 2 keys revoked\n"
+    assert cli("tenants", "revoke", "acme").stdout == "acme: 0 keys revoked\n"
+    valid = [Keys(ledger.engine).check(key) for key in keys]
+    assert [key and key.tenant for key in valid] == [None, None, "other"]
+    assert "wanted letters, digits" in cli("tenants", "revoke", "*all", code=2).stderr
 
 
 def test_0_pauses_a_tenant_and_none_ends_that(cli: Cli, ledger: Ledger) -> None:
