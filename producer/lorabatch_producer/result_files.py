@@ -1,8 +1,9 @@
 """Results as JSONL, CSV or Parquet, a row at a time.
 
 In CSV, text that a spreadsheet would run as a formula gets an apostrophe in front; line ends in a
-text are kept, inside quotes. In Parquet texts and numbers have their types; what comes from the
-input is text, or JSON. Parquet wants pyarrow. Raises LoraBatchError if that is missing.
+text are kept, inside quotes. Several texts, or log probabilities, are JSON in `choices`. In Parquet
+texts and numbers have their types; what comes from the input is text, or JSON. Parquet wants
+pyarrow. Raises LoraBatchError if that is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ INPUT = "input_"  # before the name of a column of the input
 NUMBERS = ("line", "prompt_tokens", "output_tokens", "cached_tokens")
 RESULT_COLUMNS = (
     *("file", "line", "custom_id", "job_id", "tenant", "adapter_id", "text", "finish_reason"),
-    *("prompt_tokens", "output_tokens", "cached_tokens", "error_code", "error_message"),
+    *("prompt_tokens", "output_tokens", "cached_tokens", "error_code", "error_message", "choices"),
 )
 PARQUET_ROWS = 500
 Write = Callable[[Mapping[str, Any]], None]

@@ -6,13 +6,15 @@
 
 COLUMNS says what there is. Times are UTC to the microsecond, tokens counts; `text` and
 `finish_reason` are null unless the job succeeded, `error_code` and `error_message` are null if it
-did, and `token_ids` are those generated. All take an iterable of results and read it once;
-`to_reader` never holds more than a batch of rows. Raises SettingsError where pyarrow or pandas is
-missing, and what the iterable raises.
+did, and `token_ids` are those generated. `choices` is JSON where several texts or log probabilities
+were asked for: `text`, `token_ids` and `finish_reason` are of the first one. All take an iterable of
+results and read it once; `to_reader` never holds more than a batch of rows. Raises SettingsError
+where pyarrow or pandas is missing, and what the iterable raises.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -40,6 +42,7 @@ COLUMNS: Final = {
     "state": "string",
     "text": "string",
     "token_ids": "list<int32>",
+    "choices": "string",
     "finish_reason": "string",
     "prompt_tokens": "int64",
     "cached_tokens": "int64",
@@ -102,8 +105,10 @@ def _schema(arrow: Any) -> Any:
 def _row(result: Result) -> dict[str, Any]:
     """Times as the microseconds that they are."""
     error = result.error
+    choices = [one.model_dump(mode="json") for one in result.choices or ()]
     return {
-        **result.model_dump(exclude={"usage", "error"}),
+        **result.model_dump(exclude={"usage", "error", "choices"}),
+        "choices": json.dumps(choices, ensure_ascii=False) if choices else None,
         **result.usage.model_dump(),
         "total_tokens": result.usage.total_tokens,
         "error_code": error.code if error else None,

@@ -17,13 +17,14 @@ import pytest
 
 from lorabatch import Settings
 from lorabatch.errors import InvalidJob, LoraBatchError
+from lorabatch.result import Choice
 from lorabatch_producer import Producer, table_rows
 from lorabatch_producer.batch import reading_of, submit
 from lorabatch_producer.bulk import BadLine, GoodLine
 from lorabatch_producer.inputs import Inputs, gathered
 from lorabatch_producer.output import write_output
 from lorabatch_producer.reading import Reading
-from tests.played_worker import by_adapter, run_queued
+from tests.played_worker import by_adapter, run_queued, succeeds
 
 BATCH = "1f0f6c34-9a4d-5e0e-8c55-6d0a54f5a1b0"
 FAQ = Reading(
@@ -253,3 +254,18 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, form: str) -> None:
         tracemalloc.stop()
     assert read == count
     assert peak < 4_000_000
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet"])
+def test_a_table_has_all_texts_of_a_job(producer: Producer, tmp_path: Path, name: str) -> None:
+    path, out = written(tmp_path / "in.csv", "prompt,n,temperature\nhi,2,1\n"), tmp_path / name
+    inputs = Inputs.of(path, Reading(base=True))
+    batch_id = submit(producer, inputs).batch_id
+    choices = tuple(Choice(text=text, token_ids=(1,)) for text in "ab")
+    run_queued(producer.ledger, lambda claim: succeeds(claim, text="a", choices=choices))
+    write_output(producer.ledger, batch_id, inputs, out)
+    if name.endswith("csv"):
+        (row,) = csv.DictReader(io.StringIO(out.read_text()))
+    else:
+        (row,) = parquet.read_table(out).to_pylist()
+    assert [one["text"] for one in json.loads(row["choices"])] == ["a", "b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pyarrow import parquet
 
 from lorabatch import ErrorInfo, Ledger, Result, Usage
 from lorabatch.errors import SettingsError
+from lorabatch.result import Choice
 from lorabatch.rows import moment
 from lorabatch_producer.tables import COLUMNS, to_arrow, to_pandas, to_reader
 from tests.played_worker import by_adapter, run_queued
@@ -69,6 +71,12 @@ def test_a_row_has_all_of_a_result() -> None:
         **{"job_id": "bad", "tenant": "acme", "state": "failed"},
         **{"error_code": "oom", "error_message": "no memory"},
     }
+
+
+def test_no_text_is_lost_of_several() -> None:
+    choices = tuple(Choice(text=text, token_ids=(1,)) for text in "ab")
+    (row,) = to_arrow([GOOD.model_copy(update={"choices": choices})]).to_pylist()
+    assert [one["text"] for one in json.loads(row["choices"])] == ["a", "b"]
 
 
 @pytest.mark.parametrize("results", [[GOOD, BAD], []])
