@@ -7,8 +7,8 @@
 COLUMNS says what there is. Times are UTC to the microsecond, tokens counts; `text` and
 `finish_reason` are null unless the job succeeded, `error_code` and `error_message` are null if it
 did, and `token_ids` are those generated. `choices` is JSON where several texts or log probabilities
-were asked for: `text`, `token_ids` and `finish_reason` are of the first one. All take an iterable of
-results and read it once; `to_reader` never holds more than a batch of rows. Raises SettingsError
+were asked for: `text`, `token_ids` and `finish_reason` are of the first one. All take an iterable
+of results and read it once; `to_reader` never holds more than a batch of rows. Raises SettingsError
 where pyarrow or pandas is missing, and what the iterable raises.
 """
 

@@ -76,6 +76,7 @@ def watch(producer: Producer, batch_ids: Sequence[str], console: Console) -> lis
     """Return once all jobs of these batches have ended: how."""
     started_s = time.monotonic()
     first = [look(producer, batch_id) for batch_id in batch_ids]
+    took_s = time.monotonic() - started_s
     seen, asked = first, False
     live = Live(console=console, auto_refresh=False, transient=False)
     lines = _Lines(console)
@@ -92,9 +93,10 @@ def watch(producer: Producer, batch_ids: Sequence[str], console: Console) -> lis
                 asked = True
                 if not answering(producer.app()):
                     console.print(NO_WORKER, style="yellow", highlight=False)
+            time.sleep(max(PAUSE_S, took_s * BUSY_SHARE))
             looked_s = time.monotonic()
             seen = [look(producer, one.status.batch_id, one, started_s) for one in first]
-            time.sleep(max(PAUSE_S, (time.monotonic() - looked_s) * BUSY_SHARE))
+            took_s = time.monotonic() - looked_s
 
 
 def look(

@@ -86,6 +86,22 @@ def test_a_terminal_shows_each_adapter(cli: Cli, ledger: Ledger, tmp_path: Path)
     assert "3/3 done" in text
 
 
+def test_an_end_that_was_seen_is_not_slept_on(
+    cli: Cli, ledger: Ledger, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at a large batch takes seconds, and the pause after it ten times as long."""
+    batch_id = submitted(cli, table)
+    sleeps: list[float] = []
+
+    def sleep(pause_s: float) -> None:
+        sleeps.append(pause_s)
+        run_queued(ledger)
+
+    monkeypatch.setattr(watching.time, "sleep", sleep)
+    assert "6/6 done" in cli("batch", "watch", batch_id).stdout
+    assert len(sleeps) == 1
+
+
 def test_a_real_process_reads_stdin(
     home: Path, settings: Settings, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
