@@ -76,7 +76,7 @@ class _Awaited:
 
     def __init__(self, jobs: AsyncIterable[One]) -> None:
         self._next = asyncio.Queue[One | None](1)
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._reading = asyncio.create_task(self._read(jobs))
 
     async def close(self) -> None:
@@ -108,7 +108,9 @@ class _Awaited:
         try:
             async for job in jobs:
                 await self._next.put(job)
-        except Exception as error:  # noqa: BLE001 - likewise
+        except (Exception, asyncio.CancelledError) as error:  # a task that it waited for, or we
+            if self._reading.cancelling():
+                raise
             self._error = error
         finally:
             if isinstance(jobs, AsyncGenerator):

@@ -72,7 +72,7 @@ class Flow:
         self._watch = Watch(ledger, (), None)
         self._backlog: list[Job] = []
         self._source_over = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._full: QueueFull | None = None
         self._held = Counter[str]()  # jobs accepted and not given; a key may come twice
         self._order = deque[str]()
@@ -93,7 +93,7 @@ class Flow:
     def take(self, jobs: Iterable[Job]) -> None:
         self._backlog.extend(jobs)
 
-    def end(self, error: Exception | None = None) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """There are no more. `error`: why; raised when all that came before has had its turn."""
         self._source_over, self._error = True, error
 

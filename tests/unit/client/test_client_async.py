@@ -78,6 +78,21 @@ async def test_a_slow_source_is_no_standstill_while_there_is_room(
     assert len([job_id async for job_id in ids]) == 2
 
 
+async def test_a_source_whose_own_task_is_cancelled_ends_the_call(
+    producer: AsyncProducer, ledger: Ledger
+) -> None:
+    async def source() -> AsyncIterator[dict[str, Any]]:
+        yield {"prompt": "first"}
+        other = asyncio.create_task(asyncio.sleep(WAIT_S))
+        other.cancel()
+        await other
+
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(5):
+            await producer.enqueue_many(source())
+    assert ledger.counts() == {"queued": 1}
+
+
 async def test_an_async_source_that_fails(producer: AsyncProducer, ledger: Ledger) -> None:
     async def source(bad: Any) -> AsyncIterator[Any]:
         async for job in prompts(3):
