@@ -72,9 +72,11 @@ def resume(
         if why is not None:
             raise _exhausted(batch_id, why)
     again: dict[str, str] = {}
+    new = set[str]()  # some may have failed by the time that their page comes
     for some in _ended_badly(engine, batch_id):
-        made = Batches(engine).run_again(some)
+        made = Batches(engine).run_again([job_id for job_id in some if job_id not in new])
         again |= made.jobs
+        new.update(made.jobs.values())
         if made.full is not None:
             return Again(again, made.full)
     return Again(again)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import sqlalchemy as sa
 
-from lorabatch import Job, Ledger
-from lorabatch.batches import Batches
+from lorabatch import Job, Ledger, stopping
+from lorabatch.batches import Again, Batches
 from lorabatch.budgets import Budget, budget_of
 from lorabatch.claim import Claim, Start
 from lorabatch.errors import BudgetExhausted, JobNotFound
@@ -124,6 +125,24 @@ def test_a_limit_that_comes_late_counts_what_was_before(ledger: Ledger, batch: s
     assert account(ledger) == Budget(TOKENS + 1, None, TOKENS, 0)
     with pytest.raises(JobNotFound, match="'nothing'"):
         limit(ledger.engine, "nothing", max_tokens=1)
+
+
+def test_what_fails_while_it_is_resumed_waits_for_the_next_time(
+    ledger: Ledger, batch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_queued(ledger, fails)
+    monkeypatch.setattr(stopping, "PAGE", 1)
+    run_again = Batches.run_again
+
+    def failing(self: Batches, job_ids: Sequence[str]) -> Again:
+        again = run_again(self, job_ids)
+        run_queued(ledger, fails)
+        return again
+
+    monkeypatch.setattr(Batches, "run_again", failing)
+    assert len(resume(ledger.engine, batch).jobs) == 10
+    with ledger.engine.connect() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(usage_events)) == 20
 
 
 def test_failures_before_their_limit_count(ledger: Ledger, batch: str) -> None:
