@@ -53,6 +53,8 @@ class _OneLineErrors(TyperGroup):
             text, code = f"the broker refused: {error}", 2
         except OSError as error:
             text, code = f"{error.filename or 'system'}: {error.strerror or error}", 2
+        except UnicodeEncodeError as error:  # bytes of the command line that are no text
+            text, code = f"{error.object[:80]!r} is not valid Unicode; write it in UTF-8", 2
         except KeyboardInterrupt:
             text, code = "interrupted; jobs that were accepted go on: see `lorabatch status`", 130
         typer.secho(f"lorabatch: {printable(text)}", err=True, fg="red" if code == 2 else None)

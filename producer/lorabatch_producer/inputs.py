@@ -23,6 +23,7 @@ from typing import IO, BinaryIO, cast
 
 from lorabatch.errors import LoraBatchError
 from lorabatch_producer.bulk import BadLine, GoodLine, LineReader
+from lorabatch_producer.console import printable
 from lorabatch_producer.jsonl import Rows, json_rows
 from lorabatch_producer.reading import Format, Reading
 from lorabatch_producer.table_rows import csv_columns, csv_rows, parquet_columns, parquet_rows
@@ -37,7 +38,7 @@ SUFFIXES: dict[str, Format] = {".csv": "csv", ".parquet": "parquet", ".pq": "par
 
 @dataclass(frozen=True)
 class Source:
-    """One file; `label` is what the user knows it by."""
+    """One file; `label` is what the user knows it by, as `printable` has it."""
 
     label: str
     path: Path
@@ -82,7 +83,8 @@ class Inputs:
     def of(cls, path: Path, reading: Reading | None = None) -> Inputs:
         """A single file."""
         reading = reading or Reading()
-        return cls((Source(path.name, path, reading.format or format_of(path.name)),), reading)
+        form = reading.format or format_of(path.name)
+        return cls((Source(printable(path.name), path, form),), reading)
 
     @property
     def name(self) -> str:
@@ -145,12 +147,16 @@ def file_digest(file: BinaryIO) -> str:
 
 @contextlib.contextmanager
 def gathered(names: Sequence[str], reading: Reading) -> Iterator[Inputs]:
-    """The files of these names and patterns; `-` is stdin, kept on the disk meanwhile."""
+    """The files of these names and patterns; `-` is stdin. That, and pipes, are kept on the disk
+    meanwhile."""
     with contextlib.ExitStack() as stack:
         paths: list[tuple[str, Path]] = []
         for name in names:
             if name == STDIN:
                 paths.append(("stdin", stack.enter_context(_spooled(sys.stdin.buffer))))
+            elif Path(name).is_fifo():  # as the shell's <(...)
+                with Path(name).open("rb") as pipe:
+                    paths.append((name, stack.enter_context(_spooled(pipe))))
             else:
                 paths += [(str(path), path) for path in _matched(name)]
         whole = [path.resolve() for _, path in paths]
@@ -160,7 +166,7 @@ def gathered(names: Sequence[str], reading: Reading) -> Iterator[Inputs]:
         short = [Path(name).name for name, _ in paths]
         sources = [
             Source(
-                short[at] if short.count(short[at]) == 1 else name,
+                printable(short[at] if short.count(short[at]) == 1 else name),
                 path,
                 reading.format or format_of(name),
             )
@@ -184,7 +190,7 @@ def _matched(name: str) -> list[Path]:
 
 @contextlib.contextmanager
 def _spooled(stream: IO[bytes]) -> Iterator[Path]:
-    """Stdin is read twice: a batch's id follows from its content."""
+    """Files are read twice: a batch's id follows from their content."""
     with tempfile.NamedTemporaryFile(prefix="lorabatch-stdin-") as file:
         shutil.copyfileobj(stream, file)
         file.flush()

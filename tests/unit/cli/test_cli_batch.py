@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from lorabatch import Ledger
+from lorabatch.tables import jobs
 from lorabatch_producer import progress
 from tests.bad_inputs import short
 from tests.command_line import Cli
@@ -51,6 +55,27 @@ def test_a_good_batch_ends_well(cli: Cli, ledger: Ledger, tmp_path: Path) -> Non
         cli("batch", "submit", path, "--wait")
     cli("batch", "submit", path, "--queue", "other", "--new")
     assert "of 1 jobs are open" in cli("batch", "output", *_newest(ledger, path), code=2).stderr
+
+
+def test_a_file_may_have_any_name(cli: Cli, ledger: Ledger, tmp_path: Path) -> None:
+    path = tmp_path / "f\udcff\n.csv"
+    path.write_text("prompt\nhi\n")
+    cli("batch", "submit", path, "--base")
+    with ledger.engine.connect() as connection:
+        assert connection.scalar(sa.select(jobs.c.custom_id)) == "f\\udcff\\n.csv:2"
+    lines = tmp_path / "f\udcff.jsonl"
+    lines.write_bytes(short())
+    batch_id = cli("batch", "submit", lines).stdout.split()[1]
+    assert "f\\udcff.jsonl" in cli("batch", "status", batch_id).stdout
+    assert "is not valid Unicode" in cli("status", "f\udcff", code=2).stderr
+
+
+def test_a_pipe_is_a_file(cli: Cli, ledger: Ledger, tmp_path: Path) -> None:
+    """As <(...) of a shell."""
+    os.mkfifo(tmp_path / "pipe")
+    writing = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(short(),), daemon=True)
+    writing.start()
+    assert "1 lines accepted, 0 bad" in cli("batch", "submit", tmp_path / "pipe").stdout
 
 
 def test_an_output_that_does_not_fit_leaves_nothing(
