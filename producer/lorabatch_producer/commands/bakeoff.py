@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from lorabatch_producer.batch import BatchStatus, submit
+from lorabatch_producer.batch import BatchStatus, Limits, submit
 from lorabatch_producer.client import Producer
 from lorabatch_producer.commands.batch import end
 from lorabatch_producer.commands.row_options import (
@@ -68,19 +68,24 @@ def bakeoff(
     reading = reading_of({**locals(), "adapter": None, "adapter_column": None, "base": True})
     limits = limits_of(max_tokens_total, max_failures)
     names = (*([None] if base else []), *(name.strip() for name in adapters.split(",")))
-    bad = BadLines()
     with gathered(files, reading) as inputs, Producer(settings_for(queue)) as producer:
         check_places(inputs, output, csv)
         sides = SideBySide(inputs.sources, reading, names)
-        submitted = submit(producer, sides, tenant, on_bad=bad, limits=limits)
-        bad.close()
-        typer.echo(f"batch {submitted.batch_id}: {submitted.accepted} jobs")
-        if submitted.not_sent:
-            typer.secho(str(submitted.not_sent), err=True, fg="yellow")
-        status = _wait(producer, submitted.batch_id)
+        status = _wait(producer, _submit(producer, sides, tenant, limits))
         rows = write_comparison(producer, status, sides, output, csv)
     typer.echo(f"{rows} prompts with {len(names)} adapters in {output}")
     end(status)
+
+
+def _submit(producer: Producer, sides: SideBySide, tenant: str, limits: Limits) -> str:
+    """The batch's id."""
+    bad = BadLines()
+    submitted = submit(producer, sides, tenant, on_bad=bad, limits=limits)
+    bad.close()
+    typer.echo(f"batch {submitted.batch_id}: {submitted.accepted} jobs")
+    if submitted.not_sent:
+        typer.secho(str(submitted.not_sent), err=True, fg="yellow")
+    return submitted.batch_id
 
 
 def _wait(producer: Producer, batch_id: str) -> BatchStatus:
