@@ -30,7 +30,7 @@ SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
 # Of a line of a bulk file that says all that a job needs.
 SHORT_FIELDS = SAMPLING_FIELDS | {
     *("adapter_id", "prompt", "messages", "custom_id", "tenant", "sampling_params", "priority"),
-    *("tools", "merged_adapters", "webhook"),
+    *("tools", "tool_choice", "parallel_tool_calls", "merged_adapters", "webhook"),
 }
 
 
@@ -93,6 +93,6 @@ def only_these(
         same = (type(value) is type(ours) and value == ours for ours in neutral.get(name, ()))
         if name not in known and not any(same):
             raise InvalidJob(
-                f"{where}{printable(name)[:80]}: not supported, and leaving it out would change "
-                f"the outcome (got {shown(value)}); remove it"
+                f"{where}{printable(name)[:80]}: not supported, or no field at all (got "
+                f"{shown(value)}); nothing is ignored, so remove it"
             )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -291,12 +292,8 @@ def test_a_share_counts_what_failed_while_the_files_were_read(
     monkeypatch.setattr(batch, "chunked", lambda lines: chunked(lines, 1))
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([short(), short(), b"no json", short(), short()]))
-    found = submit(
-        producer,
-        path,
-        on_bad=lambda _: run_queued(producer.ledger, fails),
-        limits=Limits(None, 0.5),
-    )
+    failing = partial(run_queued, producer.ledger, fails)
+    found = submit(producer, path, on_bad=lambda _: failing(), limits=Limits(None, 0.5))
     budget = producer.status(found.batch_id).budget
     assert budget.exhausted == "2 jobs have failed, and it stops at 2"
     assert stop_exhausted(producer.ledger.engine) == {found.batch_id: {"cancelled": 2, "asked": 0}}

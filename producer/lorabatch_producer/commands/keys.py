@@ -37,7 +37,8 @@ def _duration(text: str) -> int:
     seconds = int(parts[1]) * SECONDS[parts[2]] if parts else 0
     if not 0 < seconds <= LONGEST_S:
         raise typer.BadParameter(
-            f"{printable(text[:80])!r}: wanted a number above 0 and m, h, d or w, at most 3650d"
+            f"{printable(text[:80])!r}: wanted a whole number above 0 and m, h, d or w, such as "
+            "30d; at most 3650d"
         )
     return seconds
 

@@ -24,6 +24,7 @@ NULL: dict[str, Any] = {"type": "null"}
 FLAG: dict[str, Any] = {"type": "boolean"}
 MESSAGES: dict[str, Any] = {"type": "array", "items": OBJECT, "minItems": 1}
 TOOLS: dict[str, Any] = {"type": "array", "items": OBJECT}
+PROMPT: dict[str, Any] = {"type": ["string", "array"], "items": TEXT, "minItems": 1, "maxItems": 1}
 STOP: dict[str, Any] = {"type": ["string", "array"], "items": TEXT}
 Fields = Mapping[str, tuple[str, Mapping[str, Any] | None]]
 """What each does, and its schema; None: that of a job."""
@@ -104,7 +105,7 @@ COMPLETION = _object(
     ["model", "prompt"],
     MODEL,
     {
-        "prompt": ("what the text goes on from, without a chat template", TEXT),
+        "prompt": ("what the text goes on from, without a chat template; or a list of it", PROMPT),
         "max_tokens": (f"{LIMIT[0]}; 16", LIMIT[1]),
     },
     OPENAI,
@@ -134,7 +135,7 @@ JOB = _object(
         "adapter_id": ("without it, the base model", TEXT),
         "prompt": ("what the text goes on from; or", TEXT),
         "messages": ("a conversation, by the chat template", MESSAGES),
-        "tenant": ("whose it is; the key's, where there are keys", TEXT),
+        "tenant": ("the request's own: its key's, or the header's; may be left out", TEXT),
         "max_new_tokens": (f"{LIMIT[0]}; 256", None),
         "temperature": ("0, the default: the most likely token", None),
         **WARPED,

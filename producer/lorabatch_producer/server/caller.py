@@ -20,7 +20,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from lorabatch.errors import NotAllowed
 from lorabatch.keys import SCOPES
 
-__all__ = ["Caller", "caller_of", "needs"]
+__all__ = ["TENANT_HEADER", "Caller", "caller_of", "needs"]
+
+TENANT_HEADER = "LoraBatch-Tenant"
 
 READING = ("GET", "HEAD")
 # For the OpenAPI document, which has only what a route asks for; Keyed reads both.
@@ -30,7 +32,7 @@ InDocument = Annotated[
 TenantInDocument = Annotated[
     str | None,
     Header(
-        alias="LoraBatch-Tenant",
+        alias=TENANT_HEADER,
         description="whose, if the key is for `admin` or none is wanted",
         json_schema_extra={"pattern": "^[A-Za-z0-9][A-Za-z0-9_.:@-]*$", "maxLength": 64},
     ),

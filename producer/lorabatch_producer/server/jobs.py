@@ -20,7 +20,7 @@ from lorabatch.location import public_name
 from lorabatch.result import JobState
 from lorabatch_producer.fields import make_job
 from lorabatch_producer.server import bodies
-from lorabatch_producer.server.caller import Caller, caller_of
+from lorabatch_producer.server.caller import TENANT_HEADER, Caller, caller_of
 from lorabatch_producer.server.desk import Desk, desk_of
 from lorabatch_producer.server.webhooks import check_webhook
 
@@ -28,6 +28,7 @@ __all__ = ["router"]
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 LONGEST_WAIT_S = 60.0
+KEY_HEADER = "Idempotency-Key"
 EXAMPLE = {"prompt": "How many users?", "adapter_id": "sql", "max_new_tokens": 32}
 
 TheDesk = Annotated[Desk, Depends(desk_of)]
@@ -134,7 +135,11 @@ def _mine(fields: dict[str, Any], caller: Caller, key: str | None) -> dict[str, 
         raise InvalidJob(
             "batch_id: batches are made with POST /v1/batches; leave it out of the job"
         )
-    for name, ours in (("tenant", caller.tenant), ("idempotency_key", key)):
+    headers = (("tenant", TENANT_HEADER, caller.tenant), ("idempotency_key", KEY_HEADER, key))
+    for name, header, ours in headers:
         if ours is not None and fields.get(name, ours) != ours:
-            raise InvalidJob(f"{name}: the request's own is {ours!r}; leave it out of the job")
+            raise InvalidJob(
+                f"{name}: the request's own is {ours!r}; leave it out of the job, or say it in "
+                f"the header {header}"
+            )
     return {**fields, "tenant": caller.tenant} | ({"idempotency_key": key} if key else {})

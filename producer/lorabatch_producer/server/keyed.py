@@ -19,7 +19,7 @@ from lorabatch import Settings
 from lorabatch.errors import InvalidJob, KeyRefused, LoraBatchError, NotAllowed, shown
 from lorabatch.job import is_identifier
 from lorabatch.keys import Key, Keys, keys_wanted
-from lorabatch_producer.server.caller import Caller
+from lorabatch_producer.server.caller import TENANT_HEADER, Caller
 from lorabatch_producer.server.desk import Desk, desk_of
 
 __all__ = ["CACHE_S", "Keyed"]
@@ -27,7 +27,6 @@ __all__ = ["CACHE_S", "Keyed"]
 CACHE_S = 5.0
 REMEMBERED = 10_000
 OPEN = ("/healthz",)
-TENANT = "LoraBatch-Tenant"
 REFUSED = KeyRefused(
     "wanted a key that is valid, as `Authorization: Bearer lb-...` or `api-key: lb-...`; "
     "`lorabatch keys create` makes one"
@@ -67,8 +66,9 @@ class Keyed:
             return caller
         if not caller.may("admin"):
             raise NotAllowed(
-                f"key {key.key_id!r} is for tenant {key.tenant!r}, and {TENANT} says {tenant!r}: "
-                "leave it out, or make a key with `lorabatch keys create --scope admin`"
+                f"key {key.key_id!r} is for tenant {key.tenant!r}, and {TENANT_HEADER} says "
+                f"{tenant!r}: leave it out, or make a key with "
+                "`lorabatch keys create --scope admin`"
             )
         return Caller(tenant, key.scopes, key.key_id)
 
@@ -96,10 +96,11 @@ class Keyed:
 
 def _tenant(request: Request) -> str | None:
     """For whom the caller says that it asks. Raises InvalidJob."""
-    tenant = request.headers.get(TENANT)
+    tenant = request.headers.get(TENANT_HEADER)
     if tenant is not None and not is_identifier(tenant):
         raise InvalidJob(
-            f"{TENANT}: wanted letters, digits and _ . : @ -, at most 64 (got {shown(tenant)})"
+            f"{TENANT_HEADER}: wanted letters, digits and _ . : @ -, at most 64 "
+            f"(got {shown(tenant)})"
         )
     return tenant
 

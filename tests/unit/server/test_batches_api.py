@@ -99,7 +99,7 @@ def test_a_file_with_a_bad_line_fails_whole(http_settings: Settings, ledger: Led
         (error,) = failed.errors.data or ()
         assert (error.param, error.message) == (
             "body.cost",
-            "body.cost: not supported, and leaving it out would change the outcome (got 1); "
+            "body.cost: not supported, or no field at all (got 1); nothing is ignored, so "
             "remove it",
         )
     assert ledger.counts() == {}

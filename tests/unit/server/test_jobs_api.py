@@ -98,7 +98,10 @@ def test_another_tenants_job_is_not_there(http: httpx.Client) -> None:
         ({**JOB, "max_new_tokens": 10**9}, "max_new_tokens"),
         ({**JOB, "temperature": "hot"}, "temperature"),
         ({**JOB, "adapter_id": "../x"}, "adapter_id"),
-        ({**JOB, "tenant": "acme"}, "tenant: the request's own is 'default'"),
+        (
+            {**JOB, "tenant": "acme"},
+            "is 'default'; leave it out of the job, or say it in the header LoraBatch-Tenant",
+        ),
         ([1], "body"),
     ],
 )

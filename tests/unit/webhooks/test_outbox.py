@@ -167,7 +167,8 @@ def test_what_is_not_due_is_not_taken(ledger: Ledger, out: Outbox) -> None:
 
 
 def test_what_failed_is_shown_and_tried_again_on_request(ledger: Ledger, out: Outbox) -> None:
-    add(ledger, job("a"), job("b"), job("c", tenant="beta"))
+    for each in (job("a"), job("b"), job("c", tenant="beta")):  # in turn: the oldest is told first
+        add(ledger, each)
     for row in out.take(9, any_room, LEASE_S):
         out.end(row, "failed", 500, "the receiver answered 500")
     assert out.counts() == {"waiting": 0, "failed": 3}
