@@ -69,7 +69,10 @@ def test_a_key_is_revoked(cli: Cli, ledger: Ledger) -> None:
         (["--tenant", "acme", "--name", "x" * 256], "255 characters at most"),
         (["--tenant", "acme", "--name", "a\nb"], "wanted one line"),
         *(
-            (["--tenant", "acme", "--expires", text], f"'{text}': wanted a whole number above 0 and m, h")
+            (
+                ["--tenant", "acme", "--expires", text],
+                f"'{text}': wanted a whole number above 0 and m, h",
+            )
             for text in ("30", "0d", "-1d", "1.5h", "3651d", "d")
         ),
     ],
