@@ -175,6 +175,8 @@ def _methods(app: FastAPI, path: str) -> list[str]:
 
 
 def _explained(error: RequestValidationError) -> str:
+    if isinstance(error.body, bytes):
+        return "body: wanted JSON, and the header content-type: application/json"
     parts = []
     for item in error.errors()[:SHOWN_ERRORS]:
         where = ".".join(str(part) for part in item["loc"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from typing import Any
 
@@ -119,6 +120,15 @@ def test_what_is_no_job_is_refused(
 def test_what_is_no_json_is_refused(http: httpx.Client, body: bytes) -> None:
     sent = http.post("/jobs", content=body, headers={"content-type": "application/json"})
     assert sent.status_code in (400, 422), sent.text
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/generate", "/v1/completions"])
+def test_json_that_is_called_a_form_is_told_so(http: httpx.Client, path: str) -> None:
+    """As curl's -d calls it."""
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    refused = http.post(path, content=json.dumps(JOB), headers=form)
+    assert refused.status_code in (400, 422)
+    assert "the header content-type: application/json" in refused.text
 
 
 @pytest.mark.parametrize("announced", [True, False])
